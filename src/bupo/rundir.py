@@ -1,0 +1,97 @@
+"""Output folders: claimed before work starts, written atomically, and carrying what is needed to repeat the run.
+
+No torch here: the command line imports this file before it knows whether anything heavy is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bupo.errors import InputError
+
+RUN_FILE = "run.json"
+_PACKAGES = ("bupo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "reasoning-gym", "vllm")
+
+
+def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Make ``folder`` ready to be written by one run; nothing is written into it yet.
+
+    Raises:
+        InputError: it is a file, it holds another run (any file at all) and neither ``overwrite`` nor ``resume``
+            was asked for, or it cannot be created.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not (overwrite or resume):
+        raise InputError(f"output folder {path} already holds a run; choose another or pass --overwrite")
+    parent = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"output folder {path} cannot be written: no permission in {parent}")
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a file whole or not at all (temporary file in the same folder, fsync, rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write strict JSON (no NaN, so that any reader can parse it) atomically."""
+    return write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on (absent ones left out)."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine a number was measured on: processor, cores, memory in GiB."""
+    import psutil
+
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def describe_run(command: str, config: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The content of ``run.json``: command, resolved configuration, versions, machine and the command line."""
+    return {
+        "schema": 1,
+        "command": command,
+        "argv": sys.argv[1:],
+        "config": config,
+        "versions": versions(),
+        "machine": machine(),
+        **more,
+    }
