@@ -1,0 +1,28 @@
+"""bupo: the internal policies of language models (arXiv 2512.19673): see them, train them bottom-up, measure the result."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bupo.analysis import analyze_rollouts
+    from bupo.model.early_exit import internal_policy
+    from bupo.model.load import load_model
+    from bupo.train.trainer import BuPOConfig, BuPOTrainer
+
+# Imported on first use: the command line must start without torch.
+_HOMES = {
+    "internal_policy": "bupo.model.early_exit",
+    "load_model": "bupo.model.load",
+    "analyze_rollouts": "bupo.analysis",
+    "BuPOConfig": "bupo.train.trainer",
+    "BuPOTrainer": "bupo.train.trainer",
+}
+__all__ = ["BuPOConfig", "BuPOTrainer", "analyze_rollouts", "internal_policy", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'bupo' has no attribute {name!r}")
