@@ -17,7 +17,18 @@ from typing import Any
 from bupo.errors import InputError
 
 RUN_FILE = "run.json"
-_PACKAGES = ("bupo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "reasoning-gym", "vllm")
+_PACKAGES = (
+    "bupo",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
+    "math-verify",
+    "reasoning-gym",
+    "vllm",
+)
 
 
 def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:

@@ -275,7 +275,9 @@ def _solve_block(layer: int, ends: tuple[Tensor, Tensor] | None, calls: list[_Ca
             f"(H^(l-1) + A + F = H^l): {found}, allowed {tolerance:.0e}; submodules seen: {names}"
         )
     deviation, first, second, a, b = best
-    return Block(Part(_module_of(first, calls), first.name, a), Part(_module_of(second, calls), second.name, b), deviation)
+    return Block(
+        Part(_module_of(first, calls), first.name, a), Part(_module_of(second, calls), second.name, b), deviation
+    )
 
 
 def _module_of(source: _Call, calls: list[_Call]) -> str:

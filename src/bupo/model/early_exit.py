@@ -33,9 +33,7 @@ def check_site(n_layers: int, layer: int, component: str = "layer") -> None:
 
 
 @contextmanager
-def internal_policy(
-    model: _Model, layer: int, component: Component = "layer", norm: bool = False
-) -> Iterator[_Model]:
+def internal_policy(model: _Model, layer: int, component: Component = "layer", norm: bool = False) -> Iterator[_Model]:
     """Within this context ``model`` is its internal policy ``softmax(S E_u^T)``.
 
     ``S`` is the state of the site: ``H^l`` for component ``"layer"`` (Eq. 5), ``A^l`` for ``"attn"`` and ``F^l`` for

@@ -124,7 +124,14 @@ def _first_line(error: BaseException) -> str:
 def _explain(what: str, name: str, error: BaseException) -> str:
     text = str(error)
     if not Path(name).expanduser().exists() and name != "small":
-        hub_words = ("offline", "connect", "not a local folder", "not a valid model identifier", "couldn't", "cannot find")
+        hub_words = (
+            "offline",
+            "connect",
+            "not a local folder",
+            "not a valid model identifier",
+            "couldn't",
+            "cannot find",
+        )
         if any(word in text.lower() for word in hub_words) or isinstance(error, OSError):
             return (
                 f"cannot load {what} {name!r}: no such local folder, and the hub has none by this name or cannot be "
