@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bupo.data.problems import BOXED_INSTRUCTION, last_boxed, load_problems, pack, unpack
+from bupo.errors import InputError
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)],
+)
+def test_shared_sets_load_whole(shared_data, name, size):
+    problems = load_problems(str(shared_data / f"{name}.parquet"))
+    assert len(problems) == size == len({p.id for p in problems})
+    assert all(p.prompt[-1]["role"] == "user" and p.answer for p in problems)
+    assert problems[0].prompt[0]["content"] == BOXED_INSTRUCTION
+    assert problems[0].id == f"{name}/0"
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"problem": "1+1?", "answer": "2"}, "2"),
+        ({"question": "1+1?", "final_answer": "2"}, "2"),
+        ({"problem": "1+1?", "solution": "so \\boxed{1} then \\boxed{\\frac{4}{2}}."}, "\\frac{4}{2}"),
+        ({"question": "1+1?", "answer": "two, as 1+1=2\n#### 2"}, "2"),
+        ({"question": "1+1?", "final_answer": ["2"]}, "2"),
+        ({"prompt": "1+1?", "ground_truth": 2}, "2"),
+        ({"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}, "2"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_usual_columns(tmp_path, row, answer, suffix):
+    path = tmp_path / f"set.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if suffix == "json" else row))
+    (problem,) = load_problems(str(path))
+    assert problem.answer == answer
+    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    assert text == "1+1?"
+    # a question is asked with the instruction; a prompt stays as it is
+    assert (isinstance(problem.prompt, list) and len(problem.prompt) == 2) == bool({"problem", "question"} & set(row))
+
+
+def test_missing_columns_are_named(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a", "label": 1}])
+    with pytest.raises(InputError, match=r"prompt, messages, problem, question.*final_answer.*found: text, label"):
+        load_problems(path)
+    path = write_jsonl(tmp_path / "y.jsonl", [{"problem": "a", "label": 1}])
+    with pytest.raises(InputError, match=r"row 0 lacks an answer column"):
+        load_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "is empty"),
+        ("empty.json", "[]", "is empty"),
+        ("bad.jsonl", "{", "cannot be read as jsonl"),
+        ("bad.parquet", "nope", "cannot be read as parquet"),
+        ("scalar.json", "3", "list of objects"),
+        ("same.jsonl", '{"id": 1, "problem": "a", "answer": "1"}\n{"id": 1, "problem": "b", "answer": ""}', "two rows"),
+    ],
+)
+def test_wrong_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_problems(str(path))
+
+
+def test_unreachable_hub_and_unknown_names():
+    with pytest.raises(InputError, match="download it and pass a local file"):
+        load_problems("nobody/no-such-dataset")
+    with pytest.raises(InputError, match="unknown dataset 'mathh'"):
+        load_problems("mathh")
+    with pytest.raises(InputError, match="did you mean gsm_symbolic"):
+        load_problems("reasoning_gym/gsm_symbolik")
+    with pytest.raises(InputError, match="limit must be at least 1"):
+        load_problems("arithmetic", limit=0)
+
+
+def test_reasoning_gym_problems_repeat_and_splits_differ():
+    first = load_problems("reasoning_gym/gsm_symbolic", limit=3, seed=1)
+    again = load_problems("reasoning_gym/gsm_symbolic", limit=3, seed=1)
+    train = load_problems("reasoning_gym/gsm_symbolic", limit=3, seed=1, split="train")
+    assert first == again
+    assert {p.prompt[1]["content"] for p in first}.isdisjoint(p.prompt[1]["content"] for p in train)
+    json.dumps(first[0].metadata)
+    with pytest.raises(InputError, match="splits train and test"):
+        load_problems("reasoning_gym/gsm_symbolic", limit=3, split="validation")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.lists(inner).map(tuple)
+            | st.dictionaries(st.text() | st.integers() | st.tuples(st.integers(), st.integers()), inner)
+        ),
+        max_leaves=12,
+    )
+)
+def test_pack_keeps_tuples_and_keys_through_json(value):
+    assert unpack(json.loads(json.dumps(pack(value)))) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("a \\boxed{1} b \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed {5}", "5"),
+        ("\\boxed 5", "5"),
+        ("\\boxed{", None),
+        ("\\boxed{1} then \\boxed{2", None),
+        ("no box", None),
+        ("\\boxed", None),
+        ("\\boxed{}", ""),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bupo.data.problems import BOXED_INSTRUCTION
+from bupo.data.rollouts import read_responses
+from bupo.data.templates import prompt_ids, render_prompt
+from bupo.errors import InputError
+
+
+class Tokenizer:
+    """Bytes as tokens, 257 as the beginning of text; a chat template if asked for."""
+
+    def __init__(self, chat: bool):
+        self.chat_template = "x" if chat else None
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [257] * add_special_tokens + list(text.encode())}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize
+        assert add_generation_prompt
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+MESSAGES = [{"role": "system", "content": BOXED_INSTRUCTION}, {"role": "user", "content": "1+1?"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chat", "template", "text"),
+    [
+        ("hi", False, "auto", "hi"),
+        ("hi", True, "auto", "<user>hi<assistant>"),
+        ("hi", True, "raw", "hi"),
+        (MESSAGES, False, "auto", BOXED_INSTRUCTION + "\n\n1+1?"),
+        (MESSAGES, True, "auto", f"<system>{BOXED_INSTRUCTION}<user>1+1?<assistant>"),
+        (
+            MESSAGES,
+            False,
+            "qwen-math",
+            "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+            "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "1+1?",
+            False,
+            "octothinker",
+            "User: 1+1?\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:",
+        ),
+    ],
+)
+def test_texts(prompt, chat, template, text):
+    assert render_prompt(prompt, Tokenizer(chat), template) == text
+
+
+def test_no_thinking_is_qwen_math_and_an_empty_think_block():
+    tokenizer = Tokenizer(False)
+    plain = render_prompt(MESSAGES, tokenizer, "qwen-math")
+    assert render_prompt(MESSAGES, tokenizer, "qwen3-no-thinking") == plain + "<think>\n\n</think>\n\n"
+
+
+def test_special_tokens_are_added_unless_the_chat_template_writes_them():
+    assert prompt_ids("hi", Tokenizer(False))[0] == 257
+    assert 257 not in prompt_ids("hi", Tokenizer(True))
+    assert prompt_ids("hi", Tokenizer(True), "raw")[0] == 257
+
+
+def test_wrong_use_is_refused():
+    with pytest.raises(InputError, match=r"unknown template 'qwen'.*octothinker"):
+        render_prompt("hi", Tokenizer(True), "qwen")
+    with pytest.raises(InputError, match="no chat template"):
+        render_prompt("hi", Tokenizer(False), "chat")
+    with pytest.raises(InputError, match=r"takes one user message, not .system, user."):
+        render_prompt([{"role": "system", "content": "be rude"}, MESSAGES[1]], Tokenizer(True), "qwen-math")
+    with pytest.raises(InputError, match="no tokens"):
+        prompt_ids("", Empty())
+
+
+class Empty(Tokenizer):
+    def __init__(self):
+        super().__init__(False)
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": []}
+
+
+def test_responses_with_ids_and_with_text(tmp_path):
+    path = tmp_path / "r.jsonl"
+    rows = [
+        {"problem_id": "p/0", "sample": 1, "prompt_ids": [1, 2], "response_ids": [3], "reward": 1, "other": "x"},
+        {"prompt": "a", "response": "b"},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    first, second = read_responses(path, Tokenizer(False))
+    assert (first.prompt_ids, first.response_ids, first.reward, first.sample) == ([1, 2], [3], 1.0, 1)
+    assert first.extra == {"other": "x"}
+    assert (second.prompt_ids, second.response_ids) == ([257, ord("a")], [ord("b")])
+
+
+def test_shared_responses(shared_data):
+    rollouts = read_responses(shared_data / "smollm2_math500_responses.jsonl")
+    assert all(r.prompt_ids and r.response_ids for r in rollouts)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt_ids": [1]}, "needs prompt_ids and response_ids, or prompt and response; columns found: prompt_ids"),
+        ({"prompt_ids": [1], "response_ids": []}, "row 0 has an empty response"),
+        ({"prompt_ids": [1], "response_ids": ["a"]}, "must be a list of token ids"),
+        ({"prompt_ids": [1] * 5, "response_ids": [2] * 6}, "5 prompt and 6 response tokens.*context of 10"),
+        ({"prompt": "a", "response": "b"}, "no tokenizer"),
+    ],
+)
+def test_wrong_responses(tmp_path, row, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match=message):
+        read_responses(path, max_length=10)
