@@ -1,0 +1,303 @@
+"""Grading: is a response's answer right? Used by the training reward and by evaluation alike.
+
+Mathematics: the content of the **last** ``\\boxed{}`` against the gold answer with math-verify, 1 or 0 (the paper's
+rule-based reward, arXiv 2512.19673). reasoning-gym: the task's own scorer. What a model wrote may be built to hang
+or to exhaust whoever reads it, so it is read in worker processes with a memory limit, which are killed and replaced
+when an answer takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal
+
+from bupo.data.problems import Problem, last_boxed
+
+Status = Literal["correct", "wrong", "unparsable", "timeout", "bad_gold"]
+
+_START_SECONDS = 120.0  # for a worker to come up: imports only
+_MAX_SENT = 200_000  # characters of an extracted answer that are worth sending
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one response.
+
+    ``unparsable``: no answer was found or it could not be read. ``timeout``: it used up its time or memory.
+    ``bad_gold``: the gold answer itself cannot be read, so that the response says nothing and must be left out.
+    """
+
+    reward: float
+    status: Status
+    extracted: str | None
+
+
+def extract_answer(response: str, problem: Problem) -> str | None:
+    """The answer a response gives: its last box; for reasoning-gym else the last ``<answer>``, else the last line."""
+    boxed = last_boxed(response)
+    if boxed is not None or "reasoning_gym" not in problem.metadata:
+        return boxed
+    start = response.rfind("<answer>")
+    if start >= 0:
+        return response[start + len("<answer>") :].split("</answer>", 1)[0].strip()
+    lines = response.rstrip().rsplit("\n", 1)
+    return lines[-1].strip() or None
+
+
+class Grader:
+    """Grades responses in a pool of killable processes; use it as a context manager or call `close`.
+
+    The processes start with the first answer that needs them, are reused by later calls, and end with this process
+    (also when it is killed). Safe to call from any thread.
+
+    Args:
+        workers: worker processes (default: the processors, at most 8).
+        seconds: wall-clock limit an answer, after which its worker is killed. Processor time is limited to 60 % of
+            it, by which most answers that take too long end without a kill.
+        memory: MiB of address space a worker.
+    """
+
+    def __init__(self, *, workers: int | None = None, seconds: float = 1.6, memory: int = 1024):
+        self.seconds = seconds
+        self._workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+        self._memory = memory
+        self._pools: dict[str, _Pool] = {}
+        self._usable: dict[str, bool] = {}
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes; a later call starts new ones."""
+        with self._lock:
+            for pool in self._pools.values():
+                pool.close()
+            self._pools = {}
+
+    def grade(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
+        """Grade ``responses[i]`` as an answer to ``problems[i]``."""
+        if len(responses) != len(problems):
+            raise ValueError(f"{len(responses)} responses for {len(problems)} problems")
+        with self._lock:
+            if self._owner != os.getpid():  # forked since: the processes belong to the parent
+                self._pools, self._owner = {}, os.getpid()
+            return self._grade(responses, problems)
+
+    def _grade(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
+        self._check_gold({p.answer for p in problems if "reasoning_gym" not in p.metadata} - set(self._usable))
+        grades: list[Grade | None] = [None] * len(responses)
+        waiting: dict[str, tuple[dict[str, Any], list[int]]] = {}  # equal questions are asked once
+        extracted = [extract_answer(r, p) for r, p in zip(responses, problems, strict=True)]
+        for index, (answer, problem) in enumerate(zip(extracted, problems, strict=True)):
+            gym = problem.metadata.get("reasoning_gym")
+            if gym is None and not self._usable[problem.answer]:
+                grades[index] = Grade(0.0, "bad_gold", answer)
+            elif answer is None or len(answer) > _MAX_SENT:
+                grades[index] = Grade(0.0, "unparsable", None if answer is None else answer[:_MAX_SENT])
+            elif gym is None and answer.strip() == problem.answer.strip():
+                grades[index] = Grade(1.0, "correct", answer)
+            elif gym is None:
+                request = {"kind": "math", "gold": problem.answer, "answer": answer}
+                waiting.setdefault(f"{problem.answer}\0{answer}", (request, []))[1].append(index)
+            else:
+                request = {"kind": "reasoning_gym", "task": gym["task"], "entry": gym["entry"], "answer": answer}
+                waiting.setdefault(f"{problem.id}\0{answer}", (request, []))[1].append(index)
+        for kind in ("math", "reasoning_gym"):
+            chosen = [entry for entry in waiting.values() if entry[0]["kind"] == kind]
+            if not chosen:
+                continue
+            for (_, indices), result in zip(chosen, self._pool(kind).ask([r for r, _ in chosen]), strict=True):
+                for index in indices:
+                    grades[index] = Grade(float(result["reward"]), result["status"], extracted[index])
+        return [grade for grade in grades if grade is not None]
+
+    def _check_gold(self, golds: set[str]) -> None:
+        if golds:
+            ordered = sorted(golds)
+            answers = self._pool("math").ask([{"kind": "gold", "gold": gold} for gold in ordered])
+            self._usable.update({gold: bool(a["usable"]) for gold, a in zip(ordered, answers, strict=True)})
+
+    def _pool(self, kind: str) -> _Pool:
+        if kind not in self._pools:
+            self._pools[kind] = _Pool(kind, self._workers, self.seconds, self._memory)
+        return self._pools[kind]
+
+
+@dataclass
+class _Worker:
+    connection: Connection
+    pid: int
+    prepared: set[str]
+    index: int | None = None  # of the request it works on
+    deadline: float = 0.0
+
+
+class _Pool:
+    """One source process that forks workers on demand, and the workers it made."""
+
+    def __init__(self, kind: str, size: int, seconds: float, memory: int):
+        self.kind, self.size, self.seconds, self.memory = kind, size, seconds, memory
+        self.workers: list[_Worker] = []
+        self.control: socket.socket | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.errors: Any = None
+        self._finish: weakref.finalize | None = None
+
+    def ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers to all requests, in order; one that takes too long is answered with ``timeout``."""
+        results: dict[int, dict[str, Any]] = {}
+        queue = list(range(len(requests) - 1, -1, -1))
+        deadlines: dict[int, float] = {}  # of requests whose worker died: once more, in the rest of their time
+        while len(results) < len(requests):
+            while queue and (worker := self._idle()) is not None:
+                if self._send(worker, queue[-1], requests[queue[-1]]):
+                    index = queue.pop()
+                    worker.deadline = deadlines.get(index, worker.deadline)
+            busy = {worker.connection: worker for worker in self.workers if worker.index is not None}
+            rest = max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
+            for ready in wait(list(busy), timeout=rest):
+                assert isinstance(ready, Connection)
+                worker = busy[ready]
+                assert worker.index is not None
+                index, worker.index = worker.index, None
+                try:
+                    results[index] = json.loads(ready.recv_bytes(1 << 20))
+                except (EOFError, OSError, ValueError):  # it died: of this answer, or killed by someone else before
+                    self._replace(worker)
+                    if index in deadlines:
+                        results[index] = _timeout()
+                    else:
+                        deadlines[index] = worker.deadline
+                        queue.append(index)
+            for worker in list(self.workers):
+                if worker.index is not None and time.monotonic() >= worker.deadline:
+                    results[worker.index] = _timeout()
+                    self._replace(worker)
+        return [results[index] for index in range(len(requests))]
+
+    def _send(self, worker: _Worker, index: int, request: dict[str, Any]) -> bool:
+        try:
+            task = request.get("task")
+            if task is not None and task not in worker.prepared:  # building a task may take longer than an answer may
+                worker.connection.send_bytes(json.dumps({"kind": "prepare", "task": task}).encode())
+                if not worker.connection.poll(_START_SECONDS):
+                    raise OSError("not prepared in time")
+                worker.connection.recv_bytes()
+                worker.prepared.add(task)
+            worker.connection.send_bytes(json.dumps(request).encode())
+        except (OSError, EOFError):  # it died while idle
+            self._replace(worker)
+            return False
+        worker.index, worker.deadline = index, time.monotonic() + self.seconds
+        return True
+
+    def _idle(self) -> _Worker | None:
+        for worker in self.workers:
+            if worker.index is None:
+                return worker
+        if len(self.workers) >= self.size:
+            return None
+        worker = self._fork()
+        self.workers.append(worker)
+        return worker
+
+    def _fork(self) -> _Worker:
+        for attempt in (1, 2):  # the source process may have been killed: once more with a new one
+            if self.control is None:
+                self._start()
+            assert self.control is not None
+            mine, theirs = socket.socketpair()
+            connection = Connection(mine.detach())
+            try:
+                with theirs:
+                    socket.send_fds(self.control, [b"f"], [theirs.fileno()])
+                if connection.poll(_START_SECONDS):
+                    return _Worker(connection, int(json.loads(connection.recv_bytes())["pid"]), set())
+            except (OSError, EOFError, ValueError):
+                pass
+            connection.close()
+            message = self._last_words()
+            self._stop()  # its workers end with it; what they were asked is asked again
+            if attempt == 2:
+                raise RuntimeError(f"the grading process does not start: {message or 'it gave no reason'}")
+        raise AssertionError("unreachable")
+
+    def _start(self) -> None:
+        self.control, theirs = socket.socketpair()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
+        preload = "math" if self.kind == "math" else "reasoning_gym"
+        arguments = [str(theirs.fileno()), preload, str(self.memory), str(0.6 * self.seconds)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "bupo.data.grading_worker", *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self.errors,
+                env=environment,
+                start_new_session=True,  # an interrupt from the keyboard is for the parent alone
+            )
+        self._finish = weakref.finalize(self, _end, self.process, self.control, os.getpid())
+
+    def _replace(self, worker: _Worker) -> None:
+        """Kill a worker and forget it; `_idle` forks the next one."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)
+        worker.connection.close()
+        self.workers.remove(worker)
+
+    def _last_words(self) -> str:
+        if self.errors is None:
+            return ""
+        self.errors.seek(0)
+        lines = self.errors.read().decode(errors="replace").strip().splitlines()
+        return re.sub(r"\s+", " ", lines[-1]) if lines else ""
+
+    def close(self) -> None:
+        for worker in list(self.workers):
+            self._replace(worker)
+        self._stop()
+
+    def _stop(self) -> None:
+        """End the source process."""
+        if self._finish is not None:
+            self._finish()
+        if self.errors is not None:
+            self.errors.close()
+        self.control, self.process, self.errors, self._finish = None, None, None, None
+
+
+def _end(process: subprocess.Popen[bytes], control: socket.socket, owner: int) -> None:
+    """Close the control socket (its end of file ends the source process, and with it the workers)."""
+    control.close()
+    if os.getpid() != owner:
+        return
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _timeout() -> dict[str, Any]:
+    return {"reward": 0.0, "status": "timeout", "usable": False}

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from bupo.data.grading import Grader, extract_answer
+from bupo.data.grading_worker import bare, gold_is_usable, is_words, plain_text
+from bupo.data.problems import Problem, load_problems
+
+
+def problem(answer: str) -> Problem:
+    return Problem("p/0", "?", answer, "test")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=1) as grader:
+        yield grader
+
+
+def status(grader, gold, *answers, boxed=True):
+    texts = [f"so \\boxed{{{a}}}" if boxed else a for a in answers]
+    return [g.status for g in grader.grade(texts, [problem(gold)] * len(answers))]
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (
+            "\\frac{3}{2}",
+            ["\\dfrac32", "1.5", "3/2", "\\frac{6}{4}", "\\tfrac{3}{2}", "1\\frac{1}{2}"],
+            ["2/3", "-1.5"],
+        ),
+        ("90^\\circ", ["90", "90^{\\circ}", "90\\text{ degrees}"], ["91^\\circ", "-90"]),
+        ("10,\\!080", ["10080", "10,080"], ["10081", "1080"]),
+        ("1,-2", ["-2,1", "-2, 1"], ["1,2", "-1,-2"]),
+        ("(3,4]", ["(3, 4]", "\\left(3,4\\right]"], ["(3,4)", "[3,4]", "(4,3]"]),
+        ("(15,-29)", ["(15, -29)", "\\left( 15,-29 \\right)"], ["(-29,15)", "(15,29)"]),
+        ("x=5", ["5", "x = 5"], ["6", "x=-5"]),
+        (
+            "\\text{Evelyn}",
+            ["Evelyn", "\\text{evelyn}", "{\\mathrm{Evelyn}}", "Evelyn."],
+            ["Eve", "\\text{Navin}", "3"],
+        ),
+        ("\\text{(C)}", ["C", "(C)", "\\textbf{C}"], ["(B)", "D"]),
+        ("Yes", ["yes", "\\text{Yes}"], ["No", "sye"]),
+        ("\\infty", ["\\infty", "+\\infty"], ["-\\infty", "0"]),
+    ],
+)
+def test_equivalent_and_other_answers(grader, gold, right, wrong):
+    assert status(grader, gold, *right) == ["correct"] * len(right)
+    assert "correct" not in status(grader, gold, *wrong)
+
+
+def test_only_the_last_box_counts(grader):
+    texts = ["\\boxed{3} no, \\boxed{4}", "\\boxed{4} no, \\boxed{3}", "it is 4", "\\boxed{4} then \\boxed{4", ""]
+    grades = grader.grade(texts, [problem("4")] * 5)
+    assert [g.status for g in grades] == ["correct", "wrong", "unparsable", "unparsable", "unparsable"]
+    assert [g.reward for g in grades] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert grades[0].extracted == "4"
+
+
+def test_a_sentence_in_the_box_is_not_searched_for_numbers(grader):
+    wrong = ["the answer is 4", "1 2 3 4", "3 \\text{ or } 4", "final answer is $4$", "3,4", "4 or 5"]
+    assert "correct" not in status(grader, "4", *wrong)
+
+
+def test_gold_that_cannot_be_read_is_said_and_never_counted_as_wrong(grader):
+    assert status(grader, "\\frac{", "1", "\\frac{") == ["bad_gold"] * 2
+    assert status(grader, "", "1", "no box", boxed=False) == ["bad_gold"] * 2
+    assert not gold_is_usable("%%%")
+    assert gold_is_usable("none of these")
+
+
+def test_words():
+    assert is_words("\\text{no}")
+    assert is_words("Yes")
+    assert not is_words("xy")  # a product
+    assert not is_words("2k")
+    assert plain_text(" $\\text{ Two  words }$. ") == "two words"
+    assert bare("{ $x^{2}$ }") == "x^{2}"
+    assert bare("\\{1\\}") == "\\{1\\}"
+
+
+HANGING = ["9^{9^{9^{9}}}", "(10^{10})!!", "\\sqrt{" * 400 + "2" + "}" * 400, "2^{2^{2^{2^{2^{2^{2}}}}}}"]
+
+
+def test_a_hanging_answer_costs_only_itself(grader):
+    before = time.monotonic()
+    answers = [*HANGING, "4"]
+    found = status(grader, "4", *answers)
+    assert found[-1] == "correct"
+    assert "correct" not in found[:-1]
+    assert "timeout" in found
+    assert time.monotonic() - before < 60  # not a timing test: without the limit this takes for ever
+
+
+def test_equal_grades_when_repeated(grader):
+    answers = ["\\frac{1}{3}", "0.333", "x", "{", "9^{9^{9^{9}}}"]
+    assert status(grader, "\\frac{2}{6}", *answers) == status(grader, "\\frac{2}{6}", *answers)
+
+
+def test_reasoning_gym_scorers(grader):
+    problems = load_problems("reasoning_gym/gsm_symbolic", limit=2) + load_problems("reasoning_gym/rearc", limit=1)
+    right = [f"thinking\n<answer>{p.answer}</answer>" for p in problems]
+    assert [g.reward for g in grader.grade(right, problems)] == [1.0] * 3
+    first = problems[0]
+    assert grader.grade([f"so \\boxed{{{first.answer}}}"], [first])[0].status == "correct"
+    assert grader.grade([f"so\n{first.answer}\n"], [first])[0].status == "correct"
+    assert grader.grade(["<answer>-12345</answer>"], [first])[0].status == "wrong"
+    assert grader.grade([""], [first])[0].status == "unparsable"
+
+
+def test_scorers_cannot_be_made_to_act(grader, tmp_path):
+    """countdown's scorer evaluates the answer as an expression."""
+    (countdown,) = load_problems("reasoning_gym/countdown", limit=1)
+    target = tmp_path / "touched"
+    answers = [
+        f"__import__('os').system('touch {target}')",
+        f"open('{target}', 'w')",
+        f"().__class__.__base__.__subclasses__()[0]('{target}')",
+        f"exec('import os; os.mkdir(\"{target}\")')",
+    ]
+    grades = grader.grade([f"<answer>{a}</answer>" for a in answers], [countdown] * len(answers))
+    assert not any(g.status == "correct" for g in grades)
+    assert not target.exists()
+
+
+def test_extraction():
+    gym = Problem("g/0", "?", "", "reasoning_gym/x", {"reasoning_gym": {"task": "x", "entry": {}}})
+    assert extract_answer("<answer>1</answer> <answer> 2 </answer>", gym) == "2"
+    assert extract_answer("a\nb\n", gym) == "b"
+    assert extract_answer("<answer>1</answer> \\boxed{3}", gym) == "3"
+    assert extract_answer("<answer>1</answer>", problem("1")) is None
+
+
+def test_a_worker_killed_while_idle_is_replaced():
+    with Grader(workers=2) as grader:
+        assert status(grader, "4", "{4}", "5") == ["correct", "wrong"]
+        for worker in grader._pools["math"].workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        assert status(grader, "4", "4.0", "5.0") == ["correct", "wrong"]
+        grader._pools["math"].process.kill()  # the source of workers itself
+        for worker in grader._pools["math"].workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        assert status(grader, "4", "8/2", "9/2") == ["correct", "wrong"]
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def test_close_ends_every_process():
+    grader = Grader(workers=2)
+    before = set(family(os.getpid()))
+    assert status(grader, "4", "5.5", "4.4") == ["wrong", "wrong"]
+    mine = [p for p in family(os.getpid()) if p not in before]
+    assert len(mine) == 3
+    grader.close()
+    assert gone(mine)
+    assert status(grader, "4", "5.5") == ["wrong"]  # and it starts again
+    grader.close()
+
+
+def test_workers_die_with_a_killed_parent_and_need_no_torch():
+    program = (
+        "import sys, time\n"
+        "from bupo.data.grading import Grader\n"
+        "from bupo.data.problems import Problem\n"
+        "g = Grader(workers=2)\n"
+        "p = Problem('p/0', '?', '4', 't')\n"
+        "g.grade(['\\\\boxed{5}', '\\\\boxed{6}'], [p, p])\n"
+        "print('torch' in sys.modules, flush=True)\n"
+        "g.grade(['\\\\boxed{9^{9^{9^{9}}}}'] * 50, [Problem(f'p/{i}', '?', str(i), 't') for i in range(50)])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline().strip() == "False"
+    children = family(parent.pid)
+    assert len(children) == 3
+    maps = [c.memory_maps() for c in children if c.is_running()]
+    assert not any("libtorch" in m.path for process in maps for m in process)
+    parent.kill()
+    parent.wait()
+    assert gone(children)
