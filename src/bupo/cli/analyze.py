@@ -1,9 +1,228 @@
-"""`bupo analyze`."""
+"""``bupo analyze``: the entropies of every internal policy of a model, its regions and its boundary layer."""
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+
+from bupo.errors import InputError
+
+if TYPE_CHECKING:
+    from bupo.data.rollouts import Rollout
+
+HELP = """Measure a model's internal policies and name the layer to train first.
+
+Reads the residual stream at every layer (softmax(H E_u^T), no final norm), averages the entropies over the tokens of the
+model's own responses, and writes analysis.json and three figures.
+
+Examples:
+
+  bupo analyze --model small --dataset arithmetic --output runs/look
+
+  bupo analyze --model Qwen/Qwen3-4B --dataset HuggingFaceH4/MATH-500 --limit 20 --output runs/qwen3
+
+  bupo analyze --model models/smollm2 --responses responses.jsonl --output runs/smollm2
+"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
+    app.command("analyze", help=HELP)(analyze)
+
+
+def analyze(
+    model: Annotated[str, typer.Option(help="Hub id, model folder, or 'small' (shipped).")],
+    output: Annotated[Path, typer.Option(help="Folder for analysis.json and the figures.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Problems to respond to: arithmetic, reasoning_gym/NAME, a .jsonl/.parquet file, or a hub id."),
+    ] = None,
+    responses: Annotated[
+        Path | None, typer.Option(help="Read responses instead of generating: rows with prompt(_ids) and response(_ids).")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Problems (or rows of --responses) to use.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, help="Responses generated a problem.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated response.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the responses.")] = 1.0,
+    template: Annotated[str, typer.Option(help="Prompt template: auto, raw, chat, qwen-math, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Torch device; an accelerator if there is one.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens in one forward.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the results in --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    from bupo.rundir import claim, describe_run, write_json
+
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in _IMPORTED}
+    if (dataset is None) == (responses is None):
+        raise InputError("pass either --dataset (responses are generated) or --responses FILE, not both")
+    folder = claim(output, overwrite=overwrite)
+    if responses is not None and not responses.is_file():
+        raise InputError(f"responses file {responses} does not exist")
+
+    started = time.monotonic()
+    _quiet_libraries()
+    with _Progress(enabled=not as_json) as progress:
+        from bupo.analysis import analyze_rollouts, check_rollouts
+        from bupo.model.load import load_model, model_revision
+
+        progress.say(f"loading {model}")
+        loaded, tokenizer = load_model(
+            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+        if responses is not None:
+            from bupo.data.rollouts import read_responses
+
+            rollouts = read_responses(responses, tokenizer, template)[:limit]
+        else:
+            assert dataset is not None
+            rollouts = _generate(loaded, tokenizer, progress, config)
+        check_rollouts(loaded, rollouts)
+        bar = progress.bar("reading states", sum(len(r.response_ids) for r in rollouts))
+        result = analyze_rollouts(loaded, rollouts, batch_tokens=batch_tokens, name=model, progress=bar)
+
+    run = describe_run(
+        "analyze", config, seed=seed, model_revision=model_revision(loaded), seconds=round(time.monotonic() - started, 1)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if responses is None:
+        _write_responses(folder / "responses.jsonl", rollouts)
+    from bupo.report.figures import write_analysis_figures
+
+    figures = write_analysis_figures(result, folder)
+    write_json(folder / "run.json", run)
+    write_json(folder / "analysis.json", result)
+    if as_json:
+        summary = {k: v for k, v in result.items() if k not in _LONG} | {"output": str(folder)}
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        _print_summary(result, folder, len(figures))
+
+
+_IMPORTED = {"claim", "describe_run", "write_json"}
+_LONG = {
+    "sites",
+    "standard_errors",
+    "entropy_change",
+    "entropy_change_standard_errors",
+    "residual_cosine",
+    "residual_cosine_standard_errors",
+}
+
+
+def _generate(model: Any, tokenizer: Any, progress: _Progress, config: dict[str, Any]) -> list[Rollout]:
+    """The model's own responses to the dataset's problems."""
+    from bupo.analysis import context_length
+    from bupo.data.problems import load_problems
+    from bupo.data.rollouts import Rollout
+    from bupo.data.templates import prompt_ids
+    from bupo.evaluate.engine_transformers import sample
+
+    problems = load_problems(config["dataset"], split=config["split"], limit=config["limit"], seed=config["seed"])
+    prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
+    longest, room = max(map(len, prompts)), context_length(model)
+    if room is not None and longest + config["max_new_tokens"] > room:
+        raise InputError(
+            f"the longest prompt ({longest} tokens) and --max-new-tokens {config['max_new_tokens']} exceed the model's "
+            f"context of {room}; lower --max-new-tokens"
+        )
+    bar = progress.bar("generating responses", len(prompts) * config["samples"])
+    made = sample(
+        model,
+        tokenizer,
+        prompts,
+        samples=config["samples"],
+        max_new_tokens=config["max_new_tokens"],
+        temperature=config["temperature"],
+        seed=config["seed"],
+        progress=bar,
+    )
+    return [
+        Rollout(
+            prompt_ids=prompt,
+            response_ids=list(response),
+            prompt=problem.prompt,
+            response=tokenizer.decode(response, skip_special_tokens=True),
+            problem_id=problem.id,
+            sample=number,
+        )
+        for problem, prompt, responses in zip(problems, prompts, made, strict=True)
+        for number, response in enumerate(responses)
+    ]
+
+
+def _write_responses(path: Path, rollouts: list[Rollout]) -> None:
+    from bupo.rundir import write_text
+
+    columns = ("problem_id", "sample", "prompt", "response", "prompt_ids", "response_ids")
+    rows = [{c: getattr(r, c) for c in columns} for r in rollouts]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _print_summary(result: dict[str, Any], folder: Path, figures: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{result['model']}: {result['samples']} responses, {result['tokens']} tokens (nats)")
+    for name in ("layer", "H(layer policy)", "H(attention)", "H(FFN)", "attention change", "FFN change", "region"):
+        table.add_column(name, justify="left" if name == "region" else "right")
+    regions = {k: v for k, v in result["regions"].items() if v}
+    for i in range(result["layers"]):
+        at = [result["sites"][s][i] for s in ("layer_out", "attn_out", "ffn_out")]
+        change = [result["entropy_change"][c][i] for c in ("attn", "ffn")]
+        region = next((k for k, (a, b) in regions.items() if a <= i + 1 <= b), "")
+        mark = " <- boundary" if result["boundary_layer"] == i + 1 else ""
+        table.add_row(str(i + 1), *(f"{v:.3f}" for v in at), *(f"{v:+.3f}" for v in change), region + mark)
+    console.print(table)
+    layer = result["boundary_layer"]
+    console.print(f"boundary layer: {layer if layer is not None else 'none'}. {result['boundary_reason']}.")
+    console.print(f"wrote {folder}/analysis.json and {figures} figure files")
+
+
+class _Progress:
+    """Bars on standard error, so that ``--json`` leaves standard output to the result."""
+
+    def __init__(self, enabled: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+
+    def __enter__(self) -> _Progress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text) if not self._progress.disable else None
+
+    def bar(self, text: str, total: int) -> Any:
+        """A function that advances a new bar by a number of steps."""
+        task = self._progress.add_task(text, total=total)
+        return lambda steps=1: self._progress.advance(task, steps)
+
+
+def _quiet_libraries() -> None:
+    """transformers' own bars and warnings would tear ours; errors still show."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,117 @@
+"""The residual stream of one forward, handed out in groups of layers as it is produced; nothing else is kept.
+
+Shape legend: B batch, T positions, N kept tokens, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bupo.model.anatomy import Block, dissect, find_blocks, first_tensor, module_input
+from bupo.policy.readout import LayerStates
+
+Consumer = Callable[[int, Tensor, list[LayerStates], Tensor], None]
+
+
+@dataclass
+class _Group:
+    """What has been produced and not handed out yet."""
+
+    first_layer: int = 1
+    before: Tensor | None = None  # H^{l-1} before the first layer of the group
+    layers: list[LayerStates] = field(default_factory=list)
+    current: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def read_stream(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    keep: Tensor,
+    consume: Consumer,
+    *,
+    group: int = 4,
+) -> Tensor:
+    """Run the backbone once and hand out the states of the kept tokens, ``group`` layers at a time.
+
+    Args:
+        model: a causal LM (see :func:`bupo.model.anatomy.dissect`), in evaluation mode.
+        input_ids: (B, T).
+        attention_mask: (B, T), 1 for tokens.
+        keep: (B, T) bool, the N positions to read (row-major order).
+        consume: called as ``consume(first_layer, before, layers, after)``: the number (from 1) of the group's first layer,
+            ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after the last (N, d); float32 tensors.
+        group: layers handed out together.
+
+    Returns:
+        ``LN(H^L)`` (N, d), float32: what the unembedding receives in an ordinary forward.
+
+    Raises:
+        InputError: the layers do not add two contributions to the stream (see
+            :func:`bupo.model.anatomy.find_blocks`).
+    """
+    anatomy = dissect(model)
+    blocks = find_blocks(model)
+    rows = keep.reshape(-1).nonzero().squeeze(-1)
+    state = _Group()
+
+    def pick(tensor: Tensor | None) -> Tensor:
+        assert tensor is not None
+        return tensor.reshape(-1, tensor.shape[-1])[rows.to(tensor.device)].float()  # indexing copies
+
+    def finish_layer(index: int, block: Block, output: Tensor) -> None:
+        got = state.current
+        state.layers.append(LayerStates(got["attn_in"], got["attn_out"], got["ffn_in"], got["ffn_out"]))
+        state.current = {}
+        if len(state.layers) == group or index + 1 == anatomy.n_layers:
+            after = pick(output)
+            assert state.before is not None
+            consume(state.first_layer, state.before, state.layers, after)
+            state.first_layer, state.before, state.layers = index + 2, after, []
+
+    hooks = []
+
+    def on_input(module: nn.Module, name: str) -> None:
+        def hook(m: nn.Module, args: tuple, kwargs: dict) -> None:
+            state.current[name] = pick(module_input(args, kwargs))
+
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def on_output(module: nn.Module, name: str, scale: float) -> None:
+        def hook(m: nn.Module, args: tuple, output: object) -> None:
+            read = pick(first_tensor(output))
+            state.current[name] = read * scale if scale != 1.0 else read
+
+        hooks.append(module.register_forward_hook(hook))
+
+    def on_layer(module: nn.Module, index: int, block: Block) -> None:
+        if index == 0:
+
+            def first(m: nn.Module, args: tuple, kwargs: dict) -> None:
+                state.before = pick(module_input(args, kwargs))
+
+            hooks.append(module.register_forward_pre_hook(first, with_kwargs=True))
+
+        def done(m: nn.Module, args: tuple, output: object) -> None:
+            whole = first_tensor(output)
+            assert whole is not None
+            finish_layer(index, block, whole)
+
+        hooks.append(module.register_forward_hook(done))
+
+    for index, (layer, block) in enumerate(zip(anatomy.layers, blocks, strict=True)):
+        for part, name in ((block.attn, "attn"), (block.ffn, "ffn")):
+            on_input(layer.get_submodule(part.module), f"{name}_in")
+            on_output(layer.get_submodule(part.source), f"{name}_out", part.scale)
+        on_layer(layer, index, block)
+    try:
+        output = anatomy.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pick(output.last_hidden_state)

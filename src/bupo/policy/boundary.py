@@ -1,0 +1,127 @@
+"""Exploration, integration, convergence: the regions of a model's depth and the boundary layer between them.
+
+Section 4 of arXiv 2512.19673: the FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` (Eq. 13) is positive in the first
+layers (exploration), about zero in the middle (integration) and negative in the last ones (convergence). The *boundary
+layer* is the last layer with a positive change before the shift to integration or convergence. Some models do not show
+the pattern; then there is no boundary layer, and the reason is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# "About zero" means within this share of the largest change, or within two standard errors of zero.
+ABOUT_ZERO = 0.1
+# At most this share of the layers may have another sign than their region's.
+MISFITS = 0.15
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What the rule found; layers count from 1, regions are inclusive ranges or None."""
+
+    layer: int | None
+    reason: str
+    exploration: tuple[int, int] | None
+    integration: tuple[int, int] | None
+    convergence: tuple[int, int] | None
+
+    def regions(self) -> dict[str, list[int] | None]:
+        return {
+            name: None if value is None else list(value)
+            for name, value in (
+                ("exploration", self.exploration),
+                ("integration", self.integration),
+                ("convergence", self.convergence),
+            )
+        }
+
+
+def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] | None = None) -> Boundary:
+    """Split the layers 1..L into the three regions by the sign of the FFN entropy change.
+
+    A layer fits *exploration* if its change is positive and *convergence* if it is negative, each by more than two
+    standard errors, and *integration* if it is about zero. Of all splits into consecutive regions the one with the fewest
+    layers that do not fit is taken; among equals, the one with the longest exploration region and then the longest
+    convergence region (a collapse that spans layers belongs to it). The integration region may be empty (an abrupt model).
+
+    Args:
+        ffn_change: Eq. 13 for layers 1..L, nats.
+        standard_errors: of the same, nats; zero if not given.
+    """
+    change = list(ffn_change)
+    errors = list(standard_errors) if standard_errors is not None else [0.0] * len(change)
+    if len(errors) != len(change) or not change:
+        raise ValueError("one change and one standard error a layer are needed")
+    n = len(change)
+    noise = [2 * e for e in errors]
+    positive = [c > e for c, e in zip(change, noise, strict=True)]
+    negative = [c < -e for c, e in zip(change, noise, strict=True)]
+    largest = max(abs(c) for c in change)
+    small = [abs(c) <= max(e, ABOUT_ZERO * largest) for c, e in zip(change, noise, strict=True)]
+
+    everything = (1, n)
+    if all(negative):
+        return _none(
+            f"the FFN entropy change is negative in every layer (1 to {n}): there is no exploration region, so the rule "
+            f"gives no boundary layer",
+            convergence=everything,
+        )
+    if all(positive):
+        return _none(
+            f"the FFN entropy change is positive in every layer (1 to {n}): it never shifts to integration or "
+            f"convergence, so the rule would only return the last layer, which is no boundary",
+            exploration=everything,
+        )
+    if not any(positive):
+        return _none("no layer has an FFN entropy change above zero by two standard errors: no exploration region")
+    if not any(negative):
+        return _none("no layer has an FFN entropy change below zero by two standard errors: no convergence region")
+
+    best: tuple[int, int, int, int, int] | None = None
+    for first in range(1, n):  # exploration is layers 1..first
+        for last in range(first, n):  # integration is first+1..last, convergence last+1..n
+            misfits = (
+                positive[:first].count(False) + small[first:last].count(False) + negative[last:].count(False)
+            )
+            key = (misfits, -first, last, first, last)
+            if positive[first - 1] and (best is None or key < best):
+                best = key
+    assert best is not None or not any(positive[:-1])
+    allowed = int(MISFITS * n)
+    if best is None or best[0] > allowed:
+        seen = "only the last layer is positive" if best is None else f"{best[0]} of {n} layers do not fit"
+        return _none(
+            f"the signs of the FFN entropy change do not fall into positive, about zero, negative: {seen} the best split "
+            f"(at most {allowed} may): {_signs(positive, negative)}"
+        )
+    misfits, _, _, first, last = best
+    exploration = (1, first)
+    integration = (first + 1, last) if last > first else None
+    convergence = (last + 1, n)
+    shift = (
+        f"the shift to integration in layer {first + 1}" if integration else f"the abrupt convergence from {first + 1} on"
+    )
+    return Boundary(
+        first,
+        f"layer {first} is the last with a positive FFN entropy change ({change[first - 1]:+.3g} nats) before {shift}; "
+        f"{misfits} of {n} layers do not fit their region",
+        exploration,
+        integration,
+        convergence,
+    )
+
+
+def _none(
+    reason: str,
+    exploration: tuple[int, int] | None = None,
+    integration: tuple[int, int] | None = None,
+    convergence: tuple[int, int] | None = None,
+) -> Boundary:
+    return Boundary(None, reason, exploration, integration, convergence)
+
+
+def _signs(positive: list[bool], negative: list[bool]) -> str:
+    """The signs of all layers, first to last, e.g. ``+++0--``."""
+    return "".join("+" if p else "-" if m else "0" for p, m in zip(positive, negative, strict=True))
