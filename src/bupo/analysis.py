@@ -1,4 +1,4 @@
-"""From a model and its responses to ``analysis.json``: entropies of every internal policy, averaged over generated tokens.
+"""From a model and its responses to ``analysis.json``: entropies of every internal policy, averaged over tokens.
 
 Joins ``model`` (states), ``policy`` (readings) and nothing else; the command line and the trainer both call it.
 """
@@ -50,7 +50,7 @@ def check_rollouts(model: nn.Module, rollouts: Sequence[TokenPair]) -> None:
         if not len(rollout.response_ids):
             raise InputError(f"response {number} is empty; every row needs at least one response token")
         if not len(rollout.prompt_ids):
-            raise InputError(f"prompt {number} is empty; the first response token is predicted from the last prompt token")
+            raise InputError(f"prompt {number} is empty; the first response token is predicted from its last token")
         if limit is not None and length > limit:
             raise InputError(
                 f"response {number} with its prompt has {length} tokens, more than the model's context of {limit}; "
@@ -101,7 +101,7 @@ def logit_rule(model: nn.Module) -> Unembedding:
     allowed = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     if not deviation <= allowed:
         if not bool(torch.isfinite(logits).all()):
-            raise InputError("the model gives non-finite logits; are its weights damaged, or the dtype too narrow for it?")
+            raise InputError("the model gives non-finite logits: damaged weights, or a dtype too narrow for it?")
         raise InputError(
             f"this model's logits are not its final state times the unembedding (relative deviation {deviation:.1e}, "
             f"allowed {allowed:.0e}); its internal policies cannot be read"
@@ -151,8 +151,8 @@ def _token_statistics(
         if not bool(torch.isfinite(found).all()):
             bad = (~torch.isfinite(found)).any(-1).nonzero()[0].tolist()
             raise InputError(
-                f"non-finite logits at layer {first_layer + bad[0]}, site {GROUP_SITES[bad[1]]}: the weights are damaged "
-                f"or the dtype is too narrow for this model (try --dtype float32)"
+                f"non-finite logits at layer {first_layer + bad[0]}, site {GROUP_SITES[bad[1]]}: the weights are "
+                f"damaged or the dtype is too narrow for this model (try --dtype float32)"
             )
         entropies.append(found.cpu())
         stream = before
@@ -187,7 +187,7 @@ def analyze_rollouts(
     batch_tokens: int = 2048,
     group: int = 4,
     name: str | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every internal policy of ``model`` on its responses (Eq. 7, 11-13 and B.5 of arXiv 2512.19673).
 
@@ -198,7 +198,7 @@ def analyze_rollouts(
         batch_tokens: most padded tokens in one forward.
         group: layers read together; memory grows with it, work falls by ``1 / (4 group)`` of a product.
         name: written as ``model`` into the result.
-        progress: called with the number of response tokens finished.
+        progress: called with (response tokens finished, response tokens in all).
 
     Returns:
         The content of ``analysis.json`` (schema 1): lists run over layers 1..L, entropies in nats, six decimals.
@@ -212,6 +212,7 @@ def analyze_rollouts(
     layers = dissect(model).n_layers
     width = len(SITES) + len(CHANGES) + len(COSINES)
     means = ClusterMeans(width * layers + 1)
+    total = sum(len(r.response_ids) for r in rollouts)
     was_training = inner.training
     inner.eval()
     try:
@@ -224,10 +225,11 @@ def analyze_rollouts(
             for part in values.split([len(r.response_ids) for r in chosen], dim=-1):
                 means.add(part)
                 if progress is not None:
-                    progress(part.shape[-1])
+                    progress(means.tokens, total)
     finally:
         inner.train(was_training)
-    return _result(means, layers, name or getattr(inner.config, "_name_or_path", "") or type(inner).__name__, inner, rule)
+    title = name or getattr(inner.config, "_name_or_path", "") or type(inner).__name__
+    return _result(means, layers, title, inner, rule)
 
 
 def _result(means: ClusterMeans, layers: int, name: str, inner: Any, rule: Unembedding) -> dict[str, Any]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 HELP = """Measure a model's internal policies and name the layer to train first.
 
-Reads the residual stream at every layer (softmax(H E_u^T), no final norm), averages the entropies over the tokens of the
-model's own responses, and writes analysis.json and three figures.
+Reads the residual stream at every layer (softmax(H E_u^T), no final norm), averages the entropies over the tokens
+of the model's own responses, and writes analysis.json and three figures.
 
 Examples:
 
@@ -39,10 +39,13 @@ def analyze(
     output: Annotated[Path, typer.Option(help="Folder for analysis.json and the figures.")],
     dataset: Annotated[
         str | None,
-        typer.Option(help="Problems to respond to: arithmetic, reasoning_gym/NAME, a .jsonl/.parquet file, or a hub id."),
+        typer.Option(
+            help="Problems to respond to: arithmetic, reasoning_gym/NAME, a .jsonl/.parquet file, or a hub id."
+        ),
     ] = None,
     responses: Annotated[
-        Path | None, typer.Option(help="Read responses instead of generating: rows with prompt(_ids) and response(_ids).")
+        Path | None,
+        typer.Option(help="Read responses instead of generating: rows with prompt(_ids) and response(_ids)."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Problems (or rows of --responses) to use.")] = 20,
@@ -90,7 +93,11 @@ def analyze(
         result = analyze_rollouts(loaded, rollouts, batch_tokens=batch_tokens, name=model, progress=bar)
 
     run = describe_run(
-        "analyze", config, seed=seed, model_revision=model_revision(loaded), seconds=round(time.monotonic() - started, 1)
+        "analyze",
+        config,
+        seed=seed,
+        model_revision=model_revision(loaded),
+        seconds=round(time.monotonic() - started, 1),
     )
     folder.mkdir(parents=True, exist_ok=True)
     if responses is None:
@@ -98,6 +105,8 @@ def analyze(
     from bupo.report.figures import write_analysis_figures
 
     figures = write_analysis_figures(result, folder)
+    if responses is not None:  # of a run that this one replaces
+        (folder / "responses.jsonl").unlink(missing_ok=True)
     write_json(folder / "run.json", run)
     write_json(folder / "analysis.json", result)
     if as_json:
@@ -215,9 +224,9 @@ class _Progress:
         self._progress.console.print(text) if not self._progress.disable else None
 
     def bar(self, text: str, total: int) -> Any:
-        """A function that advances a new bar by a number of steps."""
+        """A function of (steps done, steps in all) that moves a new bar."""
         task = self._progress.add_task(text, total=total)
-        return lambda steps=1: self._progress.advance(task, steps)
+        return lambda done, of=total: self._progress.update(task, completed=done, total=of)
 
 
 def _quiet_libraries() -> None:

@@ -1,7 +1,7 @@
-"""Where things are inside a Hugging Face causal LM: backbone, layers, final norm, unembedding, and what each layer adds.
+"""Where things are in a Hugging Face causal LM: backbone, layers, final norm, unembedding, and what a layer adds.
 
-The only file that knows transformers' module structure. Names are looked for, never trusted: which submodule's output is
-the attention's and which the FFN's contribution to the residual stream is found on a short probe batch by solving
+The only file that knows transformers' module structure. Names are looked for, never trusted: which submodule's output
+is the attention's and which the FFN's contribution to the residual stream is found on a short probe batch by solving
 ``H^l - H^{l-1} = a * A^l + b * F^l`` (Eq. 4 of arXiv 2512.19673, with the multipliers some architectures apply).
 
 Shape legend: B batch, T positions, N tokens, d width, V vocabulary, L layers.
@@ -34,12 +34,12 @@ class Anatomy:
         unembedding: the module holding ``E_u`` (V, d), usually ``lm_head``.
     """
 
-    backbone: nn.Module
+    backbone: Any
     layers_name: str
     norm_name: str
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
-    unembedding: nn.Module
+    unembedding: Any
 
     @property
     def n_layers(self) -> int:
@@ -61,16 +61,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """The two contributions of one layer and the deviation of ``H^{l-1} + A^l + F^l`` from ``H^l`` on the probe batch."""
+    """The two contributions of one layer, and how far ``H^{l-1} + A^l + F^l`` was from ``H^l`` on the probe batch."""
 
     attn: Part
     ffn: Part
     deviation: float
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The Hugging Face model inside DDP, torch.compile and PEFT wrappers."""
-    seen = model
+    seen: Any = model
     while True:
         if hasattr(seen, "_orig_mod"):
             seen = seen._orig_mod
@@ -123,7 +123,7 @@ def dissect(model: nn.Module) -> Anatomy:
         layers_name=layers_name,
         norm_name=norm_name,
         # `_modules`, not attribute access: inside `internal_policy` the attribute is shadowed by the first l layers
-        layers=tuple(backbone._modules[layers_name]),  # type: ignore[arg-type]
+        layers=tuple(backbone._modules[layers_name]),
         final_norm=getattr(backbone, norm_name),
         unembedding=unembedding,
     )

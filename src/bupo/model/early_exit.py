@@ -125,8 +125,11 @@ def unembedding(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """``E_u`` (V, d) and the unembedding's bias (V,) or None, whole even where FSDP2 shards them."""
     head = dissect(model).unembedding
     weight, bias = head.weight, getattr(head, "bias", None)
-    whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in (weight, bias)]
-    return whole[0].detach(), None if whole[1] is None else whole[1].detach()
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def _whole(parameter: Any) -> Tensor:
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
 
 
 __all__ = ["COMPONENTS", "Component", "check_site", "internal_policy", "n_layers", "unembedding"]

@@ -81,6 +81,7 @@ def load_model(
     if dtype not in (*DTYPES, "auto"):
         raise InputError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
     path = resolve_model(name)
+    model: Any
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_unsafe(path, name)
     try:

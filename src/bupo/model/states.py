@@ -44,7 +44,7 @@ def read_stream(
         input_ids: (B, T).
         attention_mask: (B, T), 1 for tokens.
         keep: (B, T) bool, the N positions to read (row-major order).
-        consume: called as ``consume(first_layer, before, layers, after)``: the number (from 1) of the group's first layer,
+        consume: called as ``consume(first_layer, before, layers, after)``: the group's first layer (from 1),
             ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after the last (N, d); float32 tensors.
         group: layers handed out together.
 

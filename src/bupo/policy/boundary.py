@@ -1,7 +1,7 @@
 """Exploration, integration, convergence: the regions of a model's depth and the boundary layer between them.
 
-Section 4 of arXiv 2512.19673: the FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` (Eq. 13) is positive in the first
-layers (exploration), about zero in the middle (integration) and negative in the last ones (convergence). The *boundary
+Section 4 of arXiv 2512.19673: the FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` (Eq. 13) is positive in the
+first layers (exploration), about zero in the middle (integration) and negative in the last ones (convergence). The *boundary
 layer* is the last layer with a positive change before the shift to integration or convergence. Some models do not show
 the pattern; then there is no boundary layer, and the reason is said.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# "About zero" means within this share of the largest change, or within two standard errors of zero.
-ABOUT_ZERO = 0.1
+# "About zero" means within this share of the largest positive change, or within two standard errors of zero. The
+# positive changes set the scale: in Llama models they are weak everywhere and still make up the exploration region.
+ABOUT_ZERO = 0.15
 # At most this share of the layers may have another sign than their region's.
 MISFITS = 0.15
 
@@ -42,9 +43,9 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     """Split the layers 1..L into the three regions by the sign of the FFN entropy change.
 
     A layer fits *exploration* if its change is positive and *convergence* if it is negative, each by more than two
-    standard errors, and *integration* if it is about zero. Of all splits into consecutive regions the one with the fewest
-    layers that do not fit is taken; among equals, the one with the longest exploration region and then the longest
-    convergence region (a collapse that spans layers belongs to it). The integration region may be empty (an abrupt model).
+    standard errors, and *integration* if it is about zero. Of all splits into consecutive regions the one with the
+    fewest layers that do not fit is taken; among equals, the one with the smallest squared deviations from the regions' means
+    (integration's mean being zero). The integration region may be empty (an abrupt model).
 
     Args:
         ffn_change: Eq. 13 for layers 1..L, nats.
@@ -58,14 +59,14 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     noise = [2 * e for e in errors]
     positive = [c > e for c, e in zip(change, noise, strict=True)]
     negative = [c < -e for c, e in zip(change, noise, strict=True)]
-    largest = max(abs(c) for c in change)
-    small = [abs(c) <= max(e, ABOUT_ZERO * largest) for c, e in zip(change, noise, strict=True)]
+    zero = ABOUT_ZERO * max(0.0, *change)
+    small = [abs(c) <= max(e, zero) for c, e in zip(change, noise, strict=True)]
 
     everything = (1, n)
     if all(negative):
         return _none(
-            f"the FFN entropy change is negative in every layer (1 to {n}): there is no exploration region, so the rule "
-            f"gives no boundary layer",
+            f"the FFN entropy change is negative in every layer (1 to {n}): there is no exploration region, so the "
+            f"rule gives no boundary layer",
             convergence=everything,
         )
     if all(positive):
@@ -79,29 +80,31 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     if not any(negative):
         return _none("no layer has an FFN entropy change below zero by two standard errors: no convergence region")
 
-    best: tuple[int, int, int, int, int] | None = None
+    best: tuple[int, float, int, int] | None = None
     for first in range(1, n):  # exploration is layers 1..first
+        if not positive[first - 1]:
+            continue
         for last in range(first, n):  # integration is first+1..last, convergence last+1..n
-            misfits = (
-                positive[:first].count(False) + small[first:last].count(False) + negative[last:].count(False)
-            )
-            key = (misfits, -first, last, first, last)
-            if positive[first - 1] and (best is None or key < best):
+            misfits = positive[:first].count(False) + small[first:last].count(False) + negative[last:].count(False)
+            spread = _spread(change[:first]) + sum(c * c for c in change[first:last]) + _spread(change[last:])
+            key = (misfits, spread, first, last)
+            if best is None or key < best:
                 best = key
-    assert best is not None or not any(positive[:-1])
     allowed = int(MISFITS * n)
     if best is None or best[0] > allowed:
         seen = "only the last layer is positive" if best is None else f"{best[0]} of {n} layers do not fit"
         return _none(
-            f"the signs of the FFN entropy change do not fall into positive, about zero, negative: {seen} the best split "
-            f"(at most {allowed} may): {_signs(positive, negative)}"
+            f"the signs of the FFN entropy change do not fall into positive, about zero, negative: {seen} the best "
+            f"split (at most {allowed} may): {_signs(positive, negative)}"
         )
-    misfits, _, _, first, last = best
+    misfits, _, first, last = best
     exploration = (1, first)
     integration = (first + 1, last) if last > first else None
     convergence = (last + 1, n)
     shift = (
-        f"the shift to integration in layer {first + 1}" if integration else f"the abrupt convergence from {first + 1} on"
+        f"the shift to integration in layer {first + 1}"
+        if integration
+        else f"the abrupt convergence from {first + 1} on"
     )
     return Boundary(
         first,
@@ -111,6 +114,12 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
         integration,
         convergence,
     )
+
+
+def _spread(values: list[float]) -> float:
+    """Sum of squared deviations from the mean."""
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values)
 
 
 def _none(

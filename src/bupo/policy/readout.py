@@ -1,12 +1,12 @@
 """Reading a state with the unembedding: statistics of ``softmax(S E_u^T)`` without ever holding its logits whole.
 
-The vocabulary is walked in tiles; each tile of logits is folded into a running (max, sum, weighted sum) and overwritten by
-the next. Since ``E_u`` is linear and the readings carry no norm,
+The vocabulary is walked in tiles; each tile of logits is folded into a running (max, sum, weighted sum) and overwritten
+by the next. Since ``E_u`` is linear and the readings carry no norm,
 
     logits(H^l) = logits(H^{l-1}) + logits(A^l) + logits(F^l),
 
-so four vocabulary products a layer give all five new entropies (arXiv 2512.19673, Eq. 5-7), and tiles are the outer loop:
-one tile of ``E_u`` serves all layers of a group while it is warm.
+so four vocabulary products a layer give all five new entropies (arXiv 2512.19673, Eq. 5-7), and tiles are the outer
+loop: one tile of ``E_u`` serves all layers of a group while it is warm.
 
 Shape legend: N tokens, d width, V vocabulary, G layers in a group. Entropies in nats, float32 products, float64 sums.
 """
@@ -70,7 +70,7 @@ class LayerStates:
 class RunningEntropy:
     """Entropy of many categorical distributions from their logits, tile by tile.
 
-    Keeps, for each of ``shape`` distributions, the running maximum m, ``sum exp(z - m)`` and ``sum (z - m) exp(z - m)``;
+    Keeps, for each of ``shape`` distributions, the running maximum m, ``sum exp(z-m)`` and ``sum (z-m) exp(z-m)``;
     then ``H = log(sum) - weighted / sum``.
     """
 
@@ -132,9 +132,7 @@ def group_entropies(
     Returns:
         (G, 5, N) float64, nats, sites in the order of ``GROUP_SITES``.
     """
-    stacked = torch.stack(
-        [torch.stack([s.attn_in, s.attn_out, s.ffn_in, s.ffn_out]) for s in layers]
-    )  # (G, 4, N, d)
+    stacked = torch.stack([torch.stack([s.attn_in, s.attn_out, s.ffn_in, s.ffn_out]) for s in layers])  # (G, 4, N, d)
     parts = [
         _group_rows(before[i : i + rows], stacked[:, :, i : i + rows], unembedding, tile)
         for i in range(0, len(before), rows)

@@ -1,4 +1,4 @@
-"""Means over tokens with honest standard errors: tokens of one response are correlated, so responses are the clusters."""
+"""Means over tokens with honest standard errors: a response's tokens are correlated, so responses are the clusters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ClusterMeans:
     """Running means over tokens of K quantities, with standard errors clustered by response.
 
     Only sums are kept: one (K,) row and a token count a response. The mean is the ratio ``sum_i S_i / sum_i n_i`` over
-    responses i; its standard error is the linearised (delta-method) one, ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``.
+    responses i; its standard error is the linearised one, ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``.
     With a single response there is nothing to cluster, and the ordinary standard error over its tokens is given.
     """
 
