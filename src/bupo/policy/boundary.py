@@ -1,9 +1,9 @@
 """Exploration, integration, convergence: the regions of a model's depth and the boundary layer between them.
 
 Section 4 of arXiv 2512.19673: the FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` (Eq. 13) is positive in the
-first layers (exploration), about zero in the middle (integration) and negative in the last ones (convergence). The *boundary
-layer* is the last layer with a positive change before the shift to integration or convergence. Some models do not show
-the pattern; then there is no boundary layer, and the reason is said.
+first layers (exploration), about zero in the middle (integration) and negative in the last ones (convergence). The
+*boundary layer* is the last layer with a positive change before the shift to integration or convergence. Some models do
+not show the pattern; then there is no boundary layer, and the reason is said.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
 
     A layer fits *exploration* if its change is positive and *convergence* if it is negative, each by more than two
     standard errors, and *integration* if it is about zero. Of all splits into consecutive regions the one with the
-    fewest layers that do not fit is taken; among equals, the one with the smallest squared deviations from the regions' means
-    (integration's mean being zero). The integration region may be empty (an abrupt model).
+    fewest layers that do not fit is taken; among equals, the one with the smallest squared deviations from the regions'
+    means (integration's being zero). The integration region may be empty (an abrupt model).
 
     Args:
         ffn_change: Eq. 13 for layers 1..L, nats.
