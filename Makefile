@@ -1,0 +1,39 @@
+# The same targets by hand and in CI. Everything is set up in .venv by the first one that needs it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint format smollm2 figures clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
+	touch $@
+
+demo: $(STAMP)            ## analyse the shipped model, train GRPO and BuPO, evaluate, write demo/report.html
+	$(BIN)/bupo demo --output demo --overwrite
+
+test: $(STAMP)            ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)       ## minutes, and real models where they are (make smollm2)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)            ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2
+	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,0 +1,87 @@
+r"""The built-in task family: arithmetic in plain ASCII, answered step by step and ending in ``\boxed{...}``.
+
+``standard`` problems are ``(a+b)*c=`` and ``(a-b)*c=``; ``hard`` ones have one more operation, ``(a+b)*c-d=``. The model
+shipped in the package was pretrained on the train split (with the steps sometimes left out), so reinforcement learning on
+it has room to rise; the test split was never seen. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small"
+LEVELS = ("standard", "hard")
+SPLITS = ("train", "test")
+TEST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem: its text, the lines of working that solve it, and its answer."""
+
+    prompt: str
+    steps: tuple[str, ...]
+    answer: int
+
+    def response(self, with_steps: bool = True) -> str:
+        r"""The full response, e.g. ``17+25=42\n42*6=252\n\boxed{252}``."""
+        lines = [*self.steps] if with_steps else []
+        return "\n".join([*lines, f"\\boxed{{{self.answer}}}"])
+
+
+def split_of(prompt: str) -> str:
+    """``train`` or ``test``, by the problem's text alone: a problem can never be in both."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+def draw(generator: random.Random, level: str = "standard") -> Task:
+    """A random problem of either split."""
+    a, b, c = generator.randint(10, 99), generator.randint(10, 99), generator.randint(2, 9)
+    if level == "standard" and generator.random() < 0.5:
+        a, b = max(a, b), min(a, b)
+        first, inner = f"{a}-{b}", a - b
+    else:
+        first, inner = f"{a}+{b}", a + b
+    product = inner * c
+    steps = (f"{first}={inner}", f"{inner}*{c}={product}")
+    if level == "standard":
+        return Task(f"({first})*{c}=", steps, product)
+    if level == "hard":
+        d = generator.randint(10, 99)
+        return Task(f"({first})*{c}-{d}=", (*steps, f"{product}-{d}={product - d}"), product - d)
+    raise ValueError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+
+
+def draw_from(generator: random.Random, split: str, level: str = "standard") -> Task:
+    """A random problem of one split."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    while True:
+        task = draw(generator, level)
+        if split_of(task.prompt) == split:
+            return task
+
+
+def problems(n: int, *, seed: int = 0, split: str = "train", level: str = "standard") -> list[dict[str, Any]]:
+    """``n`` different problems as rows with ``id``, ``prompt`` (ending in a newline) and ``answer``.
+
+    Deterministic by ``seed``; a longer list begins with the shorter one.
+    """
+    generator = random.Random(f"{seed}/{split}/{level}")
+    found: dict[str, Task] = {}
+    attempts = 0
+    while len(found) < n:
+        attempts += 1
+        if attempts > 100 * n + 10_000:
+            raise ValueError(f"the {split} split of level {level} has fewer than {n} different problems")
+        task = draw_from(generator, split, level)
+        found.setdefault(task.prompt, task)
+    return [
+        {"id": f"arithmetic/{level}/{prompt}", "prompt": f"{prompt}\n", "answer": str(task.answer)}
+        for prompt, task in found.items()
+    ]
