@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import json
 from itertools import combinations, product
 from math import comb
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
+from bupo.errors import ConfigError, InputError
 from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, pass_curve
 
 
@@ -101,3 +107,271 @@ def test_comparison_equals_enumerated_sign_flips():
     assert compare(first, second, resamples=50_000).p_value == pytest.approx(exact, abs=0.01)
     with pytest.raises(ValueError, match="same problems: 5 and 4"):
         compare(first, second[:4])
+
+
+# --- engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    from bupo.model.load import load_model
+
+    return load_model(str(tiny_folder), device="cpu")
+
+
+PROMPTS = [[40, 41, 42], [43, 44], [45, 46, 47, 48, 49]]
+
+
+def test_sampling_repeats_and_knows_its_seed(tiny):
+    from bupo.evaluate.engine_transformers import sample
+
+    options = {"samples": 3, "max_new_tokens": 6, "batch_size": 4}
+    first = sample(*tiny, PROMPTS, seed=1, **options)
+    torch.rand(7)  # the caller's random state plays no part
+    state = torch.get_rng_state()
+    assert sample(*tiny, PROMPTS, seed=1, **options) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample(*tiny, PROMPTS, seed=2, **options) != first
+    assert [len(group) for group in first] == [3, 3, 3]
+    assert all(1 <= len(response) <= 6 for group in first for response in group)
+
+
+def test_sampling_is_from_the_models_distribution(tiny):
+    """First tokens against the softmax; a checkpoint's own top-k and penalties must not act."""
+    from bupo.evaluate.engine_transformers import sample
+
+    model, tokenizer = tiny
+    before = model.generation_config
+    model.generation_config = GenerationConfig(top_k=1, repetition_penalty=5.0, min_p=0.5, eos_token_id=2)
+    try:
+        (responses,) = sample(model, tokenizer, PROMPTS[:1], samples=4000, max_new_tokens=1, batch_size=1000)
+        assert model.generation_config.top_k == 1
+    finally:
+        model.generation_config = before
+    with torch.no_grad():
+        p = model(torch.tensor(PROMPTS[:1])).logits[0, -1].double().softmax(-1).numpy()
+    counts = np.bincount([r[0] for r in responses], minlength=97)
+    large = p * 4000 >= 5
+    expected = np.append(p[large], p[~large].sum()) * 4000
+    observed = np.append(counts[large], counts[~large].sum())
+    statistic = ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum()
+    degrees = len(expected) - 1
+    assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
+    from bupo.evaluate.engine_transformers import sample
+
+    together = sample(*tiny, PROMPTS, samples=1, max_new_tokens=8, temperature=0, batch_size=3)
+    alone = [sample(*tiny, [p], samples=1, max_new_tokens=8, temperature=0)[0] for p in PROMPTS]
+    assert together == alone
+
+
+def test_responses_end_with_their_end_token(tiny):
+    from bupo.evaluate.engine_transformers import TransformersEngine, cut_at_end, sample
+
+    assert cut_at_end([5, 2, 0, 0], frozenset({2})) == [5, 2]
+    assert cut_at_end([5, 6], frozenset({2})) == [5, 6]
+    engine = TransformersEngine(*tiny)
+    responses = [r for group in sample(*tiny, PROMPTS, samples=40, max_new_tokens=30) for r in group]
+    ended = [r for r in responses if 2 in r]
+    assert ended
+    assert all(r.index(2) == len(r) - 1 and engine.is_finished(r) for r in ended)
+    assert not any(engine.is_finished(r) for r in responses if 2 not in r)
+
+
+def test_internal_policy_is_what_is_sampled(tiny):
+    from bupo.evaluate.engine_transformers import TransformersEngine
+    from bupo.evaluate.engines import Batch, Sampling
+
+    model, _ = tiny
+    sampling = Sampling(5, temperature=0)
+    with pytest.raises(InputError, match="layers 1 to 4"):
+        TransformersEngine(*tiny, internal_layer=5)
+    for layer in (1, 2, 3):
+        (response,) = TransformersEngine(*tiny, internal_layer=layer).run(PROMPTS, Batch(((0, 0),), 1), sampling)
+        ids = list(PROMPTS[0])
+        for token in response:
+            with torch.no_grad():
+                state = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, -1]
+                assert int(model.lm_head(state).argmax()) == token
+            ids.append(token)
+
+
+def test_wrong_sampling_settings():
+    from bupo.evaluate.engines import Sampling, choose_engine
+
+    with pytest.raises(ConfigError, match=r"max_new_tokens must be at least 1.*temperature.*top_p"):
+        Sampling(0, temperature=-1, top_p=2)
+    with pytest.raises(InputError, match="unknown engine"):
+        choose_engine("vlm")
+    with pytest.raises(InputError, match="cannot sample from an internal policy"):
+        choose_engine("vllm", internal_layer=3)
+
+
+def test_non_finite_probabilities_are_one_clear_line(tiny_folder):
+    from bupo.evaluate.engine_transformers import sample
+    from bupo.model.load import load_model
+
+    model, tokenizer = load_model(str(tiny_folder), device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="non-finite"):
+        sample(model, tokenizer, PROMPTS, samples=1, max_new_tokens=2)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(5)] + [{"prompt": "?", "answer": "\\frac{"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(output, tiny_folder, questions, *, engine=None, **changes):
+    from bupo.evaluate.engine_transformers import TransformersEngine
+    from bupo.evaluate.run import EvalConfig, evaluate
+    from bupo.model.load import load_model
+
+    settings = {"model": "tiny", "tasks": (str(questions),), "n": 4, "k": 2, "max_new_tokens": 5, "batch_size": 3}
+    config = EvalConfig(**{**settings, **changes})
+    if engine is None:
+        engine = TransformersEngine(*load_model(str(tiny_folder), device="cpu"), batch_size=config.batch_size)
+    return evaluate(config, engine, engine.tokenizer, output)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, tiny_folder, questions):
+    from bupo.evaluate.engine_transformers import TransformersEngine
+    from bupo.model.load import load_model
+
+    whole = run(tmp_path / "whole", tiny_folder, questions)
+    table = pyarrow.parquet.read_table(tmp_path / "whole" / "responses.parquet")
+    assert table.num_rows == 24
+    assert table.column("status").to_pylist().count("bad_gold") == 4
+    model, tokenizer = load_model(str(tiny_folder), device="cpu")
+
+    class Fragile(TransformersEngine):
+        left = 0
+        made = 0
+
+        def run(self, prompts, batch, sampling):
+            if Fragile.left == 0:
+                raise Killed
+            Fragile.left -= 1
+            Fragile.made += len(batch.items)
+            return super().run(prompts, batch, sampling)
+
+    output = tmp_path / "killed"
+    for _ in range(3):  # each start is killed after two batches; the kill also cuts off a line
+        Fragile.left = 2
+        with pytest.raises(Killed):
+            run(output, tiny_folder, questions, engine=Fragile(model, tokenizer, batch_size=3))
+        assert not (output / "results.json").exists()
+        partial = output / "responses.partial.jsonl"
+        partial.write_bytes(partial.read_bytes()[:-4])
+    Fragile.left = -1
+    resumed = run(output, tiny_folder, questions, engine=Fragile(model, tokenizer, batch_size=3))
+    assert resumed == whole
+    assert pyarrow.parquet.read_table(output / "responses.parquet").equals(table)
+    assert Fragile.made == 24 + 3 * 3  # the cut-off batch of each kill, and nothing else, was made twice
+    assert sorted(p.name for p in output.iterdir()) == ["responses.parquet", "results.json", "run.json"]
+
+
+def test_an_unfinished_run_with_other_settings_is_not_mixed(tmp_path, tiny_folder, questions):
+    output = tmp_path / "out"
+    run(output, tiny_folder, questions)
+    with pytest.raises(InputError, match="already holds a run"):
+        run(output, tiny_folder, questions)
+    (output / "results.json").unlink()
+    with pytest.raises(InputError, match=r"other settings .seed: 0 then, 1 now"):
+        run(output, tiny_folder, questions, seed=1)
+
+
+def test_results_say_what_they_should(tmp_path, tiny_folder, questions):
+    results = run(tmp_path / "out", tiny_folder, questions)
+    (task,) = results["tasks"].values()
+    assert results["schema"] == 1
+    assert (task["n_problems"], task["n_samples"]) == (5, 4)
+    assert task["left_out"] == ["sums/5"]
+    assert [entry["k"] for entry in task["pass_at_k"]] == [1, 2, 4]
+    assert task["avg_at_k"]["k"] == 2
+    assert task["avg_at_k"]["mean"] == pytest.approx(task["pass_at_k"][0]["mean"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    run_file = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run_file["command"] == "eval"
+    assert run_file["config"]["temperature"] == 1.0
+
+
+def test_regrading_equals_the_first_grading(tmp_path, tiny_folder, questions):
+    from bupo.evaluate.run import regrade
+
+    output = tmp_path / "out"
+    first = run(output, tiny_folder, questions)
+    table = pyarrow.parquet.read_table(output / "responses.parquet")
+    assert regrade(output) == first
+    assert pyarrow.parquet.read_table(output / "responses.parquet").equals(table)
+    rows = table.to_pylist()
+    for row in rows:  # a response that is right is found by regrading
+        row["response"] = f"\\boxed{{{row['answer']}}}"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), output / "responses.parquet")
+    (task,) = regrade(output)["tasks"].values()
+    assert task["avg_at_k"]["mean"] == 1.0
+    assert task["left_out"] == ["sums/5"]
+    with pytest.raises(InputError, match="no finished evaluation"):
+        regrade(tmp_path)
+
+
+def test_reasoning_gym_runs_and_regrades(tmp_path, tiny_folder):
+    from bupo.evaluate.run import regrade
+
+    model_says = run(
+        tmp_path / "out", tiny_folder, "reasoning_gym/chain_sum", limit=2, n=2, template="raw", max_new_tokens=3
+    )
+    assert regrade(tmp_path / "out") == model_says
+
+
+def test_responses_are_read_back_by_the_analysis_reader(tmp_path, tiny_folder, questions):
+    from bupo.data.rollouts import read_responses
+
+    run(tmp_path / "out", tiny_folder, questions)
+    rollouts = read_responses(tmp_path / "out" / "responses.parquet")
+    assert len(rollouts) == 24
+    assert rollouts[5].problem_id == "sums/1"
+    assert rollouts[5].sample == 1
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, tiny_folder, questions):
+    with pytest.raises(InputError, match=r"longest prompt has 4 tokens.*context of 512"):
+        run(tmp_path / "out", tiny_folder, questions, max_new_tokens=509)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_need_equal_samples_and_survive_no_usable_problem():
+    from bupo.evaluate.results import task_results
+
+    row = {"problem_id": "a", "reward": 0.0, "status": "wrong", "length": 3, "finished": True}
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        task_results([row, row, {**row, "problem_id": "b"}], k=1)
+    empty = task_results([{**row, "status": "bad_gold"}], k=1)
+    assert empty["n_problems"] == 0
+    assert empty["left_out"] == ["a"]
+
+
+def test_every_task_of_the_paper_loads_from_a_folder(shared_data):
+    from bupo.evaluate.tasks import TASKS, task_problems
+
+    sizes = {"math500": 500, "amc23": 40, "aime24": 30, "aime25": 30}
+    for name, size in sizes.items():
+        problems = task_problems(TASKS[name], data_dir=shared_data)
+        assert len(problems) == size
+        assert problems[0].id == f"{name}/0"
+    assert {name: TASKS[name].k for name in sizes} == {"math500": 16, "amc23": 16, "aime24": 32, "aime25": 32}
+    with pytest.raises(InputError, match=r"task minerva: .*not in .* either.*minerva.parquet"):
+        task_problems(TASKS["minerva"], data_dir=shared_data)

@@ -27,7 +27,7 @@ _TEST_SEED_OFFSET = 1_000_003  # generated test problems never share a seed with
 _PROMPT_COLUMNS = ("prompt", "messages")  # used as they are
 _QUESTION_COLUMNS = ("problem", "question")  # become a chat that asks for a boxed answer
 _ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "solution")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_problems(spec: str, *, split: str | None = None, limit: int | None = No
     if spec.startswith("reasoning_gym/"):
         return _reasoning_gym(spec, split or "test", limit or GENERATED_SIZE, seed)
     path = Path(spec).expanduser()
-    if path.suffix.lower() in _SUFFIXES or path.exists():
+    if path.suffix.lower() in SUFFIXES or path.exists():
         return load_file(path, limit=limit)
     return _hub(spec, split, limit)
 
@@ -83,7 +83,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise InputError(f"no such file: {path}")
     if not path.is_file():
-        raise InputError(f"{path} is a folder; name a {', '.join(_SUFFIXES)} file")
+        raise InputError(f"{path} is a folder; name a {', '.join(SUFFIXES)} file")
     suffix = path.suffix.lower()
     rows: list[dict[str, Any]]
     try:
@@ -96,7 +96,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         elif suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
         else:
-            raise InputError(f"{path}: files must end in {', '.join(_SUFFIXES)}")
+            raise InputError(f"{path}: files must end in {', '.join(SUFFIXES)}")
     except (ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
@@ -255,7 +255,7 @@ def _hub(spec: str, split: str | None, limit: int | None) -> list[Problem]:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(
             f"unknown dataset {spec!r}: give a built-in name (arithmetic, arithmetic-hard), reasoning_gym/NAME, "
-            f"a {', '.join(_SUFFIXES)} file, or a hub dataset org/name"
+            f"a {', '.join(SUFFIXES)} file, or a hub dataset org/name"
         )
     import datasets
 
