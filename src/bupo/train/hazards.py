@@ -1,0 +1,64 @@
+"""Settings that would silently compute something else in an internal phase: each is refused with one clear line.
+
+Read from TRL 1.16's ``GRPOTrainer``; nothing here imports it. In an internal phase the log-probabilities and entropies
+that the loss sees are those of the internal policy, so every term built from them must be meant for it. The ratio is
+(token or sequence level, any clipped surrogate); what follows is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# loss types whose only use of log-probabilities is the ratio (cispo: also the score function of the same policy)
+RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+
+
+def hazards(args: Any, *, ddp: bool) -> list[str]:
+    """Problems of a `BuPOConfig` whose schedule has an internal phase; one line each.
+
+    Args:
+        ddp: several processes under DistributedDataParallel (not FSDP, not DeepSpeed).
+    """
+    found = []
+    if args.beta != 0.0:
+        found.append(
+            f"beta {args.beta} adds a KL penalty between the internal policy and the full reference model, which is no KL "
+            "of either; set beta to 0 or internal_steps to 0"
+        )
+    if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
+        found.append(
+            "entropy_coef / use_adaptive_entropy would act on the internal policy's entropy and carry that over the "
+            "switch; set entropy_coef to 0 and use_adaptive_entropy to false, or internal_steps to 0"
+        )
+    if args.top_entropy_quantile < 1.0:
+        found.append(
+            f"top_entropy_quantile {args.top_entropy_quantile} would choose tokens by the internal policy's entropy; set "
+            "it to 1.0 or internal_steps to 0"
+        )
+    if args.loss_type not in RATIO_LOSSES:
+        found.append(
+            f"loss_type {args.loss_type!r} mixes the ratio with other weights; with an internal phase use one of "
+            f"{', '.join(RATIO_LOSSES)}"
+        )
+    if args.off_policy_mask_threshold is not None:
+        found.append(
+            "off_policy_mask_threshold would drop samples by the internal policy's drift (and compare it with the "
+            "sampler's log-probabilities under vLLM); leave it unset or set internal_steps to 0"
+        )
+    if args.use_liger_kernel:
+        found.append("use_liger_kernel replaces layer forwards that early exit relies on; leave it off")
+    if args.torch_compile:
+        found.append("torch_compile would keep the graph of one phase for the other; leave it off")
+    if args.ddp_find_unused_parameters is False:
+        found.append(
+            "ddp_find_unused_parameters false leaves gradients unsynchronised in the internal phase, where upper layers "
+            "are unused; set it to true"
+        )
+    if args.ddp_static_graph:
+        found.append("ddp_static_graph cannot hold: the graph changes when the internal phase ends; leave it unset")
+    if ddp and args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        found.append(
+            "reentrant gradient checkpointing does not work with DDP and unused parameters (the internal phase has "
+            "them); set use_reentrant to false in gradient_checkpointing_kwargs"
+        )
+    return found

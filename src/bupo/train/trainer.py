@@ -1,0 +1,402 @@
+"""BuPO on TRL: the only file that touches TRL's trainer.
+
+Bottom-up Policy Optimization (arXiv 2512.19673): for the first ``internal_steps`` rollout batches the clipped surrogate's
+ratio is that of the internal policy ``softmax(H^l E_u^T)`` (IPA, Eq. 9), afterwards that of the full policy (GRPO, Eq. 3).
+Samples, rewards and advantages always come from the full policy. TRL scores through one function
+(`_get_per_token_logps_and_entropies`); running that inside `internal_policy` is all that an internal phase changes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from bupo.errors import BupoError, ConfigError
+from bupo.model.early_exit import check_site, internal_policy, n_layers
+from bupo.train.auto_layer import choose_layer
+from bupo.train.callbacks import SaveBetweenRollouts
+from bupo.train.checkpoints import check_resumable, read_state, write_state
+from bupo.train.hazards import hazards
+from bupo.train.schedule import Schedule, Stage, alignment_problems, two_phase
+
+_FULL = Stage()
+_RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss that belong to the policy in the ratio
+
+
+class TrainingStopped(BupoError):
+    """Training cannot go on; the message names the step and what to try."""
+
+
+@dataclass
+class BuPOConfig(GRPOConfig):
+    """`GRPOConfig` with the internal phase; defaults follow the paper's set-up.
+
+    Other defaults than TRL's: ``updates_per_rollout`` 4 (so that old log-probabilities and clipping matter), constant
+    learning rate, one log line a rollout batch. As in TRL: ``loss_type="dapo"``, the paper's token mean (a sum over the
+    tokens of an update divided by the rollout batch's mean number of tokens an update, so that the split into
+    micro-batches does not change the result), clip 0.2, no KL, no entropy bonus, temperature 1, group-scaled rewards,
+    learning rate 1e-6, gradient clip 1.
+
+    With a Mixture-of-Experts model the load-balancing loss of an internal phase covers the layers up to l.
+    """
+
+    internal_layer: int | str | None = field(
+        default=None, metadata={"help": "Layer l of the internal policy, 1 to L, or 'auto': the boundary layer."}
+    )
+    internal_steps: int = field(
+        default=0, metadata={"help": "s_inter: rollout batches trained on the internal policy; 0 is plain GRPO."}
+    )
+    internal_norm: bool = field(
+        default=False, metadata={"help": "Read the internal policy through the final norm (the paper's ablation)."}
+    )
+    updates_per_rollout: int | None = field(
+        default=None,
+        metadata={"help": "Updates a rollout batch (4 unless steps_per_generation or generation_batch_size is given)."},
+    )
+    probe_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses a process on which the full policy's entropy is measured once a rollout batch of the "
+            "internal phase (default: an eighth of them, at least one micro-batch)."
+        },
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    logging_steps: float = field(default=0, metadata={"help": "Updates between two log lines; 0: a rollout batch."})
+
+    def __post_init__(self) -> None:
+        problems = []
+        own_size = self.steps_per_generation is not None or self.generation_batch_size is not None
+        if own_size and self.updates_per_rollout is not None:
+            problems.append("give either updates_per_rollout or steps_per_generation / generation_batch_size, not both")
+        elif not own_size:
+            updates = 4 if self.updates_per_rollout is None else self.updates_per_rollout
+            if updates < 1:
+                problems.append(f"updates_per_rollout must be at least 1, not {updates}")
+            self.steps_per_generation = max(updates, 1) * self.gradient_accumulation_steps
+        once_a_rollout = self.logging_steps == 0
+        if once_a_rollout:
+            self.logging_steps = 1
+        if self.internal_steps and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # upper layers are unused in the internal phase
+        super().__post_init__()
+        if once_a_rollout:
+            self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
+        problems += self._problems()
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def generate_every(self) -> int:
+        """Micro-batches that one rollout batch feeds."""
+        assert self.steps_per_generation is not None
+        return self.steps_per_generation * self.num_iterations
+
+    def schedule(self) -> Schedule:
+        """The stages these settings ask for."""
+        return two_phase(self.internal_layer, self.internal_steps)
+
+    def _problems(self) -> list[str]:
+        found = []
+        layer = self.internal_layer
+        if isinstance(self.internal_steps, bool) or not isinstance(self.internal_steps, int) or self.internal_steps < 0:
+            found.append(f"internal_steps counts rollout batches: a whole number from 0, not {self.internal_steps!r}")
+        elif self.internal_steps and layer is None:
+            found.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
+        if isinstance(layer, bool) or not (layer is None or layer == "auto" or (isinstance(layer, int) and layer >= 1)):
+            found.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
+        if self.probe_samples is not None and self.probe_samples < 1:
+            found.append(f"probe_samples must be at least 1, not {self.probe_samples}")
+        if self.save_total_limit == 1:
+            found.append("save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2")
+        if found or not self.internal_steps:
+            return found
+        ddp = self.world_size > 1 and self.deepspeed is None and not self.fsdp
+        found += hazards(self, ddp=ddp)
+        return found + alignment_problems(self.schedule(), self.generate_every, self.gradient_accumulation_steps)
+
+
+class BuPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` whose ratio follows a schedule of internal policies.
+
+    Takes what `GRPOTrainer` takes, with a `BuPOConfig`. Metrics: ``phase`` (1 internal, 2 full), ``rollout`` (from 1),
+    ``internal/entropy`` and ``internal/clip_ratio/*`` of the internal policy; ``entropy``, ``reward`` and
+    ``completions/*`` are always the full policy's. In an internal phase ``entropy`` is measured once a rollout batch,
+    before its updates, on ``probe_samples`` responses.
+
+    Raises:
+        ConfigError: settings that do not fit together, a layer the model does not have, or too few prompts.
+        TrainingStopped: a loss or gradient is not finite; ``internal_layer: auto`` finds no boundary layer.
+    """
+
+    _tag_names = ["trl", "bupo"]  # noqa: RUF012  (as TRL declares it)
+    _name = "BuPO"
+    _paper = {  # noqa: RUF012
+        "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
+        "id": "2512.19673",
+    }
+
+    args: BuPOConfig
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, **kwargs: Any):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = BuPOConfig(f"{name.split('/')[-1] or 'model'}-BuPO")
+        if not isinstance(args, BuPOConfig):
+            raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
+        self._reading: Stage | None = None  # the internal policy that scoring reads, None: the full policy
+        self.schedule = args.schedule()
+        super().__init__(model, reward_funcs, args, **kwargs)
+        self._check_model_and_data()
+        self.add_callback(SaveBetweenRollouts(self))
+
+    def _check_model_and_data(self) -> None:
+        problems = []
+        if self.schedule.layers and self._is_vlm:
+            problems.append("internal phases are for text models; this one takes images")
+        for layer in self.schedule.layers:
+            if layer != "auto":
+                try:
+                    check_site(n_layers(self.model), layer)
+                except ValueError as error:
+                    problems.append(f"internal_layer: {error}")
+        if self.micro_batches_per_epoch is not None:
+            prompts = self.args.generation_batch_size // self.num_generations
+            if self.micro_batches_per_epoch == 0:
+                problems.append(
+                    f"the dataset has {len(self.train_dataset)} prompts, fewer than the {prompts} of one rollout batch"
+                )
+            else:
+                problems += alignment_problems(
+                    self.schedule,
+                    self.args.generate_every,
+                    self.args.gradient_accumulation_steps,
+                    self.micro_batches_per_epoch,
+                )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def micro_batches_per_epoch(self) -> int | None:
+        """Micro-batches in one pass over the data (whole rollout batches only), or None for a stream."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return None
+        prompts = self.args.generation_batch_size // self.num_generations
+        return len(self.train_dataset) // prompts * self.args.generate_every
+
+    @property
+    def between_rollouts(self) -> bool:
+        """Whether every sample made so far has been consumed: the place to save."""
+        return self._step % self.args.generate_every == 0
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _read(self, stage: Stage | None) -> Iterator[None]:
+        """Within this context log-probabilities and entropies are those of the stage's internal policy."""
+        self._reading = stage
+        try:
+            yield
+        finally:
+            self._reading = None
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._reading is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        inner = self.accelerator.unwrap_model(model)
+        with internal_policy(inner, self._reading.layer, norm=self.args.internal_norm):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _score(self, batch: dict[str, Any], *, compute_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (B, T) and entropies (B, T) of a batch's responses, without gradient."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                ids,
+                mask,
+                batch["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                compute_entropy=compute_entropy,
+            )
+        return logps, entropies
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if not self.model.training:  # evaluation is always the full policy's
+            return super()._generate_and_score_completions(inputs)
+        rollout = self._step // self.args.generate_every
+        index = self.schedule.index(rollout)
+        stage = self.schedule.stages[index]
+        # TRL's own old log-probabilities are the internal policy's where nothing else needs the full ones
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        internal_only = stage.layer not in (None, "auto") and stage.weight == 1.0 and not corrected
+        with self._read(stage if internal_only else None):
+            batch = super()._generate_and_score_completions(inputs)
+        if stage.layer == "auto":
+            stage = self._resolve_auto_layer(batch)
+        if stage.layer is not None:
+            self._add_internal_scores(batch, stage, scored=internal_only)
+        batch["stage"] = torch.tensor(index)  # 0-d, so that shuffling and splitting keep it
+        metrics = self._metrics["train"]
+        metrics["rollout"], metrics["phase"] = [float(rollout + 1)], [float(stage.number)]
+        return batch
+
+    def _add_internal_scores(self, batch: dict[str, Any], stage: Stage, *, scored: bool) -> None:
+        if not scored and "old_per_token_logps" in batch:
+            key = "old_per_token_logps" if stage.weight == 1.0 else "internal_old_per_token_logps"
+            with self._read(stage):
+                batch[key], _ = self._score(batch)
+        if stage.weight == 1.0:
+            self._metrics["train"]["entropy"].append(self._full_entropy(batch))
+
+    def _full_entropy(self, batch: dict[str, Any]) -> float:
+        """Entropy (nats a token) of the full policy on some responses of the batch, spread evenly over its prompts."""
+        size, micro = len(batch["prompt_ids"]), self.args.per_device_train_batch_size
+        wanted = self.args.probe_samples or max(micro, size // 8)
+        rows = torch.linspace(0, size - 1, min(size, wanted)).round().long().to(batch["prompt_ids"].device)
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+        probe = {key: batch[key][rows] for key in keys if key in batch}
+        _, entropies = self._score(probe, compute_entropy=True)
+        assert entropies is not None
+        mask = probe["completion_mask"] * probe.get("tool_mask", 1)
+        sums = torch.stack([(entropies * mask).sum(), mask.sum().to(entropies.dtype)])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total / max(count, 1.0)
+
+    def _resolve_auto_layer(self, batch: dict[str, Any]) -> Stage:
+        """Replace ``auto`` by the boundary layer found on this rollout batch; the first process decides."""
+        found: list[Any] = [choose_layer(self.model, batch)]
+        broadcast_object_list(found, from_process=0)
+        choice = found[0]
+        if choice.layer is None:
+            raise TrainingStopped(choice.message)
+        self.auto_layer = choice
+        self._set_layer(choice.layer)
+        return self.schedule.at(0)
+
+    def _set_layer(self, layer: int) -> None:
+        stages = (replace(stage, layer=layer) if stage.layer == "auto" else stage for stage in self.schedule.stages)
+        self.schedule = Schedule(tuple(stages))
+
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        stage = self.schedule.stages[int(inputs["stage"])] if "stage" in inputs else _FULL
+        loss: Tensor | float = 0.0
+        if stage.layer is not None:
+            old = inputs.get("internal_old_per_token_logps", inputs.get("old_per_token_logps"))
+            with self._internal_metrics(), self._read(stage):
+                loss = stage.weight * super()._compute_loss(model, {**inputs, "old_per_token_logps": old})
+        if stage.layer is None:
+            loss = super()._compute_loss(model, inputs)
+        elif stage.weight < 1.0:
+            loss = loss + (1.0 - stage.weight) * super()._compute_loss(model, inputs)
+        assert isinstance(loss, Tensor)
+        if not torch.isfinite(loss):
+            raise TrainingStopped(self._not_finite("loss"))
+        return loss
+
+    @contextmanager
+    def _internal_metrics(self) -> Iterator[None]:
+        """Metrics of the loss computed within this context go by the internal policy's names."""
+        kept = self._metrics["train"]
+        self._metrics["train"] = new = defaultdict(list)
+        try:
+            yield
+        finally:
+            self._metrics["train"] = kept
+        for name, values in new.items():
+            kept[f"internal/{name}" if name.split("/")[0] in _RENAMED else name].extend(values)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not self.args.fp16 and not bool(torch.as_tensor(norm).isfinite()):
+            raise TrainingStopped(self._not_finite("gradient"))  # before the weights are touched
+        return norm
+
+    def _not_finite(self, what: str) -> str:
+        rollout = self._step // self.args.generate_every
+        stage = self.schedule.at(rollout)
+        where = f"{stage.phase} phase" + (f", layer {stage.layer}" if stage.layer else "")
+        return (
+            f"non-finite {what} in update {self.state.global_step + 1} (rollout batch {rollout + 1}, {where}); nothing was "
+            "updated with it. Lower learning_rate, shorten internal_steps, or resume from the last checkpoint with either"
+        )
+
+    # -- data order and checkpoints ------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return _PassSampler(super()._get_train_sampler(dataset), self)
+
+    def _resume_settings(self) -> dict[str, Any]:
+        """What must be the same before and after a resume."""
+        return {
+            "stages": [[s.rollouts, s.layer, s.weight] for s in self.schedule.stages],
+            "internal_norm": self.args.internal_norm,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "generation_batch_size": self.args.generation_batch_size,
+            "num_generations": self.num_generations,
+            "processes": self.accelerator.num_processes,
+            "seed": self.args.seed,
+            "dataset_size": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = {
+                "micro_batch": self._step,
+                "rollout": self._step // self.args.generate_every,
+                "between_rollouts": self.between_rollouts,
+            }
+            write_state(folder, {**state, **self._resume_settings()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = read_state(os.fspath(checkpoint))
+        if "auto" in self.schedule.layers:  # decided on the first rollout batch, which is past
+            layers = [layer for _, layer, _ in state.get("stages", []) if isinstance(layer, int)]
+            if layers:
+                self._set_layer(layers[0])
+        check_resumable(checkpoint, state, self._resume_settings())
+        self._step = int(state["micro_batch"])
+
+
+class _PassSampler(Sampler):
+    """TRL's sampler, in the order of the pass over the data that the trainer is in.
+
+    TRL's generator moves on with every pass, and a resumed run starts with a new one: without this it would see the
+    prompts of pass 1 again.
+    """
+
+    def __init__(self, sampler: Any, trainer: BuPOTrainer):
+        self._sampler, self._trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        sampler, trainer = self._sampler, self._trainer
+        if sampler.shuffle and sampler.seed is not None and trainer.micro_batches_per_epoch:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(trainer._step // trainer.micro_batches_per_epoch):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return iter(sampler)
