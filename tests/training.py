@@ -11,7 +11,7 @@ from tiny import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 
 from bupo.train.trainer import BuPOConfig, BuPOTrainer
 
@@ -24,7 +24,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="w3", padding_side="left"
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="w3",
+        padding_side="left",
     )
 
 
@@ -68,13 +73,15 @@ def make_trainer(folder: Any, kind: type = BuPOTrainer, args: Any = None, model:
     """A trainer on a tiny random model (4 layers), ready to train."""
     more = {k: changes.pop(k) for k in ("rollout_func", "peft_config", "callbacks", "train_dataset") if k in changes}
     more.setdefault("train_dataset", prompts())
-    return kind(
+    trainer = kind(
         model=model if model is not None else tiny_model("qwen3", spread=3.0),
         reward_funcs=even_share,
         args=args if args is not None else config(folder, **changes),
         processing_class=tiny_tokenizer(),
         **more,
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

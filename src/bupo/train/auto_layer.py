@@ -47,7 +47,7 @@ def _alternatives(analysis: dict[str, Any]) -> str:
     layers = analysis["layers"]
     change = analysis["entropy_change"]["ffn"]
     positive = [str(i) for i, value in enumerate(change, start=1) if value > 0]
-    seen = f"layers with a positive FFN entropy change: {', '.join(positive)}" if positive else "no layer has a positive one"
+    seen = f"layers with a positive FFN entropy change: {', '.join(positive) or 'none'}"
     return (
         f"Set internal_layer to a number from 1 to {layers} ({seen}; the paper's choices lie at 1/6 of the depth in "
         "Qwen3 and just below the last layers in Llama), or internal_steps to 0 for plain GRPO"

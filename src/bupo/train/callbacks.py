@@ -88,13 +88,15 @@ class StopOnSignal(TrainerCallback):
 class LogWriter(TrainerCallback):
     """Appends one JSON object a log call to ``log.jsonl`` and shows one line a rollout batch.
 
-    A row has ``step`` (updates so far), ``rollout`` (from 1), ``phase`` (``internal`` or ``full``), ``layer``, ``reward``,
-    ``entropy`` (full policy, nats a token), ``internal_entropy``, ``mean_length`` (tokens), ``loss``, ``seconds`` (since
-    this process began to train), and every other metric under the trainer's own name. Evaluations are rows with
-    ``eval_*`` names. A resumed run drops the rows after its checkpoint.
+    A row has ``step`` (updates so far), ``rollout`` (from 1), ``phase`` (``internal``, ``joint`` or ``full``),
+    ``layer``, ``reward``, ``entropy`` (full policy, nats a token), ``internal_entropy``, ``mean_length`` (tokens),
+    ``loss``, ``seconds`` (since this process began to train), and every other metric under the trainer's own name.
+    Evaluations are rows with ``eval_*`` names. A resumed run drops the rows after its checkpoint.
     """
 
-    def __init__(self, path: Path, trainer: Any, show: Callable[[str], None] | None = None, rollouts: int | None = None):
+    def __init__(
+        self, path: Path, trainer: Any, show: Callable[[str], None] | None = None, rollouts: int | None = None
+    ):
         self.path, self._trainer, self._show, self._rollouts = path, trainer, show, rollouts
         self._started = time.monotonic()
         self.last: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """What a checkpoint must hold beside the library's files, so that a resumed run equals the uninterrupted one.
 
-``bupo_state.json`` is written last and atomically: a checkpoint without it is incomplete and never picked up. It holds
-the micro-batch counter, the schedule with its resolved layer, and the batch arithmetic, which must not change in between.
+``bupo_state.json`` is written last and atomically: a checkpoint without it is incomplete and never picked up. It
+holds the micro-batch counter, the schedule with its resolved layer, and the batch arithmetic, which must not change.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ def check_resumable(checkpoint: str | Path, saved: dict[str, Any], current: dict
     """
     if not saved.get("between_rollouts", False):
         raise InputError(
-            f"checkpoint {checkpoint} was saved in the middle of a rollout batch, whose samples are gone; resume from an "
-            "earlier checkpoint"
+            f"checkpoint {checkpoint} was saved in the middle of a rollout batch, whose samples are gone; resume from "
+            "an earlier checkpoint"
         )
     differing = [
-        f"{key} was {saved.get(key)!r} and is now {value!r}" for key, value in current.items() if saved.get(key) != value
+        f"{key} was {saved.get(key)!r} and is now {value!r}"
+        for key, value in current.items()
+        if saved.get(key) != value
     ]
     if differing:
         raise ConfigError([f"checkpoint {checkpoint} belongs to other settings: {line}" for line in differing])

@@ -22,8 +22,8 @@ def hazards(args: Any, *, ddp: bool) -> list[str]:
     found = []
     if args.beta != 0.0:
         found.append(
-            f"beta {args.beta} adds a KL penalty between the internal policy and the full reference model, which is no KL "
-            "of either; set beta to 0 or internal_steps to 0"
+            f"beta {args.beta} adds a penalty between the internal policy and the full reference model, which is the "
+            "KL of neither; set beta to 0 or internal_steps to 0"
         )
     if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
         found.append(
@@ -32,8 +32,8 @@ def hazards(args: Any, *, ddp: bool) -> list[str]:
         )
     if args.top_entropy_quantile < 1.0:
         found.append(
-            f"top_entropy_quantile {args.top_entropy_quantile} would choose tokens by the internal policy's entropy; set "
-            "it to 1.0 or internal_steps to 0"
+            f"top_entropy_quantile {args.top_entropy_quantile} would choose tokens by the internal policy's entropy; "
+            "set it to 1.0 or internal_steps to 0"
         )
     if args.loss_type not in RATIO_LOSSES:
         found.append(
@@ -51,8 +51,8 @@ def hazards(args: Any, *, ddp: bool) -> list[str]:
         found.append("torch_compile would keep the graph of one phase for the other; leave it off")
     if args.ddp_find_unused_parameters is False:
         found.append(
-            "ddp_find_unused_parameters false leaves gradients unsynchronised in the internal phase, where upper layers "
-            "are unused; set it to true"
+            "ddp_find_unused_parameters false leaves gradients unsynchronised in the internal phase, where upper "
+            "layers are unused; set it to true"
         )
     if args.ddp_static_graph:
         found.append("ddp_static_graph cannot hold: the graph changes when the internal phase ends; leave it unset")

@@ -1,8 +1,8 @@
 """Which policy the ratio of a rollout batch belongs to: a pure function of the rollout's number.
 
-A *rollout batch* is one round of sampling; it is scored once and then consumed by several updates. Rollouts count from 0
-here and from 1 wherever a user reads them. A schedule is a row of stages; BuPO (Eq. 10 of arXiv 2512.19673) is two of
-them: the internal policy of one layer for ``s_inter`` rollout batches, then the full policy.
+A *rollout batch* is one round of sampling; it is scored once and then consumed by several updates. Rollouts count
+from 0 here and from 1 wherever a user reads them. A schedule is a row of stages; BuPO (Eq. 10 of arXiv 2512.19673) is
+two of them: the internal policy of one layer for ``s_inter`` rollout batches, then the full policy.
 
 The trainer counts micro-batches. ``generate_every`` is how many of them one rollout batch feeds
 (``steps_per_generation * num_iterations``), ``accumulation`` how many make one update.
@@ -11,8 +11,9 @@ The trainer counts micro-batches. ``generate_every`` is how many of them one rol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from bupo.errors import ConfigError
 
@@ -23,12 +24,12 @@ class Stage:
 
     Attributes:
         rollouts: how many rollout batches; None means until the end (the last stage only).
-        layer: l of the internal policy whose ratio is used; None is the full policy.
+        layer: l of the internal policy whose ratio is used; None is the full policy; ``"auto"`` is to be found.
         weight: share of the internal policy's surrogate; below 1 the rest is the full policy's (joint objective).
     """
 
     rollouts: int | None = None
-    layer: int | None = None
+    layer: int | Literal["auto"] | None = None
     weight: float = 1.0
 
     @property
@@ -56,10 +57,10 @@ class Schedule:
             problems.append("the last stage of a schedule must have no end")
         for number, stage in enumerate(self.stages[:-1], start=1):
             if stage.rollouts is None or stage.rollouts < 1:
-                problems.append(f"stage {number} of the schedule needs at least one rollout batch, not {stage.rollouts}")
+                problems.append(f"stage {number} needs at least one rollout batch, not {stage.rollouts}")
         for number, stage in enumerate(self.stages, start=1):
             if not 0.0 < stage.weight <= 1.0:
-                problems.append(f"stage {number}: the weight of the internal policy must be in (0, 1], not {stage.weight}")
+                problems.append(f"stage {number}: the internal weight must be in (0, 1], not {stage.weight}")
         if problems:
             raise ConfigError(problems)
 
@@ -89,19 +90,19 @@ class Schedule:
         return tuple(found)
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[int | Literal["auto"], ...]:
         """Layers whose internal policies are trained, in order."""
         return tuple(stage.layer for stage in self.stages if stage.layer is not None)
 
 
-def two_phase(layer: int | None, rollouts: int) -> Schedule:
+def two_phase(layer: int | Literal["auto"] | None, rollouts: int) -> Schedule:
     """BuPO: layer ``layer`` for ``rollouts`` rollout batches, then the full policy; plain GRPO where that is 0."""
     if rollouts == 0 or layer is None:
         return Schedule((Stage(),))
     return ladder([(layer, rollouts)])
 
 
-def ladder(rungs: Iterable[Sequence[int]], weight: float = 1.0) -> Schedule:
+def ladder(rungs: Iterable[tuple[int | Literal["auto"], int]], weight: float = 1.0) -> Schedule:
     """Internal policies of several layers one after the other, then the full policy.
 
     Args:
@@ -130,8 +131,8 @@ def alignment_problems(
         step = accumulation // math.gcd(accumulation, generate_every)
         within = f" (micro-batch {offset} of a pass over the data, which has {epoch})" if epoch and offset != at else ""
         problems.append(
-            f"after {switch} rollout batches x {generate_every} micro-batches = {at}{within} the phase would switch inside "
-            f"an update of {accumulation} accumulated micro-batches; make internal_steps a multiple of {step}, or "
-            f"steps_per_generation a multiple of gradient_accumulation_steps"
+            f"after {switch} rollout batches x {generate_every} micro-batches = {at}{within} the phase would switch "
+            f"inside an update of {accumulation} accumulated micro-batches; make internal_steps a multiple of {step}, "
+            "or steps_per_generation a multiple of gradient_accumulation_steps"
         )
     return problems

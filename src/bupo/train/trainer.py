@@ -1,9 +1,9 @@
 """BuPO on TRL: the only file that touches TRL's trainer.
 
-Bottom-up Policy Optimization (arXiv 2512.19673): for the first ``internal_steps`` rollout batches the clipped surrogate's
-ratio is that of the internal policy ``softmax(H^l E_u^T)`` (IPA, Eq. 9), afterwards that of the full policy (GRPO, Eq. 3).
-Samples, rewards and advantages always come from the full policy. TRL scores through one function
-(`_get_per_token_logps_and_entropies`); running that inside `internal_policy` is all that an internal phase changes.
+Bottom-up Policy Optimization (arXiv 2512.19673): for the first ``internal_steps`` rollout batches the ratio of the
+clipped surrogate is that of the internal policy ``softmax(H^l E_u^T)`` (IPA, Eq. 9), afterwards that of the full policy
+(GRPO, Eq. 3). Samples, rewards and advantages always come from the full policy. TRL scores through one function,
+`_get_per_token_logps_and_entropies`; running that inside `internal_policy` is all that an internal phase changes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,8 +29,9 @@ from bupo.model.early_exit import check_site, internal_policy, n_layers
 from bupo.train.auto_layer import choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
 from bupo.train.checkpoints import check_resumable, read_state, write_state
-from bupo.train.hazards import hazards
-from bupo.train.schedule import Schedule, Stage, alignment_problems, two_phase
+from bupo.train.data_order import PassSampler
+from bupo.train.schedule import Schedule, Stage, alignment_problems
+from bupo.train.settings import BuPOSettings
 
 _FULL = Stage()
 _RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss that belong to the policy in the ratio
@@ -41,7 +42,7 @@ class TrainingStopped(BupoError):
 
 
 @dataclass
-class BuPOConfig(GRPOConfig):
+class BuPOConfig(BuPOSettings, GRPOConfig):
     """`GRPOConfig` with the internal phase; defaults follow the paper's set-up.
 
     Other defaults than TRL's: ``updates_per_rollout`` 4 (so that old log-probabilities and clipping matter), constant
@@ -52,80 +53,6 @@ class BuPOConfig(GRPOConfig):
 
     With a Mixture-of-Experts model the load-balancing loss of an internal phase covers the layers up to l.
     """
-
-    internal_layer: int | str | None = field(
-        default=None, metadata={"help": "Layer l of the internal policy, 1 to L, or 'auto': the boundary layer."}
-    )
-    internal_steps: int = field(
-        default=0, metadata={"help": "s_inter: rollout batches trained on the internal policy; 0 is plain GRPO."}
-    )
-    internal_norm: bool = field(
-        default=False, metadata={"help": "Read the internal policy through the final norm (the paper's ablation)."}
-    )
-    updates_per_rollout: int | None = field(
-        default=None,
-        metadata={"help": "Updates a rollout batch (4 unless steps_per_generation or generation_batch_size is given)."},
-    )
-    probe_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Responses a process on which the full policy's entropy is measured once a rollout batch of the "
-            "internal phase (default: an eighth of them, at least one micro-batch)."
-        },
-    )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    logging_steps: float = field(default=0, metadata={"help": "Updates between two log lines; 0: a rollout batch."})
-
-    def __post_init__(self) -> None:
-        problems = []
-        own_size = self.steps_per_generation is not None or self.generation_batch_size is not None
-        if own_size and self.updates_per_rollout is not None:
-            problems.append("give either updates_per_rollout or steps_per_generation / generation_batch_size, not both")
-        elif not own_size:
-            updates = 4 if self.updates_per_rollout is None else self.updates_per_rollout
-            if updates < 1:
-                problems.append(f"updates_per_rollout must be at least 1, not {updates}")
-            self.steps_per_generation = max(updates, 1) * self.gradient_accumulation_steps
-        once_a_rollout = self.logging_steps == 0
-        if once_a_rollout:
-            self.logging_steps = 1
-        if self.internal_steps and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # upper layers are unused in the internal phase
-        super().__post_init__()
-        if once_a_rollout:
-            self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
-        problems += self._problems()
-        if problems:
-            raise ConfigError(problems)
-
-    @property
-    def generate_every(self) -> int:
-        """Micro-batches that one rollout batch feeds."""
-        assert self.steps_per_generation is not None
-        return self.steps_per_generation * self.num_iterations
-
-    def schedule(self) -> Schedule:
-        """The stages these settings ask for."""
-        return two_phase(self.internal_layer, self.internal_steps)
-
-    def _problems(self) -> list[str]:
-        found = []
-        layer = self.internal_layer
-        if isinstance(self.internal_steps, bool) or not isinstance(self.internal_steps, int) or self.internal_steps < 0:
-            found.append(f"internal_steps counts rollout batches: a whole number from 0, not {self.internal_steps!r}")
-        elif self.internal_steps and layer is None:
-            found.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
-        if isinstance(layer, bool) or not (layer is None or layer == "auto" or (isinstance(layer, int) and layer >= 1)):
-            found.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
-        if self.probe_samples is not None and self.probe_samples < 1:
-            found.append(f"probe_samples must be at least 1, not {self.probe_samples}")
-        if self.save_total_limit == 1:
-            found.append("save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2")
-        if found or not self.internal_steps:
-            return found
-        ddp = self.world_size > 1 and self.deepspeed is None and not self.fsdp
-        found += hazards(self, ddp=ddp)
-        return found + alignment_problems(self.schedule(), self.generate_every, self.gradient_accumulation_steps)
 
 
 class BuPOTrainer(GRPOTrainer):
@@ -149,6 +76,8 @@ class BuPOTrainer(GRPOTrainer):
     }
 
     args: BuPOConfig
+    model: Any  # set by the parent, which types it as perhaps absent
+    train_dataset: Any
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, **kwargs: Any):
         if args is None:
@@ -173,10 +102,10 @@ class BuPOTrainer(GRPOTrainer):
                 except ValueError as error:
                     problems.append(f"internal_layer: {error}")
         if self.micro_batches_per_epoch is not None:
-            prompts = self.args.generation_batch_size // self.num_generations
             if self.micro_batches_per_epoch == 0:
                 problems.append(
-                    f"the dataset has {len(self.train_dataset)} prompts, fewer than the {prompts} of one rollout batch"
+                    f"the dataset has {len(self.train_dataset)} prompts, fewer than the {self.prompts_per_rollout} of "
+                    "one rollout batch"
                 )
             else:
                 problems += alignment_problems(
@@ -193,8 +122,16 @@ class BuPOTrainer(GRPOTrainer):
         """Micro-batches in one pass over the data (whole rollout batches only), or None for a stream."""
         if not hasattr(self.train_dataset, "__len__"):
             return None
-        prompts = self.args.generation_batch_size // self.num_generations
-        return len(self.train_dataset) // prompts * self.args.generate_every
+        return len(self.train_dataset) // self.prompts_per_rollout * self.args.generate_every
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Different prompts in one rollout batch, over all processes."""
+        return cast(int, self.args.generation_batch_size) // cast(int, self.num_generations)
+
+    def _pass(self) -> int:
+        """Which pass over the data the next micro-batch belongs to, from 0."""
+        return self._step // self.micro_batches_per_epoch if self.micro_batches_per_epoch else 0
 
     @property
     def between_rollouts(self) -> bool:
@@ -216,14 +153,14 @@ class BuPOTrainer(GRPOTrainer):
         if self._reading is None:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         inner = self.accelerator.unwrap_model(model)
-        with internal_policy(inner, self._reading.layer, norm=self.args.internal_norm):
+        with internal_policy(inner, cast(int, self._reading.layer), norm=self.args.internal_norm):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _score(self, batch: dict[str, Any], *, compute_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (B, T) and entropies (B, T) of a batch's responses, without gradient."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self._checkpointing):
             logps, entropies, _ = self._get_per_token_logps_and_entropies(
                 self.model,
                 ids,
@@ -233,6 +170,10 @@ class BuPOTrainer(GRPOTrainer):
                 compute_entropy=compute_entropy,
             )
         return logps, entropies
+
+    @property
+    def _checkpointing(self) -> dict[str, Any] | None:
+        return cast("dict[str, Any] | None", self.args.gradient_checkpointing_kwargs)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.model.training:  # evaluation is always the full policy's
@@ -313,7 +254,8 @@ class BuPOTrainer(GRPOTrainer):
     def _internal_metrics(self) -> Iterator[None]:
         """Metrics of the loss computed within this context go by the internal policy's names."""
         kept = self._metrics["train"]
-        self._metrics["train"] = new = defaultdict(list)
+        new: defaultdict[str, list[float]] = defaultdict(list)
+        self._metrics["train"] = new
         try:
             yield
         finally:
@@ -332,14 +274,14 @@ class BuPOTrainer(GRPOTrainer):
         stage = self.schedule.at(rollout)
         where = f"{stage.phase} phase" + (f", layer {stage.layer}" if stage.layer else "")
         return (
-            f"non-finite {what} in update {self.state.global_step + 1} (rollout batch {rollout + 1}, {where}); nothing was "
-            "updated with it. Lower learning_rate, shorten internal_steps, or resume from the last checkpoint with either"
+            f"non-finite {what} in update {self.state.global_step + 1} (rollout batch {rollout + 1}, {where}); the "
+            "weights were not updated with it. Lower learning_rate or internal_steps and start from the last checkpoint"
         )
 
     # -- data order and checkpoints ------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return _PassSampler(super()._get_train_sampler(dataset), self)
+        return PassSampler(super()._get_train_sampler(dataset), self._pass)
 
     def _resume_settings(self) -> dict[str, Any]:
         """What must be the same before and after a resume."""
@@ -378,25 +320,3 @@ class BuPOTrainer(GRPOTrainer):
                 self._set_layer(layers[0])
         check_resumable(checkpoint, state, self._resume_settings())
         self._step = int(state["micro_batch"])
-
-
-class _PassSampler(Sampler):
-    """TRL's sampler, in the order of the pass over the data that the trainer is in.
-
-    TRL's generator moves on with every pass, and a resumed run starts with a new one: without this it would see the
-    prompts of pass 1 again.
-    """
-
-    def __init__(self, sampler: Any, trainer: BuPOTrainer):
-        self._sampler, self._trainer = sampler, trainer
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        sampler, trainer = self._sampler, self._trainer
-        if sampler.shuffle and sampler.seed is not None and trainer.micro_batches_per_epoch:
-            sampler.generator.manual_seed(sampler.seed)
-            for _ in range(trainer._step // trainer.micro_batches_per_epoch):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
-        return iter(sampler)

@@ -1,0 +1,97 @@
+"""The settings of BuPO beside the trainer's own: fields, defaults and checks, without touching TRL.
+
+`trainer.BuPOConfig` joins them with TRL's ``GRPOConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from bupo.errors import ConfigError
+from bupo.train.hazards import hazards
+from bupo.train.schedule import Schedule, alignment_problems, two_phase
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig as _Parent
+else:
+    _Parent = object
+
+
+@dataclass
+class BuPOSettings(_Parent):
+    """Fields that `BuPOConfig` adds to TRL's, other defaults, and the checks of both together."""
+
+    internal_layer: int | str | None = field(
+        default=None, metadata={"help": "Layer l of the internal policy, 1 to L, or 'auto': the boundary layer."}
+    )
+    internal_steps: int = field(
+        default=0, metadata={"help": "s_inter: rollout batches trained on the internal policy; 0 is plain GRPO."}
+    )
+    internal_norm: bool = field(
+        default=False, metadata={"help": "Read the internal policy through the final norm (the paper's ablation)."}
+    )
+    updates_per_rollout: int | None = field(
+        default=None,
+        metadata={"help": "Updates a rollout batch (4 unless steps_per_generation or generation_batch_size is given)."},
+    )
+    probe_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses a process on which the full policy's entropy is measured once a rollout batch of the "
+            "internal phase (default: an eighth of them, at least one micro-batch)."
+        },
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    logging_steps: float = field(default=0, metadata={"help": "Updates between two log lines; 0: a rollout batch."})
+
+    def __post_init__(self) -> None:
+        problems = []
+        own_size = self.steps_per_generation is not None or self.generation_batch_size is not None
+        if own_size and self.updates_per_rollout is not None:
+            problems.append("give either updates_per_rollout or steps_per_generation / generation_batch_size, not both")
+        elif not own_size:
+            updates = 4 if self.updates_per_rollout is None else self.updates_per_rollout
+            if updates < 1:
+                problems.append(f"updates_per_rollout must be at least 1, not {updates}")
+            self.steps_per_generation = max(updates, 1) * self.gradient_accumulation_steps
+        once_a_rollout = self.logging_steps == 0
+        if once_a_rollout:
+            self.logging_steps = 1
+        if self.internal_steps and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # upper layers are unused in the internal phase
+        super().__post_init__()
+        if once_a_rollout:
+            self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
+        problems += self._problems()
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def generate_every(self) -> int:
+        """Micro-batches that one rollout batch feeds."""
+        assert self.steps_per_generation is not None
+        return self.steps_per_generation * self.num_iterations
+
+    def schedule(self) -> Schedule:
+        """The stages these settings ask for."""
+        return two_phase(cast(Any, self.internal_layer), self.internal_steps)
+
+    def _problems(self) -> list[str]:
+        found = []
+        layer = self.internal_layer
+        if isinstance(self.internal_steps, bool) or not isinstance(self.internal_steps, int) or self.internal_steps < 0:
+            found.append(f"internal_steps counts rollout batches: a whole number from 0, not {self.internal_steps!r}")
+        elif self.internal_steps and layer is None:
+            found.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
+        if isinstance(layer, bool) or not (layer is None or layer == "auto" or (isinstance(layer, int) and layer >= 1)):
+            found.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
+        if self.probe_samples is not None and self.probe_samples < 1:
+            found.append(f"probe_samples must be at least 1, not {self.probe_samples}")
+        if self.save_total_limit == 1:
+            found.append("save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2")
+        if found or not self.internal_steps:
+            return found
+        ddp = self.world_size > 1 and self.deepspeed is None and not self.fsdp
+        found += hazards(self, ddp=ddp)
+        return found + alignment_problems(self.schedule(), self.generate_every, self.gradient_accumulation_steps)
