@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import hostile
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bupo.data.grading import Grader, extract_answer
-from bupo.data.grading_worker import bare, gold_is_usable, is_words, plain_text
+from bupo.data.grading import Grader, equal_at_sight, extract_answer
+from bupo.data.grading_worker import bare, gold_is_usable, grade_math, is_words, plain_text
 from bupo.data.problems import Problem, load_problems
 
 
@@ -101,6 +105,77 @@ def test_a_hanging_answer_costs_only_itself(grader):
     assert time.monotonic() - before < 60  # not a timing test: without the limit this takes for ever
 
 
+def test_hostile_answers():
+    """A few of every kind, with a short limit; all of them are graded by the slow test below."""
+    chosen = [text for kind in hostile.answers().values() for text in kind[:: max(1, len(kind) // 4)]]
+    assert len(chosen) > 60
+    with Grader(workers=2, seconds=0.4) as grader:
+        grades = grader.grade(chosen, [problem(hostile.GOLD)] * len(chosen))
+        assert not any(g.status == "correct" for g in grades)
+        assert status(grader, "4", "5-1") == ["correct"]  # and it still works
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_hostile_answer_takes_less_than_two_seconds():
+    before = set(family(os.getpid()))
+    with Grader(workers=2) as grader:
+        status(grader, "4", "x^2")
+        kinds = hostile.answers()
+        assert sum(map(len, kinds.values())) >= 1000
+        for kind, texts in kinds.items():
+            for text in texts:
+                start = time.monotonic()
+                (grade,) = grader.grade([text], [problem(hostile.GOLD)])
+                assert time.monotonic() - start < 2, (kind, text[:100])
+                assert grade.status != "correct", (kind, text[:100])
+        mine = [p for p in family(os.getpid()) if p not in before]
+        assert len(mine) <= 3  # the source and two workers, however many were killed
+    assert gone(mine)
+
+
+@pytest.mark.slow
+def test_agreement_on_math500(shared_data, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    import grading_agreement
+
+    monkeypatch.setattr(sys, "argv", ["grading_agreement", "--data", str(shared_data / "math500.parquet")])
+    equivalent, perturbed = grading_agreement.main()
+    assert equivalent >= 0.97
+    assert perturbed <= 0.005
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("4", "4", True),
+        ("4", "04", True),
+        ("4", "5", False),
+        ("\\frac{1}{2}", "2/4", True),
+        ("\\frac{1}{2}", "0.5", True),
+        ("\\frac{1}{3}", "0.333", None),  # math-verify decides about rounding
+        ("-\\dfrac{1}{2}", "-$\\frac{1}{2}$", None),
+        ("-\\dfrac{1}{2}", "\\frac{1}{2}", False),
+        ("4", "4/0", None),
+        ("4", "x", None),
+        ("x", "x", True),
+        ("4", "\u0664", None),  # another script's digit
+    ],
+)
+def test_equal_at_sight(gold, answer, equal):
+    assert equal_at_sight(gold, answer) is equal
+
+
+@given(
+    *[st.sampled_from(["3", "-3", "3.0", "0.5", ".5", "1/2", "-1/2", "\\frac{1}{2}", "\\dfrac{2}{4}", "6/2", "7"])] * 2
+)
+@settings(max_examples=60, deadline=None)
+def test_sight_and_math_verify_agree(gold, answer):
+    equal = equal_at_sight(gold, answer)
+    if equal is not None:
+        assert (grade_math(gold, answer)[1] == "correct") == equal
+
+
 def test_equal_grades_when_repeated(grader):
     answers = ["\\frac{1}{3}", "0.333", "x", "{", "9^{9^{9^{9}}}"]
     assert status(grader, "\\frac{2}{6}", *answers) == status(grader, "\\frac{2}{6}", *answers)
@@ -142,14 +217,14 @@ def test_extraction():
 
 def test_a_worker_killed_while_idle_is_replaced():
     with Grader(workers=2) as grader:
-        assert status(grader, "4", "{4}", "5") == ["correct", "wrong"]
+        assert status(grader, "4", "{4}", "x") == ["correct", "wrong"]
         for worker in grader._pools["math"].workers:
             os.kill(worker.pid, signal.SIGKILL)
-        assert status(grader, "4", "4.0", "5.0") == ["correct", "wrong"]
+        assert status(grader, "4", "2^2", "y") == ["correct", "wrong"]
         grader._pools["math"].process.kill()  # the source of workers itself
         for worker in grader._pools["math"].workers:
             os.kill(worker.pid, signal.SIGKILL)
-        assert status(grader, "4", "8/2", "9/2") == ["correct", "wrong"]
+        assert status(grader, "4", "2+2", "z") == ["correct", "wrong"]
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -163,12 +238,12 @@ def gone(processes: list[psutil.Process]) -> bool:
 def test_close_ends_every_process():
     grader = Grader(workers=2)
     before = set(family(os.getpid()))
-    assert status(grader, "4", "5.5", "4.4") == ["wrong", "wrong"]
+    assert status(grader, "4", "5.5+x", "4.4+x") == ["wrong", "wrong"]
     mine = [p for p in family(os.getpid()) if p not in before]
     assert len(mine) == 3
     grader.close()
     assert gone(mine)
-    assert status(grader, "4", "5.5") == ["wrong"]  # and it starts again
+    assert status(grader, "4", "x+1") == ["wrong"]  # and it starts again
     grader.close()
 
 
@@ -179,7 +254,7 @@ def test_workers_die_with_a_killed_parent_and_need_no_torch():
         "from bupo.data.problems import Problem\n"
         "g = Grader(workers=2)\n"
         "p = Problem('p/0', '?', '4', 't')\n"
-        "g.grade(['\\\\boxed{5}', '\\\\boxed{6}'], [p, p])\n"
+        "g.grade(['\\\\boxed{x}', '\\\\boxed{y}'], [p, p])\n"
         "print('torch' in sys.modules, flush=True)\n"
         "g.grade(['\\\\boxed{9^{9^{9^{9}}}}'] * 50, [Problem(f'p/{i}', '?', str(i), 't') for i in range(50)])\n"
     )

@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -30,6 +31,10 @@ from bupo.data.problems import Problem, last_boxed
 Status = Literal["correct", "wrong", "unparsable", "timeout", "bad_gold"]
 
 _START_SECONDS = 120.0  # for a worker to come up: imports only
+_RATIONAL = re.compile(
+    r"(-?)(?:([0-9]{1,18})|([0-9]{0,9}\.[0-9]{1,9})|\\[dt]?frac\{([0-9]{1,18})\}\{([0-9]{1,18})\}"
+    r"|([0-9]{1,18})/([0-9]{1,18}))"
+)
 _MAX_SENT = 200_000  # characters of an extracted answer that are worth sending
 
 
@@ -58,11 +63,39 @@ def extract_answer(response: str, problem: Problem) -> str | None:
     return lines[-1].strip() or None
 
 
+def rational(text: str) -> tuple[Fraction, bool] | None:
+    """Value of an integer, fraction or decimal, and whether it is exact (no decimal point); None for anything else."""
+    found = _RATIONAL.fullmatch(text.strip().strip("$").replace(" ", ""))
+    if not found:
+        return None
+    sign, whole, point, top, bottom, slash_top, slash_bottom = found.groups()
+    below = int(bottom or slash_bottom or 1)
+    if below == 0:
+        return None
+    value = Fraction(point) if point else Fraction(int(whole or top or slash_top), below)
+    return (-value if sign else value), not point
+
+
+def equal_at_sight(gold: str, answer: str) -> bool | None:
+    """Whether two answers are equal where that needs no mathematics; None where it does.
+
+    The same text is equal, and so are equal numbers. Unequal numbers are unequal, but decimals are left to
+    math-verify, which rounds.
+    """
+    if gold.strip() == answer.strip():
+        return True
+    first, second = rational(gold), rational(answer)
+    if first is None or second is None:
+        return None
+    equal = first[0] == second[0]
+    return equal if equal or (first[1] and second[1]) else None
+
+
 class Grader:
     """Grades responses in a pool of killable processes; use it as a context manager or call `close`.
 
-    The processes start with the first answer that needs them, are reused by later calls, and end with this process
-    (also when it is killed). Safe to call from any thread.
+    The processes start with the first answer that needs them (plain numbers do not), are reused by later calls, and
+    end with this process, also when it is killed. Safe to call from any thread.
 
     Args:
         workers: worker processes (default: the processors, at most 8).
@@ -113,8 +146,8 @@ class Grader:
                 grades[index] = Grade(0.0, "bad_gold", answer)
             elif answer is None or len(answer) > _MAX_SENT:
                 grades[index] = Grade(0.0, "unparsable", None if answer is None else answer[:_MAX_SENT])
-            elif gym is None and answer.strip() == problem.answer.strip():
-                grades[index] = Grade(1.0, "correct", answer)
+            elif gym is None and (equal := equal_at_sight(problem.answer, answer)) is not None:
+                grades[index] = Grade(1.0, "correct", answer) if equal else Grade(0.0, "wrong", answer)
             elif gym is None:
                 request = {"kind": "math", "gold": problem.answer, "answer": answer}
                 waiting.setdefault(f"{problem.answer}\0{answer}", (request, []))[1].append(index)
@@ -131,7 +164,8 @@ class Grader:
         return [grade for grade in grades if grade is not None]
 
     def _check_gold(self, golds: set[str]) -> None:
-        if golds:
+        self._usable.update({gold: True for gold in golds if rational(gold)})
+        if golds := golds - set(self._usable):
             ordered = sorted(golds)
             answers = self._pool("math").ask([{"kind": "gold", "gold": gold} for gold in ordered])
             self._usable.update({gold: bool(a["usable"]) for gold, a in zip(ordered, answers, strict=True)})
@@ -166,12 +200,14 @@ class _Pool:
         """Answers to all requests, in order; one that takes too long is answered with ``timeout``."""
         results: dict[int, dict[str, Any]] = {}
         queue = list(range(len(requests) - 1, -1, -1))
-        deadlines: dict[int, float] = {}  # of requests whose worker died: once more, in the rest of their time
+        rests: dict[
+            int, float
+        ] = {}  # of requests whose worker died: they are tried once more, in the rest of their time
         while len(results) < len(requests):
             while queue and (worker := self._idle()) is not None:
                 if self._send(worker, queue[-1], requests[queue[-1]]):
                     index = queue.pop()
-                    worker.deadline = deadlines.get(index, worker.deadline)
+                    worker.deadline = time.monotonic() + rests.get(index, self.seconds)
             busy = {worker.connection: worker for worker in self.workers if worker.index is not None}
             rest = max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
             for ready in wait(list(busy), timeout=rest):
@@ -183,10 +219,10 @@ class _Pool:
                     results[index] = json.loads(ready.recv_bytes(1 << 20))
                 except (EOFError, OSError, ValueError):  # it died: of this answer, or killed by someone else before
                     self._replace(worker)
-                    if index in deadlines:
+                    if index in rests:
                         results[index] = _timeout()
                     else:
-                        deadlines[index] = worker.deadline
+                        rests[index] = worker.deadline - time.monotonic()
                         queue.append(index)
             for worker in list(self.workers):
                 if worker.index is not None and time.monotonic() >= worker.deadline:
@@ -207,7 +243,7 @@ class _Pool:
         except (OSError, EOFError):  # it died while idle
             self._replace(worker)
             return False
-        worker.index, worker.deadline = index, time.monotonic() + self.seconds
+        worker.index = index
         return True
 
     def _idle(self) -> _Worker | None:
@@ -216,7 +252,10 @@ class _Pool:
                 return worker
         if len(self.workers) >= self.size:
             return None
+        before = time.monotonic()
         worker = self._fork()
+        for other in self.workers:  # nobody watched them meanwhile
+            other.deadline += time.monotonic() - before
         self.workers.append(worker)
         return worker
 

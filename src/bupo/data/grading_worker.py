@@ -22,12 +22,15 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bupo.data.problems import last_boxed, unpack
+
 CORRECT_SCORE = 0.99  # a reasoning-gym score from here on counts as solved
 MAX_MATH_CHARS = 1_000  # no benchmark's answer is near; longer ones are not parsed
 MAX_TEXT_CHARS = 100_000
 
 _WRAPPER = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|textnormal|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[a-z]+(?:[ '-]+[a-z]+)*")
+_BASE = re.compile(r"-?[0-9A-Z.]+_\{*([0-9]+|[a-z]+)\}*")
 _YES_NO = {"yes", "no"}
 
 
@@ -44,7 +47,7 @@ def bare(answer: str) -> str:
     while True:
         inner = text.strip("$").strip()
         inner = inner[:-1].rstrip() if inner.endswith(".") else inner
-        if re.fullmatch(r"\{[^{}\\]*\}|\{(?:[^{}]|\{[^{}]*\})*\}", inner):
+        if inner.startswith("{") and last_boxed(f"\\boxed{inner}") == inner[1:-1]:
             inner = inner[1:-1].strip()
         if inner == text:
             return text
@@ -81,6 +84,12 @@ def parse_math(answer: str) -> tuple[Any, ...]:
     return tuple(parse(f"\\boxed{{{answer}}}", extraction_config=[config], parsing_timeout=None))
 
 
+def _other_base(gold: str, answer: str) -> bool:
+    """Do the two numbers name different bases? (math-verify drops the base; leaving it out is accepted.)"""
+    bases = [_BASE.fullmatch(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, answer)]
+    return all(bases) and bases[0].group(1) != bases[1].group(1)  # type: ignore[union-attr]
+
+
 def gold_is_usable(gold: str) -> bool:
     """Can answers be compared with this gold answer: is it words, or does it parse as mathematics?"""
     if not gold.strip() or len(gold) > MAX_MATH_CHARS:
@@ -97,7 +106,7 @@ def grade_math(gold: str, answer: str) -> tuple[float, str]:
         return 0.0, "unparsable"
     if plain_text(gold) == plain_text(answer):
         return 1.0, "correct"
-    if is_words(gold):
+    if is_words(gold) or _other_base(gold, answer):
         return 0.0, "wrong"
     parsed = parse_math(answer)
     if not any(not isinstance(part, str) for part in parsed):
@@ -117,8 +126,6 @@ def _task(name: str) -> Any:
 
 def grade_reasoning_gym(task: str, entry: Any, answer: str) -> tuple[float, str]:
     """Reward and status by the task's own ``score_answer``."""
-    from bupo.data.problems import unpack
-
     if len(answer) > MAX_TEXT_CHARS or re.search(r"__\w+__", answer):  # some scorers evaluate expressions
         return 0.0, "unparsable"
     try:
