@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.errors import ConfigError, InputError
-from bupo.rundir import write_json
+from bupo.rundir import RUN_FILE, write_json
 
 STATE_FILE = "bupo_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -67,3 +67,16 @@ def check_resumable(checkpoint: str | Path, saved: dict[str, Any], current: dict
     ]
     if differing:
         raise ConfigError([f"checkpoint {checkpoint} belongs to other settings: {line}" for line in differing])
+
+
+def saved_recipe(folder: str | Path) -> dict[str, Any]:
+    """The resolved recipe that a run's folder was made with.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no training run to resume: {RUN_FILE} is missing or damaged") from error

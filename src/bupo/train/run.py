@@ -1,0 +1,226 @@
+"""A whole training run from a recipe: data, model, trainer, log, checkpoints, the final model.
+
+The output folder holds ``run.json`` (what was asked and with what), ``log.jsonl``, ``checkpoints/``, ``model/`` (the
+final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it) and, for ``internal_layer: auto``, the
+analysis it rests on in ``auto_layer.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bupo.config import Recipe
+from bupo.errors import ConfigError, InputError
+from bupo.model.load import model_revision
+from bupo.rundir import RUN_FILE, claim, describe_run, write_json
+from bupo.train.build import build
+from bupo.train.callbacks import LogWriter, StopOnSignal
+from bupo.train.checkpoints import last_checkpoint, read_state, saved_recipe
+from bupo.train.rewards import AnswerReward
+from bupo.train.trainer import BuPOTrainer, TrainingStopped
+
+LOG_FILE = "log.jsonl"
+_FREE_TO_CHANGE = ("save_every", "keep_checkpoints")  # of a resumed run
+
+
+def train(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train as the recipe says, and return a summary.
+
+    Args:
+        resume: go on from the last complete checkpoint in ``output``.
+        overwrite: replace a run that ``output`` holds.
+        say: is given one line a rollout batch, and whatever else a person should know.
+
+    Returns:
+        ``{"output", "model" (None if interrupted), "interrupted", "rollouts", "updates", "seconds", "internal_layer",
+        "reward_first", "reward_last"}``; rewards are means over the first and the last tenth of the rollout batches.
+
+    Raises:
+        InputError, ConfigError: anything a user can fix, before the first file is written.
+        TrainingStopped: not finite, out of memory, or no layer found; checkpoints stay.
+    """
+    started = time.monotonic()
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other")
+    folder = claim(output, overwrite=overwrite, resume=resume)
+    checkpoint = _checkpoint(folder, recipe) if resume else None
+    there = folder.is_dir()
+    try:
+        trainer, tokenizer, reward = build(recipe, folder, say)
+    except BaseException:
+        _remove_if_empty(folder / "checkpoints", folder if not there else None)
+        raise
+    try:
+        return _run(recipe, folder, trainer, tokenizer, checkpoint, overwrite, say, started)
+    finally:
+        if isinstance(reward, AnswerReward):
+            reward.close()
+
+
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    trainer: BuPOTrainer,
+    tokenizer: Any,
+    checkpoint: Path | None,
+    overwrite: bool,
+    say: Callable[[str], None],
+    started: float,
+) -> dict[str, Any]:
+    main = trainer.accelerator.is_main_process
+    run = describe_run(
+        "train",
+        recipe.to_dict(),
+        seed=recipe.seed,
+        model_revision=model_revision(trainer.model),
+        resumed=bool(checkpoint),
+    )
+    if main:
+        if overwrite:
+            _remove_old(folder)
+        write_json(folder / RUN_FILE, run)
+    log = LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts)
+    stop = StopOnSignal(trainer, say)
+    trainer.add_callback(log)
+    trainer.add_callback(stop)
+    try:
+        done = checkpoint is not None and _updates(checkpoint) >= trainer.args.max_steps
+        if done:
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise _explain(error, trainer) from error
+    finally:
+        stop.restore()
+        choice = getattr(trainer, "auto_layer", None)
+        if main and choice is not None:
+            write_json(folder / "auto_layer.json", choice.analysis)
+    model = None
+    if not stop.stopped:
+        model = save_final(trainer, tokenizer, folder)
+    summary = {
+        "output": str(folder),
+        "model": None if model is None else str(model),
+        "interrupted": stop.stopped,
+        "rollouts": trainer._step // trainer.args.generate_every if not done else recipe.rollouts,
+        "updates": _updates(checkpoint) if done and checkpoint else trainer.state.global_step,
+        "seconds": round(time.monotonic() - started, 1),
+        "internal_layer": next((layer for layer in trainer.schedule.layers if layer != "auto"), None),
+        **_rewards(folder / LOG_FILE),
+    }
+    if main:
+        write_json(folder / RUN_FILE, {**run, "result": summary})
+    return summary
+
+
+# -- resuming, saving, ending ----------------------------------------------------------------------------------------
+
+
+def _checkpoint(folder: Path, recipe: Recipe) -> Path:
+    """The checkpoint to resume from, after checking that the run was asked for the same."""
+    found = last_checkpoint(folder / "checkpoints")
+    if found is None:
+        raise InputError(
+            f"there is no complete checkpoint in {folder / 'checkpoints'} to resume from; start without --resume"
+        )
+    before = saved_recipe(folder)
+    now = json.loads(json.dumps(recipe.to_dict()))
+    problems = [
+        f"{name} was {before.get(name)!r} and is now {value!r}; a resumed run keeps its recipe"
+        for name, value in now.items()
+        if before.get(name) != value and name not in _FREE_TO_CHANGE
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _updates(checkpoint: Path) -> int:
+    read_state(checkpoint)
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def save_final(trainer: BuPOTrainer, tokenizer: Any, folder: Path) -> Path:
+    """Write ``model/`` (and ``adapter/``) whole or not at all."""
+    wrapped = trainer.accelerator.unwrap_model(trainer.model)
+    adapters = hasattr(wrapped, "peft_config")
+    _save_whole(trainer, tokenizer, folder / ("adapter" if adapters else "model"))
+    if adapters and trainer.accelerator.is_main_process:
+        temporary = folder / ".model.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        wrapped.merge_and_unload().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _replace(temporary, folder / "model")
+    trainer.accelerator.wait_for_everyone()
+    return folder / "model"
+
+
+def _save_whole(trainer: BuPOTrainer, tokenizer: Any, target: Path) -> None:
+    temporary = target.parent / f".{target.name}.partial"
+    main = trainer.accelerator.is_main_process
+    if main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(temporary))
+    if main:
+        tokenizer.save_pretrained(temporary)
+        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        _replace(temporary, target)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+
+
+def _remove_old(folder: Path) -> None:
+    for name in ("checkpoints", "model", "adapter"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (LOG_FILE, RUN_FILE, "auto_layer.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "checkpoints").mkdir(parents=True)
+
+
+def _remove_if_empty(*folders: Path | None) -> None:
+    for folder in folders:
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _explain(error: Exception, trainer: BuPOTrainer) -> Exception:
+    text = str(error).lower()
+    memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+    if not memory:
+        return error
+    return TrainingStopped(
+        f"out of memory in update {trainer.state.global_step + 1}; lower micro_batch or max_completion_length, set "
+        "gradient_checkpointing to true, or use lora"
+    )
+
+
+def _rewards(path: Path) -> dict[str, float | None]:
+    rewards = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            value = json.loads(line).get("reward")
+            if value is not None:
+                rewards.append(value)
+    some = max(1, len(rewards) // 10)
+    means = [round(sum(part) / len(part), 4) if part else None for part in (rewards[:some], rewards[-some:])]
+    return {"reward_first": means[0], "reward_last": means[1]}
