@@ -103,7 +103,7 @@ def entropy_change(analysis: Analysis) -> Figure:
 def residual_cosine(analysis: Analysis) -> Figure:
     """Cosine between what a module adds to the residual stream and the stream it adds it to (appendix B.5)."""
     with styled():
-        figure, axes = _axes(analysis, "What modules add, against the residual stream", "cosine similarity")
+        figure, axes = _axes(analysis, "Residual cosine of the modules", "cosine similarity")
         axes.axhline(0, color=SOFT, linewidth=1.2)
         for name, label, colour, marker in (("attn", "attention", RED, "s"), ("ffn", "FFN", GREEN, "^")):
             if name in analysis["residual_cosine"]:
@@ -148,6 +148,8 @@ def _axes(analysis: Analysis, title: str, unit: str) -> tuple[Figure, Axes]:
     described = f"{_short(analysis.get('model', ''))} · {analysis['layers']} layers"
     if analysis.get("tokens"):
         described += f" · {analysis['tokens']:,} tokens"
+    if analysis.get("standard_errors"):
+        described += f" · bands ± {BAND:.0f} s.e."
     axes.set_title(described, loc="right", fontsize=8.5, fontweight="normal", color=SOFT)
     axes.set_xlabel("layer")
     axes.set_ylabel(unit)

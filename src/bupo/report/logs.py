@@ -1,0 +1,96 @@
+"""Reading a training log, and the series in it that are drawn: one value a rollout batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bupo.errors import InputError
+
+Row = Mapping[str, Any]
+
+# Names a series goes by, in order of preference: the run's own, then the trainer's, then TRL's.
+SERIES: dict[str, tuple[str, ...]] = {
+    "reward": ("reward", "rewards/mean"),
+    "entropy": ("entropy",),
+    "internal_entropy": ("internal_entropy", "internal/entropy"),
+    "length": ("mean_length", "completions/mean_length"),
+    "clip": ("clip_ratio/region_mean", "internal/clip_ratio/region_mean", "clip_ratio"),
+}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``log.jsonl``. A torn last line (of a run that still goes on, or was killed) is left out.
+
+    Raises:
+        InputError: another line is no JSON object, or no row has a step.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                continue
+            raise InputError(f"{path}, line {number}: not JSON; is it the log of a training run?") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object; is it the log of a training run?")
+        rows.append(row)
+    if not any("step" in row and _value(row, "reward") is not None for row in rows):
+        raise InputError(f"{path} has no row with a step and a reward; is it the log of a training run?")
+    return rows
+
+
+def series(log: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
+    """Rollout batches and the mean of ``name`` (a key of `SERIES`) in each; rows that lack it are left out."""
+    groups: dict[float, list[float]] = defaultdict(list)
+    for row in log:
+        value = _value(row, name)
+        if value is not None:
+            groups[_rollout(row)].append(value)
+    x = sorted(groups)
+    return x, [sum(groups[at]) / len(groups[at]) for at in x]
+
+
+def last_internal_rollout(log: Sequence[Row]) -> float | None:
+    """The last rollout batch of the internal phase, if a later phase follows; else None."""
+    internal = [_rollout(row) for row in log if row.get("phase") == "internal"]
+    later = [_rollout(row) for row in log if row.get("phase") not in (None, "internal")]
+    if not internal or not later or max(later) <= max(internal):
+        return None
+    return max(internal)
+
+
+def summary(log: Sequence[Row], share: float = 0.2) -> dict[str, Any]:
+    """Length of a run, and means over its first and last fifth of rollout batches (nothing is picked by value)."""
+    result: dict[str, Any] = {"steps": max((row.get("step", 0) for row in log), default=0)}
+    for name in ("reward", "entropy", "length"):
+        x, y = series(log, name)
+        if y:
+            n = max(1, round(share * len(y)))
+            result[name] = [sum(y[:n]) / n, sum(y[-n:]) / n]
+            result["rollouts"] = max(result.get("rollouts", 0), len(x))
+    seconds = [row["seconds"] for row in log if isinstance(row.get("seconds"), int | float)]
+    if seconds:
+        result["seconds"] = max(seconds)
+    return result
+
+
+def _rollout(row: Row) -> float:
+    rollout = row.get("rollout")
+    return float(rollout if rollout is not None else row.get("step", 0))
+
+
+def _value(row: Row, name: str) -> float | None:
+    for key in SERIES[name]:
+        value = row.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None
