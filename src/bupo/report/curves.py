@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bupo.report.logs import last_internal_rollout, series
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Looks = Mapping[str, tuple[str, str]]
+
 PANELS = (
     ("reward", "Reward", "mean reward"),
     ("entropy", "Entropy of the full policy", "nats a token"),
@@ -20,7 +22,14 @@ PANELS = (
 )
 
 
-def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+def looks_of(names: Sequence[str], key: Callable[[str], str | None] = lambda name: None) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each name; names with the same ``key`` (unless None) share them."""
+    seen: dict[str, int] = {}
+    order = {name: seen.setdefault(key(name) or name, len(seen)) for name in names}
+    return {name: (CYCLE[at % len(CYCLE)], MARKERS[at % len(MARKERS)]) for name, at in order.items()}
+
+
+def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], looks: Looks | None = None) -> Figure:
     """Reward, entropy, response length and clip fraction over rollout batches, the runs overlaid.
 
     A dashed vertical line stands where a run goes from its internal phase to the full policy. Faint lines are the
@@ -28,17 +37,19 @@ def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> 
 
     Args:
         runs: name and rows of ``log.jsonl``.
+        looks: colour and marker of each name; see `looks_of`.
     """
     from matplotlib.ticker import MaxNLocator
 
+    looks = looks or looks_of([name for name, _ in runs])
     panels = [panel for panel in PANELS if any(series(log, panel[0])[0] for _, log in runs)]
     with styled():
         rows = (len(panels) + 1) // 2
         figure = new_figure(8.4, 2.5 * rows + 0.5)
         grid = figure.subplots(rows, 2, squeeze=False, sharex=True).flat
         for axes, (name, title, unit) in zip(grid, panels, strict=False):
-            for index, (label, log) in enumerate(runs):
-                colour = CYCLE[index % len(CYCLE)]
+            for label, log in runs:
+                colour = looks[label][0]
                 _curve(axes, *series(log, name), label, colour)
                 if name == "entropy" and (inner := series(log, "internal_entropy"))[0]:
                     axes.plot(*inner, color=colour, linewidth=1.5, linestyle=":", label=f"{label}, internal policy")
@@ -72,13 +83,13 @@ def _curve(axes: Axes, x: list[float], y: list[float], label: str, colour: str) 
     axes.plot(x, smooth, color=colour, label=label)
 
 
-def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure | None:
+def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Looks | None = None) -> Figure | None:
     """Avg@K with its 95 % interval: a row a model, a group a task. None where nothing was scored.
 
     Args:
         evaluations: name and content of ``results.json``.
     """
-    names = [name for name, _ in evaluations]
+    looks = looks or looks_of([name for name, _ in evaluations])
     groups = [(task, found) for task in tasks_of(evaluations) if (found := _scored(evaluations, task, "avg_at_k"))]
     if not groups:
         return None
@@ -91,8 +102,7 @@ def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure
         for axes, (task, found) in zip(panels.flat, groups, strict=True):
             for row, (name, value) in enumerate(found):
                 low, high = value["ci95"]
-                index = names.index(name)
-                colour, marker = CYCLE[index % len(CYCLE)], MARKERS[index % len(MARKERS)]
+                colour, marker = looks[name]
                 axes.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
                 axes.plot(100 * value["mean"], row, marker=marker, color=colour, markersize=8, linestyle="none")
                 axes.annotate(
@@ -109,7 +119,7 @@ def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure
     return figure
 
 
-def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure | None:
+def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Looks | None = None) -> Figure | None:
     """Pass@K against K with 95 % bands, a panel a task. None where no task has more than one K."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -120,7 +130,7 @@ def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure 
     ]
     if not groups:
         return None
-    names = [name for name, _ in evaluations]
+    looks = looks or looks_of([name for name, _ in evaluations])
     columns = min(2, len(groups))
     rows = (len(groups) + columns - 1) // columns
     with styled():
@@ -130,14 +140,14 @@ def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure 
         for axes, (task, found) in zip(panels, groups, strict=False):
             ks = sorted({point["k"] for _, points in found for point in points})
             for name, points in found:
-                index = names.index(name)
+                colour, marker = looks[name]
                 x = [point["k"] for point in points]
                 low, high = ([100 * point["ci95"][side] for point in points] for side in (0, 1))
                 (entries[name],) = axes.plot(
-                    x, [100 * p["mean"] for p in points], color=CYCLE[index % len(CYCLE)],
-                    marker=MARKERS[index % len(MARKERS)], label=name,
+                    x, [100 * p["mean"] for p in points], color=colour,
+                    marker=marker, label=name,
                 )  # fmt: skip
-                axes.fill_between(x, low, high, color=CYCLE[index % len(CYCLE)], alpha=0.13, linewidth=0)
+                axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_locator(FixedLocator(ks))
             axes.xaxis.set_minor_locator(NullLocator())

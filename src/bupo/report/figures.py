@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 from bupo.errors import InputError
 from bupo.report.style import (
     BLUE,
-    CYCLE,
     GREEN,
     INK,
-    MARKERS,
     RED,
     REGION_COLOURS,
     SOFT,
     WIDTH,
+    layer_axis,
+    looks,
     new_figure,
     save,
     styled,
-    whole_number_axis,
 )
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def entropy_flow(analysis: Analysis) -> Figure:
             ("ffn_out", "FFN", GREEN, "^"),
         ):
             _line(axes, analysis, "sites", "standard_errors", site, label, colour, marker)
-        lines = [(analysis.get("final_entropy"), "model output", (0, (4, 2)))]
+        lines: list[tuple[float | None, str, Any]] = [(analysis.get("final_entropy"), "model output", (0, (4, 2)))]
         if analysis.get("vocabulary"):
             lines.append((math.log(analysis["vocabulary"]), "uniform (ln V)", (0, (1, 1.5))))
         for value, label, dashes in lines:
@@ -83,6 +82,7 @@ def entropy_flow(analysis: Analysis) -> Figure:
                 axes.axhline(value, color=SOFT, linewidth=1.2, linestyle=dashes, label=f"{label}: {value:.2f}")
         axes.set_ylim(bottom=0)
         _regions(axes, analysis)
+        _boundary(axes, analysis)
         _legend_below(figure, axes)
     return figure
 
@@ -95,7 +95,7 @@ def entropy_change(analysis: Analysis) -> Figure:
         for name, label, colour, marker in (("attn", "attention", RED, "s"), ("ffn", "FFN", GREEN, "^")):
             _line(axes, analysis, "entropy_change", "entropy_change_standard_errors", name, label, colour, marker)
         _regions(axes, analysis)
-        _boundary(axes, analysis)
+        _boundary(axes, analysis, reason=True)
         _legend_below(figure, axes)
     return figure
 
@@ -109,58 +109,81 @@ def residual_cosine(analysis: Analysis) -> Figure:
             if name in analysis["residual_cosine"]:
                 _line(axes, analysis, "residual_cosine", "residual_cosine_standard_errors", name, label, colour, marker)
         _regions(axes, analysis)
+        _boundary(axes, analysis)
         _legend_below(figure, axes)
     return figure
 
 
+OVERLAY = (
+    ("sites", "standard_errors", "layer_out", "Entropy of the layer policy", "nats"),
+    ("residual_cosine", "residual_cosine_standard_errors", "ffn", "Residual cosine of the FFN", "cosine"),
+    ("entropy_change", "entropy_change_standard_errors", "ffn", "Entropy change in the FFN", "nats"),
+    ("entropy_change", "entropy_change_standard_errors", "attn", "Entropy change in attention", "nats"),
+)
+
+
 def overlay(analyses: Sequence[tuple[str, Analysis]]) -> Figure:
-    """Layer-policy entropy and FFN entropy change of several models; relative depth on x where their L differ."""
+    """Several models or checkpoints over each other; relative depth on x where their numbers of layers differ.
+
+    Layer-policy entropy, both entropy changes and the FFN's residual cosine; a dashed line marks a boundary layer.
+    """
     relative = len({a["layers"] for _, a in analyses}) > 1
+    look = looks([name for name, _ in analyses])
     with styled():
-        figure = new_figure(height=5.6)
-        panels = figure.subplots(2, 1, sharex=True)
-        for index, (name, analysis) in enumerate(analyses):
-            layers = analysis["layers"]
-            x = [(i + 1) / layers if relative else i + 1 for i in range(layers)]
-            look = {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
-            for axes, group, site in ((panels[0], "sites", "layer_out"), (panels[1], "entropy_change", "ffn")):
-                axes.plot(x, _numbers(analysis[group][site]), label=name, **look)
-            if analysis.get("boundary_layer"):
-                panels[1].axvline(x[analysis["boundary_layer"] - 1], color=look["color"], linewidth=1, linestyle="--")
-        panels[0].set_title("Entropy of the layer policy")
-        panels[1].set_title("Entropy change in the FFN (dashed: boundary layer)")
-        panels[0].set_ylim(bottom=0)
-        panels[1].axhline(0, color=SOFT, linewidth=1.2)
-        for axes in panels:
-            axes.set_ylabel("nats")
-        panels[1].set_xlabel("depth (layer / number of layers)" if relative else "layer")
+        figure = new_figure(8.6, 6.2)
+        panels = figure.subplots(2, 2, sharex=True).flat
+        for axes, (group, errors, site, title, unit) in zip(panels, OVERLAY, strict=True):
+            for name, analysis in analyses:
+                layers = analysis["layers"]
+                x = [(i + 1) / layers if relative else i + 1 for i in range(layers)]
+                colour, marker = look[name]
+                if site in analysis[group]:
+                    _line(axes, analysis, group, errors, site, name, colour, marker, x)
+                if analysis.get("boundary_layer") and group == "entropy_change":
+                    axes.axvline(x[analysis["boundary_layer"] - 1], color=colour, linewidth=1.2, linestyle="--")
+            axes.set_title(title)
+            axes.set_ylabel(unit)
+            if group == "sites":
+                axes.set_ylim(bottom=0)
+            else:
+                axes.axhline(0, color=SOFT, linewidth=1.2)
+        for axes in list(panels)[2:]:
+            axes.set_xlabel("depth (layer / number of layers)" if relative else "layer")
         if not relative:
-            whole_number_axis(panels[1], 1, analyses[0][1]["layers"])
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(analyses)))
+            layer_axis(figure.axes[0], analyses[0][1]["layers"])
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(analyses)))
     return figure
 
 
 def _axes(analysis: Analysis, title: str, unit: str) -> tuple[Figure, Axes]:
     figure = new_figure()
     axes = figure.subplots()
-    axes.set_title(title)
-    described = f"{_short(analysis.get('model', ''))} · {analysis['layers']} layers"
+    described = f"{_short(analysis.get('model', ''))}, {analysis['layers']} layers"
     if analysis.get("tokens"):
-        described += f" · {analysis['tokens']:,} tokens"
+        described += f", {analysis['tokens']:,} tokens"
     if analysis.get("standard_errors"):
-        described += f" · bands ± {BAND:.0f} s.e."
-    axes.set_title(described, loc="right", fontsize=8.5, fontweight="normal", color=SOFT)
+        described += f"; bands: {BAND:.0f} standard errors"
+    axes.set_title(title, pad=21)
+    axes.text(0, 1.025, described, transform=axes.transAxes, fontsize=9, color=SOFT)
     axes.set_xlabel("layer")
     axes.set_ylabel(unit)
-    whole_number_axis(axes, 1, analysis["layers"])
+    layer_axis(axes, analysis["layers"])
     return figure, axes
 
 
 def _line(
-    axes: Axes, analysis: Analysis, group: str, errors: str, name: str, label: str, colour: str, marker: str
+    axes: Axes,
+    analysis: Analysis,
+    group: str,
+    errors: str,
+    name: str,
+    label: str,
+    colour: str,
+    marker: str,
+    x: Sequence[float] | None = None,
 ) -> None:
-    x = range(1, analysis["layers"] + 1)
+    x = x or range(1, analysis["layers"] + 1)
     y = _numbers(analysis[group][name])
     size = 4 if analysis["layers"] <= 40 else 2.5
     axes.plot(x, y, color=colour, marker=marker, markersize=size, label=label, zorder=3)
@@ -189,13 +212,16 @@ def _regions(axes: Axes, analysis: Analysis) -> None:
         )  # fmt: skip
 
 
-def _boundary(axes: Axes, analysis: Analysis) -> None:
+def _boundary(axes: Axes, analysis: Analysis, *, reason: bool = False) -> None:
+    """Mark the boundary layer, or, with ``reason``, write below the axis why there is none."""
     layer = analysis.get("boundary_layer")
     if layer is not None:
         axes.axvline(layer, color=INK, linewidth=1.4, linestyle="--", label=f"boundary: layer {layer}", zorder=2.5)
         return
-    reason = str(analysis.get("boundary_reason") or "no reason recorded")
-    text = "\n".join(textwrap.wrap(f"No boundary layer: {reason}.", 100))
+    if not reason:
+        return
+    why = str(analysis.get("boundary_reason") or "no reason recorded").rstrip(".")
+    text = "\n".join(textwrap.wrap(f"No boundary layer: {why}.", 100))
     axes.set_xlabel(f"layer\n{text}", linespacing=1.4)
     axes.xaxis.label.set_fontsize(8.5)
 

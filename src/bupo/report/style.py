@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ CYCLE = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
 INK, SOFT, GRID = "#1b1f24", "#5c6570", "#dde1e6"
 MARKERS = ("o", "s", "^", "D", "v", "P")
 REGION_COLOURS = {"exploration": ORANGE, "integration": SKY, "convergence": GREEN}
+ROLE_LOOKS = {"start": (SOFT, "o"), "grpo": (BLUE, "s"), "bupo": (RED, "^")}
 WIDTH = 7.2  # inches; at 2 x 100 dots an inch readable at the width of a README
 
 _RC: dict[str, Any] = {
@@ -28,6 +29,7 @@ _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # names may hold dollar signs
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,
     "axes.titlesize": 11,
@@ -58,7 +60,8 @@ def styled(**more: Any) -> Iterator[None]:
     """Within it, figures have the common look."""
     import matplotlib
 
-    with matplotlib.rc_context({**_RC, **{key.replace("__", "."): value for key, value in more.items()}}):
+    settings: Any = {**_RC, **{key.replace("__", "."): value for key, value in more.items()}}
+    with matplotlib.rc_context(settings):
         yield
 
 
@@ -69,13 +72,39 @@ def new_figure(width: float = WIDTH, height: float = 3.9) -> Figure:
     return Figure(figsize=(width, height))
 
 
-def whole_number_axis(axes: Axes, first: float, last: float) -> None:
-    """x ticks at whole numbers only, from ``first`` to ``last``."""
-    from matplotlib.ticker import MaxNLocator
+def role(name: str) -> str | None:
+    """Which of ``start``, ``grpo`` and ``bupo`` a model is by its name, or None."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    for known, hints in (("bupo", ("bupo",)), ("grpo", ("grpo",)), ("start", ("start", "base", "initial"))):
+        if any(hint in words for hint in hints):
+            return known
+    return None
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
-    margin = max(0.5, 0.015 * (last - first))
-    axes.set_xlim(first - margin, last + margin)
+
+def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each name: the same model looks the same in every figure of a page."""
+    free = [(c, m) for c, m in zip(CYCLE, MARKERS, strict=True) if (c, m) not in ROLE_LOOKS.values()]
+    found: dict[str, tuple[str, str]] = {}
+    for name in names:
+        own = ROLE_LOOKS.get(role(name) or "")
+        if own is None or own in found.values():
+            own = next((look for look in free if look not in found.values()), None)
+        number = len(found)
+        found[name] = own or (CYCLE[number % len(CYCLE)], MARKERS[(number // len(CYCLE) + number) % len(MARKERS)])
+    return found
+
+
+def layer_axis(axes: Axes, layers: int) -> None:
+    """x from layer 1 to ``layers``, both ends ticked, whole numbers only."""
+    from matplotlib.ticker import FixedLocator
+
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, layers) if layers / s <= 14)
+    ticks = [1, *range(step if step > 1 else 2, layers + 1, step)]
+    if layers - ticks[-1] >= 0.4 * step:
+        ticks.append(layers)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    margin = max(0.5, 0.015 * (layers - 1))
+    axes.set_xlim(1 - margin, layers + margin)
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+
+from bupo.report.style import role
 
 SIGNIFICANCE = 0.05
 
@@ -33,15 +34,6 @@ def outcome(comparison: Mapping[str, Any]) -> str:
     if low > 0:
         return "better"
     return "worse" if high < 0 else "open"
-
-
-def role(name: str) -> str | None:
-    """Which of ``start``, ``grpo`` and ``bupo`` an evaluation's name says it is."""
-    words = re.split(r"[^a-z0-9]+", name.lower())
-    for known, hints in (("bupo", ("bupo",)), ("grpo", ("grpo",)), ("start", ("start", "base", "initial"))):
-        if any(hint in words for hint in hints):
-            return known
-    return None
 
 
 def verdict(evaluations: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> Verdict:
