@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bupo.report.logs import last_internal_rollout, series
-from bupo.report.style import CYCLE, MARKERS, SOFT, new_figure, styled
+from bupo.report.style import SOFT, looks, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Looks = Mapping[str, tuple[str, str]]
 
 PANELS = (
     ("reward", "Reward", "mean reward"),
@@ -22,14 +20,7 @@ PANELS = (
 )
 
 
-def looks_of(names: Sequence[str], key: Callable[[str], str | None] = lambda name: None) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each name; names with the same ``key`` (unless None) share them."""
-    seen: dict[str, int] = {}
-    order = {name: seen.setdefault(key(name) or name, len(seen)) for name in names}
-    return {name: (CYCLE[at % len(CYCLE)], MARKERS[at % len(MARKERS)]) for name, at in order.items()}
-
-
-def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], looks: Looks | None = None) -> Figure:
+def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
     """Reward, entropy, response length and clip fraction over rollout batches, the runs overlaid.
 
     A dashed vertical line stands where a run goes from its internal phase to the full policy. Faint lines are the
@@ -37,11 +28,10 @@ def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], loo
 
     Args:
         runs: name and rows of ``log.jsonl``.
-        looks: colour and marker of each name; see `looks_of`.
     """
     from matplotlib.ticker import MaxNLocator
 
-    looks = looks or looks_of([name for name, _ in runs])
+    look = looks([name for name, _ in runs])
     panels = [panel for panel in PANELS if any(series(log, panel[0])[0] for _, log in runs)]
     with styled():
         rows = (len(panels) + 1) // 2
@@ -49,7 +39,7 @@ def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], loo
         grid = figure.subplots(rows, 2, squeeze=False, sharex=True).flat
         for axes, (name, title, unit) in zip(grid, panels, strict=False):
             for label, log in runs:
-                colour = looks[label][0]
+                colour = look[label][0]
                 _curve(axes, *series(log, name), label, colour)
                 if name == "entropy" and (inner := series(log, "internal_entropy"))[0]:
                     axes.plot(*inner, color=colour, linewidth=1.5, linestyle=":", label=f"{label}, internal policy")
@@ -83,13 +73,13 @@ def _curve(axes: Axes, x: list[float], y: list[float], label: str, colour: str) 
     axes.plot(x, smooth, color=colour, label=label)
 
 
-def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Looks | None = None) -> Figure | None:
+def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure | None:
     """Avg@K with its 95 % interval: a row a model, a group a task. None where nothing was scored.
 
     Args:
         evaluations: name and content of ``results.json``.
     """
-    looks = looks or looks_of([name for name, _ in evaluations])
+    look = looks([name for name, _ in evaluations])
     groups = [(task, found) for task in tasks_of(evaluations) if (found := _scored(evaluations, task, "avg_at_k"))]
     if not groups:
         return None
@@ -102,7 +92,7 @@ def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Lo
         for axes, (task, found) in zip(panels.flat, groups, strict=True):
             for row, (name, value) in enumerate(found):
                 low, high = value["ci95"]
-                colour, marker = looks[name]
+                colour, marker = look[name]
                 axes.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2.4, solid_capstyle="butt")
                 axes.plot(100 * value["mean"], row, marker=marker, color=colour, markersize=8, linestyle="none")
                 axes.annotate(
@@ -119,7 +109,7 @@ def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Lo
     return figure
 
 
-def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Looks | None = None) -> Figure | None:
+def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure | None:
     """Pass@K against K with 95 % bands, a panel a task. None where no task has more than one K."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -130,7 +120,7 @@ def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Loo
     ]
     if not groups:
         return None
-    looks = looks or looks_of([name for name, _ in evaluations])
+    look = looks([name for name, _ in evaluations])
     columns = min(2, len(groups))
     rows = (len(groups) + columns - 1) // columns
     with styled():
@@ -140,7 +130,7 @@ def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]], looks: Loo
         for axes, (task, found) in zip(panels, groups, strict=False):
             ks = sorted({point["k"] for _, points in found for point in points})
             for name, points in found:
-                colour, marker = looks[name]
+                colour, marker = look[name]
                 x = [point["k"] for point in points]
                 low, high = ([100 * point["ci95"][side] for point in points] for side in (0, 1))
                 (entries[name],) = axes.plot(

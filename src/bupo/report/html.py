@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bupo.report import figures
-from bupo.report.curves import average_dots, looks_of, pass_curves, tasks_of, training_curves
+from bupo.report.curves import average_dots, pass_curves, tasks_of, training_curves
 from bupo.report.logs import last_internal_rollout, summary
 from bupo.report.style import inline_svg
-from bupo.report.verdict import outcome, role, verdict
+from bupo.report.verdict import outcome, verdict
 from bupo.rundir import write_text
 
 if TYPE_CHECKING:
@@ -91,12 +91,11 @@ def render(
         figures.check_analysis(analysis, f"the analysis of {_name(analysis)}")
     scored = [(e["name"], e["results"]) for e in evaluations]
     logs = [(run["name"], run["log"]) for run in runs]
-    looks = looks_of([name for name, _ in scored] + [name for name, _ in logs], role)
     result_figures = [
         _figure(name, drawn, f"{what} of {', '.join(n for n, _ in scored)}; the numbers are in the table below")
         for name, drawn, what in (
-            ("average", average_dots(scored, looks), "Average accuracy with 95 % intervals"),
-            ("pass", pass_curves(scored, looks), "Pass@K with 95 % intervals"),
+            ("average", average_dots(scored), "Average accuracy with 95 % intervals"),
+            ("pass", pass_curves(scored), "Pass@K with 95 % intervals"),
         )
         if drawn is not None
     ]
@@ -121,7 +120,7 @@ def render(
         content["overlay"] = _figure("overlay", figures.overlay(named), alt)
     if runs:
         alt = f"Reward, entropy, length and clip fraction over rollout batches of {', '.join(n for n, _ in logs)}"
-        content["curves"] = _figure("curves", training_curves(logs, looks), alt)
+        content["curves"] = _figure("curves", training_curves(logs), alt)
     content["sections"] = [("verdict", "Verdict")] + [
         (id, text)
         for id, text, there in (
