@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PANELS = (
     ("reward", "Reward", "mean reward"),
-    ("entropy", "Entropy of the full policy", "nats a token"),
+    ("entropy", "Entropy", "nats a token"),
     ("length", "Response length", "tokens"),
     ("clip", "Clip fraction", "share of tokens"),
 )
@@ -24,7 +24,7 @@ def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> 
     """Reward, entropy, response length and clip fraction over rollout batches, the runs overlaid.
 
     A dashed vertical line stands where a run goes from its internal phase to the full policy. Faint lines are the
-    values, bold ones their running means (over about a tenth of the run).
+    values, bold ones their running means (over about a tenth of the run, never across that line).
 
     Args:
         runs: name and rows of ``log.jsonl``.
@@ -40,11 +40,11 @@ def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> 
         for axes, (name, title, unit) in zip(grid, panels, strict=False):
             for label, log in runs:
                 colour = look[label][0]
-                _curve(axes, *series(log, name), label, colour)
+                _curve(axes, *series(log, name), label, colour, last_internal_rollout(log))
                 if name == "entropy" and (inner := series(log, "internal_entropy"))[0]:
                     axes.plot(*inner, color=colour, linewidth=1.5, linestyle=":", label=f"{label}, internal policy")
                 if (at := last_internal_rollout(log)) is not None:
-                    shown = f"{label}: internal phase ends"
+                    shown = f"{label}, internal phase ends"
                     axes.axvline(at + 0.5, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=shown)
             axes.set_title(title)
             axes.set_ylabel(unit)
@@ -62,15 +62,17 @@ def training_curves(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> 
     return figure
 
 
-def _curve(axes: Axes, x: list[float], y: list[float], label: str, colour: str) -> None:
+def _curve(axes: Axes, x: list[float], y: list[float], label: str, colour: str, switch: float | None) -> None:
     width = max(1, round(len(y) / 10))
     if width < 3:
         axes.plot(x, y, color=colour, label=label)
         return
     axes.plot(x, y, color=colour, alpha=0.3, linewidth=1)
     half = width // 2
-    smooth = [sum(part) / len(part) for i in range(len(y)) if (part := y[max(0, i - half) : i + half + 1])]
-    axes.plot(x, smooth, color=colour, label=label)
+    for phase in (True, False):
+        part = [i for i, at in enumerate(x) if (switch is not None and at <= switch) is phase]
+        near = [[y[j] for j in part if abs(j - i) <= half] for i in part]
+        axes.plot([x[i] for i in part], [sum(n) / len(n) for n in near], color=colour, label=label if part else None)
 
 
 def average_dots(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure | None:
@@ -148,7 +150,7 @@ def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure 
         for axes in panels[len(groups) :]:
             axes.remove()
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(4, len(entries)))
-        figure.axes[0].set_title("band: 95 % interval", loc="right", fontsize=8.5, fontweight="normal", color=SOFT)
+        figure.axes[0].set_title("bands: 95 % intervals", loc="right", fontsize=8.5, fontweight="normal", color=SOFT)
     return figure
 
 
