@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from typing import Any
 
 import torch
@@ -98,3 +100,26 @@ def losses(trainer: Any) -> list[float]:
 
 def a_copy(model: Any) -> Any:
     return copy.deepcopy(model)
+
+
+# -- rewards that recipes name ----------------------------------------------------------------------------------------
+
+
+def digits(completions: list[str], **_: Any) -> list[float]:
+    """The share of digits among the characters."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+INTERRUPT_IN_ROLLOUT = [0, 0]  # the rollout batch whose reward presses Ctrl-C (0: none), and how many have been scored
+
+
+def digits_then_interrupt(completions: list[str], **given: Any) -> list[float]:
+    """As `digits`; in one rollout batch somebody presses Ctrl-C."""
+    INTERRUPT_IN_ROLLOUT[1] += 1
+    if INTERRUPT_IN_ROLLOUT[0] == INTERRUPT_IN_ROLLOUT[1]:
+        os.kill(os.getpid(), signal.SIGINT)
+    return digits(completions)
+
+
+def no_memory(completions: list[str], **_: Any) -> list[float]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")

@@ -92,7 +92,7 @@ class Recipe:
     dataset: str = key("", "arithmetic, arithmetic-hard, reasoning_gym/NAME, a .jsonl/.json/.parquet file, or a hub id")
     split: str | None = key("train", "split of a hub or generated dataset")
     problems: int | None = key(
-        None, "at most so many problems (default: all of a file, one for every prompt of a generated task)", low=1
+        None, "so many, drawn at random (default: all of a dataset; of a generated task one for every prompt)", low=1
     )
     template: Template = key("auto", "prompt template")
     reward: str = key("answer", "answer (1 if the last box is right, or the task's own score), or module:function")

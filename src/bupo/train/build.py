@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,14 @@ def _settings(recipe: Recipe, folder: Path) -> BuPOConfig:
     if unknown:
         raise ConfigError(unknown)
     accelerator = torch.accelerator.is_available()
-    mixed = recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator)
+    here = {
+        "output_dir": str(folder / "checkpoints"),
+        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator),
+        "dataloader_pin_memory": accelerator,
+        "disable_tqdm": True,
+    }
     try:
-        return BuPOConfig(output_dir=str(folder / "checkpoints"), bf16=mixed, disable_tqdm=True, **wanted)
+        return BuPOConfig(**{**here, **wanted})
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:  # TRL's and transformers' own checks
@@ -92,11 +98,16 @@ def _settings(recipe: Recipe, folder: Path) -> BuPOConfig:
 
 
 def _problems(recipe: Recipe) -> list[Problem]:
+    """All of a file or hub dataset, or a random ``problems`` of them; of a generated task as many as asked for."""
     generated = recipe.dataset.startswith(("arithmetic", "reasoning_gym/")) and not Path(recipe.dataset).exists()
-    limit = recipe.problems
-    if limit is None and generated:
-        limit = recipe.rollouts * recipe.prompts_per_rollout
-    return load_problems(recipe.dataset, split=recipe.split, limit=limit, seed=recipe.seed)
+    if generated:
+        wanted = recipe.problems or recipe.rollouts * recipe.prompts_per_rollout
+        return load_problems(recipe.dataset, split=recipe.split, limit=wanted, seed=recipe.seed)
+    problems = load_problems(recipe.dataset, split=recipe.split)
+    if recipe.problems is None or recipe.problems >= len(problems):
+        return problems
+    chosen = sorted(random.Random(recipe.seed).sample(range(len(problems)), recipe.problems))
+    return [problems[i] for i in chosen]
 
 
 def _peft(recipe: Recipe) -> Any:
