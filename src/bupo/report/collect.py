@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.errors import InputError
+from bupo.report.explorer import check_tokens
 from bupo.report.figures import check_analysis
 from bupo.report.logs import read_log
 from bupo.report.verdict import paired_comparisons
@@ -108,6 +109,7 @@ def _read_file(name: str, file: Path, run: Mapping[str, Any], material: Material
         check_analysis(content, str(file))
         material.analyses.append({**content, "name": name})
     elif "samples" in content:
+        check_tokens(content, str(file))
         material.tokens.append({**content, "name": name, "path": str(file)})
     else:
         raise InputError(f"{file} is no analysis, no evaluation and no training log")

@@ -30,8 +30,10 @@ def check_tokens(content: Any, where: str) -> None:
     ``{"schema": 1, "samples": [{"problem_id", "prompt": str, "tokens": T strings, "layers": L, "entropy": L x T,
     "logprob", "kl", "rank": the same or absent, "top": L x T lists of [token, probability], or absent}]}``
     """
-    if not isinstance(content, Mapping) or content.get("schema") != 1 or not isinstance(content.get("samples"), list):
+    if not isinstance(content, Mapping) or content.get("schema") != 1 or not content.get("samples"):
         raise InputError(f"{where} holds no token statistics of schema 1; write it with `bupo analyze --explore N`")
+    if not isinstance(content["samples"], list):
+        raise InputError(f"{where}: 'samples' is no list")
     for number, sample in enumerate(content["samples"], 1):
         at = f"{where}: sample {number}"
         if not isinstance(sample, Mapping) or not isinstance(sample.get("tokens"), list) or not sample["tokens"]:
@@ -63,7 +65,9 @@ def data_block(tokens: Sequence[Mapping[str, Any]]) -> Markup:
     models = [
         {
             "name": str(item.get("name") or item.get("model") or "model"),
-            "samples": [{key: sample[key] for key in kept if sample.get(key) is not None} for sample in item["samples"]],
+            "samples": [
+                {key: sample[key] for key in kept if sample.get(key) is not None} for sample in item["samples"]
+            ],
         }
         for item in tokens
     ]

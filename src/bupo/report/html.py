@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bupo.report import figures
+from bupo.report import explorer, figures
 from bupo.report.curves import average_dots, pass_curves, tasks_of, training_curves
 from bupo.report.logs import last_internal_rollout, summary
 from bupo.report.style import inline_svg
@@ -106,6 +106,7 @@ def render(
         "analyses": [_analysis(a, f"a{i}") for i, a in enumerate(analyses, 1)],
         "overlay": None,
         "explorer": _explorer(tokens),
+        "script_policy": explorer.script_policy() if tokens else "'none'",
         "runs": [_run(run) for run in runs],
         "curves": None,
         "result_figures": result_figures,
@@ -145,7 +146,7 @@ def _environment() -> Environment:
         loader=PackageLoader("bupo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     # ours, and free of the characters that would need escaping inside <style>
-    environment.globals["css"] = Markup(template_text("style.css"))
+    environment.globals["css"] = Markup(template_text("style.css") + template_text("explorer.css"))
     return environment
 
 
@@ -193,7 +194,12 @@ def _analysis(analysis: Item, key: str) -> dict[str, Any]:
 
 
 def _explorer(tokens: Sequence[Item]) -> Any:
-    return None
+    from markupsafe import Markup
+
+    if not tokens:
+        return None
+    page = _environment().get_template("explorer.html.j2")
+    return Markup(page.render(data=explorer.data_block(tokens), script=explorer.script()))
 
 
 def _run(run: Item) -> dict[str, Any]:
