@@ -16,7 +16,6 @@ from bupo.report.style import (
     RED,
     REGION_COLOURS,
     SOFT,
-    WIDTH,
     layer_axis,
     looks,
     new_figure,
@@ -147,7 +146,7 @@ def overlay(analyses: Sequence[tuple[str, Analysis]]) -> Figure:
                 axes.set_ylim(bottom=0)
             else:
                 axes.axhline(0, color=SOFT, linewidth=1.2)
-        for axes in list(panels)[2:]:
+        for axes in figure.axes[2:]:
             axes.set_xlabel("depth (layer / number of layers)" if relative else "layer")
         if not relative:
             layer_axis(figure.axes[0], analyses[0][1]["layers"])
@@ -228,10 +227,8 @@ def _boundary(axes: Axes, analysis: Analysis, *, reason: bool = False) -> None:
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), columnspacing=1.4)
-    if (legend_width := sum(len(label) for label in labels)) and legend_width > 70:
-        legend.set_ncols((len(labels) + 1) // 2)
-    figure.set_size_inches(WIDTH, figure.get_size_inches()[1])
+    columns = len(labels) if len(labels) <= 5 and sum(map(len, labels)) <= 70 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.4)
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
