@@ -11,6 +11,8 @@ import torch
 from bupo.errors import InputError
 from bupo.evaluate.engines import Batch, Sampling, chunks
 
+_FIRST_STRETCH = 32  # tokens
+
 
 class TransformersEngine:
     """Batched sampling with a Hugging Face causal LM.
@@ -69,14 +71,46 @@ class TransformersEngine:
             self._policy(),
         ):
             try:
-                output = self.model.generate(input_ids=ids, attention_mask=mask)
+                return self._generate(ids, mask, sampling.max_new_tokens)
             except RuntimeError as error:
                 if "probability tensor" in str(error):
                     raise InputError(
                         "the model gives non-finite probabilities; load it in float32 (--dtype float32) or check it"
                     ) from error
                 raise
-        return [cut_at_end(row, self.end_ids) for row in output[:, width:].tolist()]
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, limit: int) -> list[list[int]]:
+        """`generate` in stretches, after each of which the rows that have ended leave the batch.
+
+        A few responses run much longer than the rest; without this, the whole batch is computed until the last ends.
+
+        Args:
+            ids: (B, P) padded on the left. mask: (B, P).
+        """
+        width = ids.shape[1]
+        responses: list[list[int]] = [[] for _ in range(ids.shape[0])]
+        rows = list(range(ids.shape[0]))
+        cache, made = None, 0
+        while rows and made < limit:
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=min(max(_FIRST_STRETCH, made), limit - made),  # doubling: few stretches
+                return_dict_in_generate=True,
+            )
+            ids, cache = output.sequences, output.past_key_values
+            made = ids.shape[1] - width
+            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
+            for position, row in enumerate(rows):
+                responses[row] = cut_at_end(ids[position, width:].tolist(), self.end_ids)
+            going = [position for position, row in enumerate(rows) if not self.is_finished(responses[row])]
+            if going and len(going) < len(rows):
+                chosen = torch.tensor(going, device=ids.device)
+                ids, mask = ids[chosen], mask[chosen]
+                cache.batch_select_indices(chosen)
+            rows = [rows[position] for position in going]
+        return responses
 
     def _policy(self) -> Any:
         if self.internal_layer is None:
