@@ -322,9 +322,12 @@ def everything(name: str = "tiny") -> dict:
     }  # fmt: skip
 
 
-def test_page_holds_every_section_and_the_numbers(tmp_path):
-    text = write_report(tmp_path / "report.html", **everything()).read_text()
-    page = _Page(text)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> _Page:
+    return _Page(write_report(tmp_path_factory.mktemp("page") / "report.html", **everything()).read_text())
+
+
+def test_page_holds_every_section_and_the_numbers(page):
     for heading in ("Verdict", "Internal policies", "Training", "Results", "Sample responses", "What was run"):
         assert heading in page.text
     assert "BuPO is not shown to be better than GRPO on sums" in page.text
@@ -337,8 +340,7 @@ def test_page_holds_every_section_and_the_numbers(tmp_path):
     assert len([tag for tag, _ in page.tags if tag == "figure"]) == 1 + 6 + 1 + 2
 
 
-def test_page_is_accessible_and_self_contained(tmp_path):
-    page = _Page(write_report(tmp_path / "report.html", **everything()).read_text())
+def test_page_is_accessible_and_self_contained(page):
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     images = [a for tag, a in page.tags if tag == "svg"]
@@ -355,7 +357,10 @@ def test_page_is_accessible_and_self_contained(tmp_path):
 
 
 def test_page_escapes_everything_that_comes_from_outside(tmp_path):
-    text = write_report(tmp_path / "report.html", **everything(HOSTILE)).read_text()
+    given = everything(HOSTILE)
+    text = write_report(
+        tmp_path / "report.html", **{**given, "analyses": given["analyses"][:1], "runs": []}
+    ).read_text()
     page = _Page(text)
     assert page.text.count(HOSTILE) >= 5
     assert not [a for tag, a in page.tags if tag == "img" or "onerror" in a]

@@ -30,7 +30,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         InputError: another line is no JSON object, or no row has a step.
     """
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
