@@ -50,6 +50,7 @@ def collect(arguments: Sequence[str]) -> Material:
     responses: list[tuple[str, Path]] = []
     for name, path in zip(_names(sources), repeated, strict=True):
         _read(name, path, material, responses)
+    _check_names(material)
     material.comparisons, notes = paired_comparisons(material.evaluations)
     material.notes += notes
     material.samples = _samples(responses)
@@ -65,13 +66,22 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 
 def _names(sources: Sequence[tuple[str | None, Path]]) -> list[str]:
-    """A different name for each source: given, or the folder's, with as many parents as it takes."""
+    """The name given, which a training run and its evaluation may share, or the folder's, with enough parents."""
     folders = [path.absolute() if path.is_dir() else path.absolute().parent for _, path in sources]
     for depth in range(1, 6):
         names = [name or "/".join(folder.parts[-depth:]) for (name, _), folder in zip(sources, folders, strict=True)]
-        if len(set(names)) == len(names):
+        found = [name for name, (given, _) in zip(names, sources, strict=True) if not given]
+        if len(set(found)) == len(found) and not set(found) & {given for given, _ in sources}:
             return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return [given or f"{name} ({n})" for n, (name, (given, _)) in enumerate(zip(names, sources, strict=True), 1)]
+
+
+def _check_names(material: Material) -> None:
+    for kind in ("analyses", "runs", "evaluations", "tokens"):
+        names = [item["name"] for item in getattr(material, kind)]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"two {kind} are named {name}; give each another name (NAME=PATH)")
 
 
 def _read(name: str, path: Path, material: Material, responses: list[tuple[str, Path]]) -> None:
