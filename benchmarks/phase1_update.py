@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -76,6 +75,12 @@ def update(way, ids: Tensor, advantages: Tensor, optimizer) -> float:
     return time.perf_counter() - started
 
 
+def peak_kib() -> int:
+    """High-water mark of this process's resident memory, KiB (``ru_maxrss`` would include the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
 def predicted(model, layer: int) -> dict[str, float]:
     """Multiply-adds a token of both ways from the matrices' sizes (attention's products left out: short sequences)."""
     anatomy = dissect(model)
@@ -112,9 +117,9 @@ def main() -> None:
 
     if args.peak_of:
         model, way, ids, advantages, optimizer = setting(args, args.peak_of)
-        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        loaded = peak_kib()
         update(way, ids, advantages, optimizer)
-        print(json.dumps({"loaded": loaded, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+        print(json.dumps({"loaded": loaded, "peak": peak_kib()}))
         return
 
     ways = {name: setting(args, name) for name in WAYS}

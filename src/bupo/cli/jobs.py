@@ -41,7 +41,8 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, quiet: bool = False) -> None:
     threads = max(1, (os.cpu_count() or 1) // max(1, min(at_once, len(jobs))))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
     columns = (TextColumn("  {task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    waiting, running = list(jobs), []
+    waiting = list(jobs)
+    running: list[Job] = []
     started: dict[str, float] = {}
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
         tasks = {job.name: bars.add_task(job.name, total=None, start=False) for job in jobs}
