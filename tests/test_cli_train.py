@@ -38,7 +38,9 @@ def recipe(tmp_path, tiny_folder):
 
     def write(name="recipe.yaml", **changes):
         data = tmp_path / "sums.jsonl"
-        data.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)}) + "\n" for i in range(6)))
+        data.write_text(
+            "".join(json.dumps({"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)}) + "\n" for i in range(6))
+        )
         path = tmp_path / name
         path.write_text(yaml.safe_dump({"model": str(tiny_folder), "dataset": str(data), **RECIPE, **changes}))
         return path

@@ -132,6 +132,11 @@ WRONG = [
     ({"reward": "good answers"}, "reward must be answer or module:function"),
     ({"eval": {"every": 3}}, "eval.dataset is missing"),
     ({"model": ""}, "model is missing"),
+    ({"internal_weight": 1.5}, "internal_weight is a share"),
+    ({"internal_ladder": [[6]]}, "internal_ladder: a ladder is a list of"),
+    ({"internal_ladder": [[6, 200], [12, 200]]}, "takes 400 rollout batches, more than rollouts 300"),
+    ({"internal_ladder": [[6, 20]], "internal_layer": 6}, "not both"),
+    ({"estimator": "ppo2"}, "estimator must be one of grpo"),
 ]
 
 

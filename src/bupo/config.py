@@ -26,8 +26,10 @@ from typing import Any, Literal
 
 from bupo.errors import ConfigError, InputError
 from bupo.schema import build, either, key, load_yaml
+from bupo.train.schedule import ladder_problems
 
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
+Estimator = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "reinforce++-baseline"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 # trainer settings that a recipe has its own key for
@@ -49,6 +51,9 @@ _OWNED = {
     "internal_layer": "internal_layer",
     "internal_steps": "internal_steps",
     "internal_norm": "internal_norm",
+    "internal_weight": "internal_weight",
+    "internal_ladder": "internal_ladder",
+    "estimator": "estimator",
     "gradient_checkpointing": "gradient_checkpointing",
     "seed": "seed",
     "bf16": "precision",
@@ -113,6 +118,10 @@ class Recipe:
     )
     internal_norm: bool = key(False, "read the internal policy through the final norm (ablation)")
 
+    internal_weight: float = key(1.0, "share of the internal surrogate in them; below 1: joint objective", above=0)
+    internal_ladder: list | None = key(None, "[[layer, rollout batches], ...] in place of one layer and its steps")
+    estimator: Estimator = key("grpo", "advantages: see bupo.train.estimators")
+
     lora: Lora | None = key(None, "train adapters instead of all weights")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = key("float32", "of the weights in memory")
     precision: Precision = key("auto", "of the products: bfloat16 (mixed), float32; auto is bfloat16 on an accelerator")
@@ -158,6 +167,9 @@ class Recipe:
             "internal_layer": self.internal_layer,
             "internal_steps": self.internal_steps,
             "internal_norm": self.internal_norm,
+            "internal_weight": self.internal_weight,
+            "internal_ladder": self.internal_ladder,
+            "estimator": self.estimator,
             "gradient_checkpointing": self.gradient_checkpointing,
             "seed": self.seed,
             "save_strategy": "steps",
@@ -240,6 +252,16 @@ def _cross_problems(recipe: Recipe) -> list[str]:
         problems.append(f"internal_layer counts from 1, not {layer}")
     if recipe.internal_steps and layer is None:
         problems.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
+    if recipe.internal_weight > 1.0:
+        problems.append(f"internal_weight is a share: at most 1, not {recipe.internal_weight}")
+    if recipe.internal_ladder is not None:
+        wrong = ladder_problems(recipe.internal_ladder)
+        problems += [f"internal_ladder: {line}" for line in wrong]
+        total = 0 if wrong else sum(rollouts for _, rollouts in recipe.internal_ladder)
+        if total > recipe.rollouts:
+            problems.append(f"internal_ladder takes {total} rollout batches, more than rollouts {recipe.rollouts}")
+        if recipe.internal_steps or layer is not None:
+            problems.append("give either internal_ladder or internal_layer and internal_steps, not both")
     if recipe.internal_steps > recipe.rollouts:
         problems.append(f"internal_steps {recipe.internal_steps} is more than rollouts {recipe.rollouts}")
     if recipe.reward != "answer" and not re.fullmatch(r"[\w.]+:\w+", recipe.reward):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -113,7 +112,6 @@ class LogWriter(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
             stream.flush()
-            os.fsync(stream.fileno())
         if "reward" in row:
             self.last = row
         if self._show is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bupo.errors import ConfigError
 
@@ -95,11 +95,11 @@ class Schedule:
         return tuple(stage.layer for stage in self.stages if stage.layer is not None)
 
 
-def two_phase(layer: int | Literal["auto"] | None, rollouts: int) -> Schedule:
+def two_phase(layer: int | Literal["auto"] | None, rollouts: int, weight: float = 1.0) -> Schedule:
     """BuPO: layer ``layer`` for ``rollouts`` rollout batches, then the full policy; plain GRPO where that is 0."""
     if rollouts == 0 or layer is None:
         return Schedule((Stage(),))
-    return ladder([(layer, rollouts)])
+    return ladder([(layer, rollouts)], weight)
 
 
 def ladder(rungs: Iterable[tuple[int | Literal["auto"], int]], weight: float = 1.0) -> Schedule:
@@ -111,6 +111,19 @@ def ladder(rungs: Iterable[tuple[int | Literal["auto"], int]], weight: float = 1
     """
     stages = [Stage(rollouts=rollouts, layer=layer, weight=weight) for layer, rollouts in rungs]
     return Schedule((*stages, Stage()))
+
+
+def ladder_problems(rungs: Any) -> list[str]:
+    """What is wrong with a ladder that a user wrote; empty if nothing is."""
+    wrong = f"a ladder is a list of [layer, rollout batches], both whole numbers from 1, not {rungs!r}"
+    if not isinstance(rungs, (list, tuple)) or not rungs:
+        return [wrong]
+    for rung in rungs:
+        if not isinstance(rung, (list, tuple)) or len(rung) != 2:
+            return [wrong]
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in rung):
+            return [wrong]
+    return []
 
 
 def alignment_problems(

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from bupo.errors import ConfigError
+from bupo.train import estimators
 from bupo.train.hazards import hazards
-from bupo.train.schedule import Schedule, alignment_problems, two_phase
+from bupo.train.schedule import Schedule, alignment_problems, ladder, ladder_problems, two_phase
 
 if TYPE_CHECKING:
     from trl import GRPOConfig as _Parent
@@ -31,6 +32,18 @@ class BuPOSettings(_Parent):
     internal_norm: bool = field(
         default=False, metadata={"help": "Read the internal policy through the final norm (the paper's ablation)."}
     )
+    internal_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the internal policy's surrogate while internal_steps last; below 1 the rest is the full "
+            "policy's (joint objective)."
+        },
+    )
+    internal_ladder: list | None = field(
+        default=None,
+        metadata={"help": "Several layers one after the other, as [[layer, rollout batches], ...], instead of one."},
+    )
+    estimator: str = field(default="grpo", metadata={"help": f"Advantage estimator: {', '.join(estimators.NAMES)}."})
     updates_per_rollout: int | None = field(
         default=None,
         metadata={"help": "Updates a rollout batch (4 unless steps_per_generation or generation_batch_size is given)."},
@@ -58,7 +71,8 @@ class BuPOSettings(_Parent):
         once_a_rollout = self.logging_steps == 0
         if once_a_rollout:
             self.logging_steps = 1
-        if self.internal_steps and self.ddp_find_unused_parameters is None:
+        problems += estimators.apply_settings(self, self.estimator)
+        if (self.internal_steps or self.internal_ladder) and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # upper layers are unused in the internal phase
         super().__post_init__()
         if once_a_rollout:
@@ -75,23 +89,34 @@ class BuPOSettings(_Parent):
 
     def schedule(self) -> Schedule:
         """The stages these settings ask for."""
-        return two_phase(cast(Any, self.internal_layer), self.internal_steps)
+        if self.internal_ladder:
+            return ladder([(layer, rollouts) for layer, rollouts in self.internal_ladder], self.internal_weight)
+        return two_phase(cast(Any, self.internal_layer), self.internal_steps, self.internal_weight)
 
     def _problems(self) -> list[str]:
         found = []
-        layer = self.internal_layer
-        if isinstance(self.internal_steps, bool) or not isinstance(self.internal_steps, int) or self.internal_steps < 0:
+        if not _whole(self.internal_steps, 0):
             found.append(f"internal_steps counts rollout batches: a whole number from 0, not {self.internal_steps!r}")
-        elif self.internal_steps and layer is None:
+        elif self.internal_steps and self.internal_layer is None:
             found.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
-        if isinstance(layer, bool) or not (layer is None or layer == "auto" or (isinstance(layer, int) and layer >= 1)):
-            found.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
+        if self.internal_layer not in (None, "auto") and not _whole(self.internal_layer, 1):
+            found.append(f"internal_layer must be a layer from 1 to L or auto, not {self.internal_layer!r}")
+        if self.internal_ladder is not None:
+            found += ladder_problems(self.internal_ladder)
+            if self.internal_steps or self.internal_layer is not None:
+                found.append("give either internal_ladder or internal_layer and internal_steps, not both")
+        if not 0.0 < self.internal_weight <= 1.0:
+            found.append(f"internal_weight must be above 0 and at most 1, not {self.internal_weight}")
         if self.probe_samples is not None and self.probe_samples < 1:
             found.append(f"probe_samples must be at least 1, not {self.probe_samples}")
         if self.save_total_limit == 1:
             found.append("save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2")
-        if found or not self.internal_steps:
+        if found or not self.schedule().switches:
             return found
         ddp = self.world_size > 1 and self.deepspeed is None and not self.fsdp
         found += hazards(self, ddp=ddp)
         return found + alignment_problems(self.schedule(), self.generate_every, self.gradient_accumulation_steps)
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -26,6 +26,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from bupo.errors import BupoError, ConfigError
 from bupo.model.early_exit import check_site, internal_policy, n_layers
+from bupo.train import estimators
 from bupo.train.auto_layer import choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
 from bupo.train.checkpoints import check_resumable, read_state, write_state
@@ -78,6 +79,7 @@ class BuPOTrainer(GRPOTrainer):
     args: BuPOConfig
     model: Any  # set by the parent, which types it as perhaps absent
     train_dataset: Any
+    _logs: dict[str, Any]
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, **kwargs: Any):
         if args is None:
@@ -186,6 +188,8 @@ class BuPOTrainer(GRPOTrainer):
         internal_only = stage.layer not in (None, "auto") and stage.weight == 1.0 and not corrected
         with self._read(stage if internal_only else None):
             batch = super()._generate_and_score_completions(inputs)
+        if self.args.estimator in estimators.OWN:
+            self._set_advantages(batch)
         if stage.layer == "auto":
             stage = self._resolve_auto_layer(batch)
         if stage.layer is not None:
@@ -194,6 +198,21 @@ class BuPOTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         metrics["rollout"], metrics["phase"] = [float(rollout + 1)], [float(stage.number)]
         return batch
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)  # (N, functions), of all processes
+        return self._rewards
+
+    def _set_advantages(self, batch: dict[str, Any]) -> None:
+        """Replace TRL's advantages by those of an estimator that it lacks."""
+        weights = self.reward_weights.to(self._rewards.device)
+        rewards = (self._rewards * weights).nansum(dim=1)
+        rewards[self._rewards.isnan().all(dim=1)] = torch.nan
+        found = estimators.advantages(self.args.estimator, rewards, cast(int, self.num_generations))
+        size = len(batch["advantages"])
+        start = self.accelerator.process_index * size
+        batch["advantages"] = found[start : start + size]
+        self._logs["advantages"].extend(found.tolist())  # pushes TRL's out of its table, which holds one rollout batch
 
     def _add_internal_scores(self, batch: dict[str, Any], stage: Stage, *, scored: bool) -> None:
         if not scored and "old_per_token_logps" in batch:
