@@ -134,7 +134,8 @@ def render(
         if there
     ]
     content["sections"].append(("run", "What was run"))
-    return _environment().get_template("report.html.j2").render(content)
+    text = _environment().get_template("report.html.j2").render(content)
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text; JSON may hold one
 
 
 @cache

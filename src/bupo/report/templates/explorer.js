@@ -49,6 +49,7 @@
     const width = T * cell.w, height = L * cell.h + LABELS, ratio = Math.min(devicePixelRatio || 1, 24000 / Math.max(width, height));
     canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
     canvas.style.width = `${width}px`; canvas.style.height = `${height}px`;
+    canvas.dataset.cell = cell.w; gutter.dataset.cell = cell.h;
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
     const gap = cell.w > 6 ? 0.5 : 0, empty = style.getPropertyValue("--grid");
