@@ -400,7 +400,7 @@ def test_command_recognises_each_folder_and_prints_the_verdict(folders, capsys, 
     assert "--overwrite" in capsys.readouterr().err
     assert Path("report.html").read_text() == page
     assert main([*arguments, "--overwrite"]) == 0
-    assert "1 analyses, 2 training runs, 2 evaluations" in capsys.readouterr().out
+    assert "1 analysis, 2 training runs, 2 evaluations" in capsys.readouterr().out
     assert Path("report.html").read_text() == page
 
 
@@ -408,6 +408,23 @@ def test_folders_with_the_same_name_are_told_apart(folders):
     material = collect([str(folders / "train/grpo"), str(folders / "eval/grpo")])
     assert material.runs[0]["name"] == "train/grpo"
     assert material.evaluations[0]["name"] == "eval/grpo"
+
+
+def test_the_start_comes_first_and_bupo_last_whatever_the_order_given(folders):
+    write(folders / "eval/start", "results.json", results(2))
+    material = collect([f"{n}={folders / 'eval' / n}" for n in ("bupo", "start", "grpo")])
+    assert [e["name"] for e in material.evaluations] == ["start", "grpo", "bupo"]
+    assert [(c["first"], c["second"]) for c in material.comparisons][-1] == ("grpo", "bupo")
+
+
+def test_token_statistics_beside_an_analysis_are_shown(folders):
+    tokens = {"schema": 1, "samples": [{"problem_id": "p", "tokens": ["a"], "layers": 1, "entropy": [[0.5]]}]}
+    write(folders / "look", "tokens.json", tokens)
+    material = collect([str(folders / "look")])
+    assert [t["samples"] for t in material.tokens] == [tokens["samples"]]
+    write(folders / "look", "tokens.json", {**tokens, "schema": 9})
+    with pytest.raises(InputError, match=r"tokens\.json holds no token statistics of schema 1"):
+        collect([str(folders / "look")])
 
 
 def test_sample_responses_come_from_the_evaluation(folders):

@@ -65,7 +65,9 @@ def report(
         return
     if material.evaluations:
         typer.echo(judged.headline)
-    typer.echo(
-        f"wrote {output}: {len(material.analyses)} analyses, {len(material.runs)} training runs, "
-        f"{len(material.evaluations)} evaluations"
-    )
+    counts = [
+        (len(material.analyses), "analysis", "analyses"),
+        (len(material.runs), "training run", "training runs"),
+        (len(material.evaluations), "evaluation", "evaluations"),
+    ]
+    typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts))

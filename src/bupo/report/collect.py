@@ -12,9 +12,11 @@ from bupo.errors import InputError
 from bupo.report.explorer import check_tokens
 from bupo.report.figures import check_analysis
 from bupo.report.logs import read_log
+from bupo.report.style import role
 from bupo.report.verdict import paired_comparisons
 
 ANALYSIS, RESULTS, LOG, TOKENS, RUN = "analysis.json", "results.json", "log.jsonl", "tokens.json", "run.json"
+_ORDER: dict[str | None, int] = {"start": -1, "grpo": 1, "bupo": 2}  # others between, in the order given
 SAMPLES = 3  # problems whose responses are shown
 
 
@@ -51,6 +53,8 @@ def collect(arguments: Sequence[str]) -> Material:
     for name, path in zip(_names(sources), repeated, strict=True):
         _read(name, path, material, responses)
     _check_names(material)
+    for items in (material.evaluations, material.runs):
+        items.sort(key=lambda item: _ORDER.get(role(item["name"]), 0))
     material.comparisons, notes = paired_comparisons(material.evaluations)
     material.notes += notes
     material.samples = _samples(responses)

@@ -29,7 +29,7 @@ _CAPTIONS = {
     "choice of tokens, below zero it narrows it.",
     "cosine": "Cosine between what a module adds and the stream it is added to. Positive: it strengthens the direction "
     "that is there; negative: it takes from it; near zero: it writes a new one.",
-    "overlay": "The analysed models in one figure.",
+    "overlay": "The analysed models in one figure; bands are two standard errors, dashed lines boundary layers.",
     "curves": "Faint: values of each rollout batch; bold: running means. A dashed vertical line marks the end of a "
     "run's internal phase. In that phase the clip fraction is the internal policy's.",
     "average": "Mean accuracy of single samples.",
@@ -181,6 +181,7 @@ def _analysis(analysis: Item, key: str) -> dict[str, Any]:
     measured += [f"dtype {analysis['dtype']}"] if analysis.get("dtype") else []
     return {
         "name": name,
+        "layers": analysis["layers"],
         "boundary": f"{boundary}: {reason}" if reason else boundary,
         "regions": [
             (region.capitalize(), "none" if span is None else f"layers {span[0]} to {span[1]}")
@@ -257,8 +258,8 @@ def _comparison(c: Item) -> dict[str, Any]:
         "task": c.get("task", ""),
         "first": c["first"],
         "second": c["second"],
-        "difference": f"{100 * c['difference']:+.1f}",
-        "interval": f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+        "difference": f"{100 * c['difference']:+.1f}".replace("-", "−"),
+        "interval": f"[{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−"),
         "p": "–" if p is None else (f"{p:.3f}" if p >= 0.001 else "< 0.001"),
         "problems": c.get("problems", "–"),
         "outcome": found,
