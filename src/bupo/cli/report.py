@@ -69,5 +69,6 @@ def report(
         (len(material.analyses), "analysis", "analyses"),
         (len(material.runs), "training run", "training runs"),
         (len(material.evaluations), "evaluation", "evaluations"),
+        (sum(len(item["samples"]) for item in material.tokens), "explored response", "explored responses"),
     ]
-    typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts))
+    typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n))

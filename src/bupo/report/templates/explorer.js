@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("tokens-data").textContent);
   const root = document.getElementById("explorer");
   const pick = (name) => root.querySelector(`[data-part="${name}"]`);
-  const canvas = pick("map"), scroll = pick("scroll"), gutter = pick("layers"), tip = pick("tip"), text = pick("text");
+  const canvas = pick("map"), scroll = pick("scroll"), gutter = pick("layers"), tip = pick("tip"), mark = pick("mark"), text = pick("text");
   const chooser = pick("sample"), bar = pick("bar"), low = pick("low"), high = pick("high"), prompt = pick("prompt");
   const measures = {
     entropy: { title: "Entropy", unit: " nats", floor: 0 },
@@ -46,7 +46,7 @@
     const room = Math.max(200, scroll.clientWidth - 2);
     cell = { w: Math.min(44, Math.max(T * 14 > 12000 ? Math.max(2, Math.floor(12000 / T)) : 14, Math.floor(room / T))),
       h: Math.max(8, Math.min(24, Math.floor(380 / L))) };
-    const width = T * cell.w, height = L * cell.h + LABELS, ratio = Math.min(devicePixelRatio || 1, 24000 / Math.max(width, height));
+    const width = T * cell.w, height = L * cell.h + (cell.w >= 10 ? LABELS : 0), ratio = Math.min(devicePixelRatio || 1, 24000 / Math.max(width, height));
     canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
     canvas.style.width = `${width}px`; canvas.style.height = `${height}px`;
     canvas.dataset.cell = cell.w; gutter.dataset.cell = cell.h;
@@ -69,12 +69,6 @@
         pen.fillText(word.length > 11 ? word.slice(0, 10) + "…" : word, 0, 0);
         pen.restore();
       });
-    }
-    if (at) {
-      pen.lineWidth = 2; pen.strokeStyle = style.getPropertyValue("--card");
-      pen.strokeRect(at.t * cell.w - 1, (L - 1 - at.l) * cell.h - 1, cell.w + 1, cell.h + 1);
-      pen.lineWidth = 1.5; pen.strokeStyle = style.getPropertyValue("--ink");
-      pen.strokeRect(at.t * cell.w, (L - 1 - at.l) * cell.h, cell.w - 1, cell.h - 1);
     }
   }
 
@@ -115,11 +109,11 @@
 
   function show(l, t, follow) {
     at = { l: Math.max(0, Math.min(sample.layers - 1, l)), t: Math.max(0, Math.min(sample.tokens.length - 1, t)) };
-    draw();
     text.querySelector(".now")?.classList.remove("now");
     text.children[at.t].classList.add("now");
     tip.replaceChildren(...describe());
-    tip.hidden = false;
+    tip.hidden = mark.hidden = false;
+    mark.style.cssText = `left:${at.t * cell.w}px;top:${(sample.layers - 1 - at.l) * cell.h}px;width:${cell.w}px;height:${cell.h}px`;
     if (follow) {
       const left = at.t * cell.w;
       if (left < scroll.scrollLeft) scroll.scrollLeft = left - 20;
@@ -135,15 +129,14 @@
   function hide() {
     if (!at) return;
     at = null;
-    tip.hidden = true;
+    tip.hidden = mark.hidden = true;
     text.querySelector(".now")?.classList.remove("now");
-    draw();
   }
 
   function load() {
     const [m, s] = chooser.value.split("/").map(Number);
     sample = data.models[m].samples[s];
-    at = null; tip.hidden = true;
+    at = null; tip.hidden = mark.hidden = true;
     for (const input of root.querySelectorAll("input[name=measure]")) {
       input.disabled = !sample[input.value];
       if (input.disabled && input.checked) root.querySelector("input[value=entropy]").checked = true;
