@@ -168,7 +168,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(tiny):
 
 
 def test_responses_end_with_their_end_token(tiny):
-    from bupo.evaluate.engine_transformers import TransformersEngine, cut_at_end, sample
+    from bupo.evaluate.engine_transformers import TransformersEngine, sample
+    from bupo.evaluate.engines import cut_at_end
 
     assert cut_at_end([5, 2, 0, 0], frozenset({2})) == [5, 2]
     assert cut_at_end([5, 6], frozenset({2})) == [5, 6]

@@ -22,6 +22,8 @@ Examples:
   bupo eval --model small --tasks arithmetic --internal-layer 4 --output runs/layer4
 
   bupo eval --regrade runs/start
+
+  bupo eval --model Qwen/Qwen3-4B --harness gpqa,mmlu-pro,arc,bbh --output runs/qwen3-other
 """
 
 
@@ -58,6 +60,12 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model's repository brings.")] = False,
     regrade: Annotated[Path | None, typer.Option(help="Grade a finished evaluation's responses again.")] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness: gpqa, mmlu-pro, arc, bbh, humaneval, or its names."),
+    ] = None,
+    harness_tasks: Annotated[Path | None, typer.Option(help="Folder with further task files for --harness.")] = None,
+    unsafe_code: Annotated[bool, typer.Option(help="Let harness tasks run code that the model wrote.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -75,12 +83,35 @@ def evaluate(
 
         _show(grade_again(regrade, say=say), regrade, json_output)
         return
-    missing = [name for name, value in (("--model", model), ("--tasks", tasks), ("--output", output)) if not value]
+    if harness is not None and (tasks or internal_layer is not None):
+        raise ConfigError("--harness takes no --tasks and no --internal-layer")
+    wanted = (("--model", model), ("--tasks", tasks or harness), ("--output", output))
+    missing = [name for name, value in wanted if not value]
     if missing:
         raise ConfigError(f"bupo eval needs {', '.join(missing)} (or --regrade DIR)")
     assert model is not None
-    assert tasks is not None
     assert output is not None
+    if harness is not None:
+        from bupo.evaluate.harness import run_harness
+
+        found = run_harness(
+            model,
+            _names(harness),
+            output,
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            chat=template != "raw",
+            task_folder=harness_tasks,
+            unsafe_code=unsafe_code,
+            revision=revision,
+            overwrite=overwrite,
+        )
+        _show_harness(found, output, json_output)
+        return
+    assert tasks is not None
 
     from bupo.evaluate.engines import choose_engine
     from bupo.evaluate.run import EvalConfig
@@ -91,7 +122,7 @@ def evaluate(
     path = resolve_model(model)
     config = EvalConfig(
         model=model,
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        tasks=tuple(_names(tasks)),
         k=k,
         n=n,
         limit=limit,
@@ -141,6 +172,18 @@ class _Progress:
         if task not in self._known:
             self._known[task] = self._bars.add_task(task, total=total)
         self._bars.update(self._known[task], completed=done)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _show_harness(results: dict, folder: Path, as_json: bool) -> None:
+    import json
+
+    from bupo.evaluate.harness import RESULTS, summary_lines
+
+    print(json.dumps(results) if as_json else "\n".join([*summary_lines(results), f"results: {folder / RESULTS}"]))
 
 
 def _show(results: dict, folder: Path, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bupo.errors import InputError
-from bupo.evaluate.engines import Batch, Sampling, chunks
+from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end
 
 _FIRST_STRETCH = 32  # tokens
 
@@ -39,9 +39,8 @@ class TransformersEngine:
             from bupo.model.early_exit import check_site, n_layers
 
             check_site(n_layers(model), internal_layer)
-        self.end_ids = end_tokens(model, tokenizer)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.context = int(context) if context else None
+        self.end_ids = end_tokens(model.generation_config, tokenizer)
+        self.context = context_length(model.config)
 
     def plan(self, problems: int, samples: int, seed: int) -> list[Batch]:
         return chunks(problems, samples, self.batch_size, seed)
@@ -158,21 +157,19 @@ def sample(
     return responses
 
 
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def context_length(config: Any) -> int | None:
+    """Most tokens the model was made for, where its configuration says it."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(context) if context else None
+
+
+def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends a response: the model's (there may be several) and the tokenizer's."""
     found: set[int] = set()
-    for holder in (model.generation_config, tokenizer):
+    for holder in (generation_config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
     return frozenset(found)
-
-
-def cut_at_end(response: Sequence[int], end_ids: frozenset[int]) -> list[int]:
-    """The response up to and with its first end token (what follows is padding)."""
-    for position, token in enumerate(response):
-        if token in end_ids:
-            return list(response[: position + 1])
-    return list(response)
 
 
 @contextmanager

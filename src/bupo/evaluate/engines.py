@@ -88,6 +88,14 @@ def missing(plan: Sequence[Batch], done: set[tuple[int, int]]) -> Iterator[Batch
     return (batch for batch in plan if not done.issuperset(batch.items))
 
 
+def cut_at_end(response: Sequence[int], end_ids: frozenset[int]) -> list[int]:
+    """The response up to and with its first end token (what follows is padding)."""
+    for position, token in enumerate(response):
+        if token in end_ids:
+            return list(response[: position + 1])
+    return list(response)
+
+
 ENGINES = ("auto", "transformers", "vllm")
 
 

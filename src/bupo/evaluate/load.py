@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bupo.errors import InputError
 from bupo.evaluate.engines import Engine
 from bupo.evaluate.run import EvalConfig
 
@@ -16,6 +17,8 @@ def load_engine(
     Raises:
         InputError: no such model, or a layer that it does not have.
     """
+    if config.engine == "vllm":
+        return _load_vllm(config, trust_remote_code)
     from bupo.evaluate.engine_transformers import TransformersEngine
     from bupo.model.load import load_model, model_revision
 
@@ -31,3 +34,34 @@ def load_engine(
     )
     device_name = str(next(model.parameters()).device)
     return engine, tokenizer, {"revision": model_revision(model) or config.fingerprint, "device": device_name}
+
+
+def _load_vllm(config: EvalConfig, trust_remote_code: bool) -> tuple[Engine, Any, dict[str, Any]]:
+    from transformers import AutoConfig, GenerationConfig
+
+    from bupo.evaluate.engine_transformers import context_length, end_tokens
+    from bupo.evaluate.engine_vllm import VllmEngine
+    from bupo.model.load import load_tokenizer, resolve_model
+
+    path = resolve_model(config.model)
+    revision = config.revision
+    tokenizer = load_tokenizer(config.model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        model_config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the configuration of {config.model!r}: {str(error).splitlines()[0]}") from error
+    try:
+        generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    except OSError:  # a model without one ends with the tokenizer's token
+        generation_config = None
+    engine = VllmEngine(
+        path,
+        tokenizer,
+        end_tokens(generation_config, tokenizer),
+        context=context_length(model_config),
+        dtype=config.dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    commit = getattr(model_config, "_commit_hash", None) or config.fingerprint
+    return engine, tokenizer, {"revision": commit, "device": "vllm"}
