@@ -10,7 +10,8 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, T5Config, T5For
 
 from bupo import internal_policy
 from bupo.errors import InputError
-from bupo.model.anatomy import dissect, find_blocks, unwrap
+from bupo.model.anatomy import dissect, unwrap
+from bupo.model.probe import find_blocks
 
 L = 4
 EVERY = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]

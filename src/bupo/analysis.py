@@ -81,7 +81,7 @@ def logit_rule(model: nn.Module) -> Unembedding:
     else:
         if getattr(config, "logits_scaling", None):
             scale = 1.0 / float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     rule = Unembedding(weight.float(), None if bias is None else bias.float(), scale, softcap)
     anatomy = dissect(model)
     tokens = torch.arange(3, 9, device=weight.device)[None] % weight.shape[0]
@@ -95,6 +95,12 @@ def logit_rule(model: nn.Module) -> Unembedding:
     finally:
         hook.remove()
         inner.train(was_training)
+    if not seen or seen[-1].shape[-1] != weight.shape[1]:
+        width = f"{seen[-1].shape[-1]} wide" if seen else "not made"
+        raise InputError(
+            f"this model's final state is {width}, its unembedding reads {weight.shape[1]} numbers: {type(inner).__name__} "
+            f"changes the stream between its final norm and the unembedding, and its internal policies cannot be read"
+        )
     expected = rule.finish_(seen[-1].float() @ rule.weight.T, 0, len(weight))
     unit = logits.abs().max().clamp(min=1e-6)
     deviation = ((logits - expected).abs().max() / unit).item()

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.model.anatomy import Part, dissect, find_blocks, first_tensor
+from bupo.model.anatomy import Anatomy, dissect, first_tensor, unwrap
+from bupo.model.probe import Part, find_blocks
 
 Component = Literal["layer", "attn", "ffn"]
 COMPONENTS: tuple[Component, ...] = ("layer", "attn", "ffn")
@@ -52,25 +55,86 @@ def internal_policy(model: _Model, layer: int, component: Component = "layer", n
 
     Raises:
         InputError: (a ``ValueError``) the layer or component does not exist, ``model`` is no decoder-only causal LM, or
-            it is inside another ``internal_policy`` already.
+            it is inside another ``internal_policy`` already. During a forward: the backbone changes the stream between
+            a layer and the final norm, so that ``H^l`` is not what the unembedding would read.
     """
     anatomy = dissect(model)
     check_site(anatomy.n_layers, layer, component)
     if anatomy.layers_name in anatomy.backbone.__dict__:
         raise InputError("this model is inside an internal_policy context already; leave that one first")
     layers: list[Any] = list(anatomy.layers[:layer])
+    reader = _Reader(anatomy, layer, norm, name=type(unwrap(model)).__name__)
     if component != "layer":
         block = find_blocks(model)[layer - 1]
-        layers[-1] = _PartOfLayer(anatomy.layers[layer - 1], block.attn if component == "attn" else block.ffn)
+        part = block.attn if component == "attn" else block.ffn
+        layers[-1] = _PartOfLayer(anatomy.layers[layer - 1], part, reader)
     with ExitStack() as stack:
         stack.enter_context(_shadow(anatomy.backbone, anatomy.layers_name, tuple(layers)))
-        if not norm:
-            stack.enter_context(_shadow(anatomy.final_norm, "forward", _identity))
+        stack.enter_context(_shadow(anatomy.final_norm, "forward", reader.read))
+        cut = anatomy.backbone.register_forward_pre_hook(partial(_cut_cache, layer), with_kwargs=True)
+        stack.callback(cut.remove)
+        if component == "layer":
+            stack.callback(anatomy.layers[layer - 1].register_forward_hook(reader.watch).remove)
         yield model
+        reader.check_it_ran()
 
 
-def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+class _Reader:
+    """Takes the final norm's place, or goes before it, and checks that the state of the site arrives there as it is."""
+
+    def __init__(self, anatomy: Anatomy, layer: int, norm: bool, name: str):
+        self._layer, self._norm, self._name = layer, norm, name
+        self._normalize = anatomy.final_norm.forward
+        self._state: Tensor | None = None  # what the site made and nobody has read yet
+        self._made = self._read = False
+
+    def watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not a checkpoint's recomputation during backward
+            self._state, self._made = first_tensor(output), True
+
+    def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state, self._state = self._state, None
+        if state is None:  # NanoChat norms its embedding with the same module
+            return self._normalize(hidden_states, *args, **kwargs)
+        if not torch.compiler.is_compiling() and not _is_same(state, hidden_states):
+            raise self._error("changes the stream between")
+        self._read = True
+        return self._normalize(hidden_states, *args, **kwargs) if self._norm else hidden_states
+
+    def check_it_ran(self) -> None:
+        """States that were made and never read mean that another module than we think reads the stream."""
+        if self._made and not self._read:
+            raise self._error("does not apply its final norm between")
+
+    def _error(self, what: str) -> InputError:
+        return InputError(
+            f"{self._name} {what} layer {self._layer} and the unembedding; internal policies of this layout cannot be "
+            f"read"
+        )
+
+
+def _is_same(state: Tensor, arrived: Tensor) -> bool:
+    """Whether the tensor that arrived is the state that was made; values are compared only where addresses differ."""
+    if state.shape == arrived.shape and state.device == arrived.device and state.data_ptr() == arrived.data_ptr():
+        return True
+    state, arrived = state.detach().reshape(-1, state.shape[-1]), arrived.detach().reshape(-1, arrived.shape[-1])
+    return state.shape == arrived.shape and torch.equal(state.to(arrived.device, arrived.dtype), arrived)
+
+
+def _cut_cache(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Drop the recurrent states of layers that do not run from a cache made for all layers.
+
+    Hybrid models ask the cache's last recurrent layer whether there is a past (OLMo-hybrid): that must be one that
+    runs. Attention layers stay, because a cache without any cannot tell its length.
+    """
+    cache = kwargs.get("past_key_values")
+    states = getattr(cache, "layers", None)
+    if not isinstance(states, list) or not any(hasattr(s, "has_previous_state") for s in states[:layer]):
+        return
+    # attention (also beside a recurrence, as in Zamba-2) can tell a length
+    kept = [s for i, s in enumerate(states) if i < layer or hasattr(s, "get_seq_length")]
+    if len(kept) < len(states):
+        states[:] = kept
 
 
 @contextmanager
@@ -90,29 +154,38 @@ def _shadow(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 class _PartOfLayer:
     """Stands in for the last layer that runs and returns what one of its parts adds to the stream, not the stream."""
 
-    def __init__(self, layer: nn.Module, part: Part):
-        self._layer, self._part = layer, part
+    def __init__(self, layer: nn.Module, part: Part, reader: _Reader):
+        self._layer, self._part, self._reader = layer, part, reader
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        read: list[Tensor] = []
+        read: dict[str, Tensor] = {}
 
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            # a copy, because some layers (Falcon) add the other part into this tensor in place
-            read.append(first_tensor(output).clone())  # type: ignore[union-attr]
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                # a copy, because some layers (Falcon) add the other part into this tensor in place
+                read[name] = first_tensor(output).clone()  # type: ignore[union-attr]
 
-        handle = getattr(self._layer, self._part.source).register_forward_hook(keep)
+            return hook
+
+        handles = [self._layer.get_submodule(n).register_forward_hook(keep(n)) for n, _ in self._part.terms]
         try:
             # nn.Module's own call: this one layer is not checkpointed, because a recomputation during backward would
             # run after the hook is gone
             output = nn.Module.__call__(self._layer, *args, **kwargs)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         whole = first_tensor(output)
         assert whole is not None
-        state = read[-1].reshape(whole.shape) * self._part.scale if self._part.scale != 1.0 else read[-1].view_as(whole)
+        state: Tensor | None = None
+        for name, scale in self._part.terms:
+            term = read[name].reshape(whole.shape).to(whole.device)
+            term = term if scale == 1.0 else term * scale
+            state = term if state is None else state + term
+        self._reader.watch(self._layer, args, state)
         return state if isinstance(output, Tensor) else (state, *output[1:])
 
 

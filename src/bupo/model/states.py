@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bupo.model.anatomy import Block, dissect, find_blocks, first_tensor, module_input
+from bupo.model.anatomy import dissect, first_tensor, module_input
+from bupo.model.probe import find_blocks
 from bupo.policy.readout import LayerStates
 
 Consumer = Callable[[int, Tensor, list[LayerStates], Tensor], None]
@@ -53,18 +54,20 @@ def read_stream(
 
     Raises:
         InputError: the layers do not add two contributions to the stream (see
-            :func:`bupo.model.anatomy.find_blocks`).
+            :func:`bupo.model.probe.find_blocks`).
     """
     anatomy = dissect(model)
     blocks = find_blocks(model)
     rows = keep.reshape(-1).nonzero().squeeze(-1)
+    home = anatomy.unembedding.weight.device
     state = _Group()
 
     def pick(tensor: Tensor | None) -> Tensor:
         assert tensor is not None
-        return tensor.reshape(-1, tensor.shape[-1])[rows.to(tensor.device)].float()  # indexing copies
+        # indexing copies; with a device_map, layers live on several devices, their states meet at the unembedding
+        return tensor.reshape(-1, tensor.shape[-1])[rows.to(tensor.device)].to(home, torch.float32)
 
-    def finish_layer(index: int, block: Block, output: Tensor) -> None:
+    def finish_layer(index: int, output: Tensor) -> None:
         got = state.current
         state.layers.append(LayerStates(got["attn_in"], got["attn_out"], got["ffn_in"], got["ffn_out"]))
         state.current = {}
@@ -85,11 +88,15 @@ def read_stream(
     def on_output(module: nn.Module, name: str, scale: float) -> None:
         def hook(m: nn.Module, args: tuple, output: object) -> None:
             read = pick(first_tensor(output))
-            state.current[name] = read * scale if scale != 1.0 else read
+            if scale != 1.0:
+                read *= scale
+            if name in state.current:  # a contribution of two modules that run side by side
+                read += state.current[name]
+            state.current[name] = read
 
         hooks.append(module.register_forward_hook(hook))
 
-    def on_layer(module: nn.Module, index: int, block: Block) -> None:
+    def on_layer(module: nn.Module, index: int) -> None:
         if index == 0:
 
             def first(m: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -100,15 +107,16 @@ def read_stream(
         def done(m: nn.Module, args: tuple, output: object) -> None:
             whole = first_tensor(output)
             assert whole is not None
-            finish_layer(index, block, whole)
+            finish_layer(index, whole)
 
         hooks.append(module.register_forward_hook(done))
 
     for index, (layer, block) in enumerate(zip(anatomy.layers, blocks, strict=True)):
         for part, name in ((block.attn, "attn"), (block.ffn, "ffn")):
             on_input(layer.get_submodule(part.module), f"{name}_in")
-            on_output(layer.get_submodule(part.source), f"{name}_out", part.scale)
-        on_layer(layer, index, block)
+            for source, scale in part.terms:
+                on_output(layer.get_submodule(source), f"{name}_out", scale)
+        on_layer(layer, index)
     try:
         output = anatomy.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
