@@ -4,9 +4,9 @@ Command (about ten minutes on one core)::
 
     OMP_NUM_THREADS=1 python experiments/pretrain_small.py --out src/bupo/assets/small
 
-The text is made on the fly from the train split of ``bupo.data.arithmetic``: sums, differences, products, two-step and a
-few three-step problems. In a share of the longer ones the working is left out, so that sampling the model leaves it out
-as often and then mostly fails: that is the room which reinforcement learning can use.
+The text is made on the fly from the train split of ``bupo.data.arithmetic``: sums, differences, products, two-step
+and a few three-step problems. In a share of the longer ones the working is left out, so that sampling the model
+leaves it out as often and then mostly fails: that is the room which reinforcement learning can use.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How much plain GRPO gains on the shipped model at several learning rates: the sweep behind the demonstration's recipe.
+"""How much plain GRPO gains on the shipped model at several learning rates: the sweep behind the demo's recipe.
 
 Command (about eight minutes on two cores)::
 
     python experiments/small_model_room.py --out experiments/results/small_model_room.json
 
-Every run is ``bupo train`` with the demonstration's recipe (one seed), then ``bupo eval`` on 256 held-out problems with 4
-samples each; two runs go beside each other on a core each. Only GRPO is tuned; BuPO takes the same rate.
+Every run is ``bupo train`` with the demonstration's recipe (one seed), then ``bupo eval`` on 256 held-out problems with
+4 samples each; two runs go beside each other on a core each. Only GRPO is tuned; BuPO takes the same rate.
 """
 
 from __future__ import annotations

@@ -76,6 +76,19 @@ def test_own_responses_are_generated_kept_and_repeatable(capsys, tmp_path):
     assert again["sites"] == direct["sites"]
 
 
+def test_explored_tokens_reach_the_report(capsys, tmp_path):
+    arguments = ("--dataset", "arithmetic", "--limit", 2, "--max-new-tokens", 8, "--explore", 1)
+    assert run(capsys, "--model", "small", *arguments, "--output", tmp_path / "a")[0] == 0
+    (sample,) = json.loads((tmp_path / "a" / "tokens.json").read_text())["samples"]
+    count = len(sample["tokens"])
+    assert sample["layers"] == 8
+    for key in ("entropy", "logprob", "kl", "rank", "top"):
+        assert [len(row) for row in sample[key]] == [count] * 8
+    assert all(rank >= 1 for row in sample["rank"] for rank in row)
+    assert main(["report", str(tmp_path / "a"), "--output", str(tmp_path / "r.html")]) == 0
+    assert "<canvas" in (tmp_path / "r.html").read_text()
+
+
 def test_a_folder_with_a_run_is_refused_without_overwrite(capsys, tmp_path, responses):
     folder = tmp_path / "out"
     folder.mkdir()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Categorical
+from torch.distributions import Categorical, kl_divergence
 
 from bupo.policy.readout import LayerStates, RunningEntropy, Unembedding, entropy, group_entropies
 from bupo.policy.statistics import ClusterMeans
+from bupo.policy.tokens import read_tokens
 
 
 def unembedding(vocabulary=50, width=7, *, scale=1.0, softcap=None, bias=False, spread=1.0):
@@ -75,6 +76,22 @@ def test_four_products_give_all_sites_of_a_group(rule, tile, rows):
         for site, state in enumerate((layer.attn_in, layer.attn_out, layer.ffn_in, layer.ffn_out, stream)):
             expected = Categorical(logits=logits_of(state, e)).entropy()
             torch.testing.assert_close(got[index, site], expected, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_single_tokens_equal_torch_distributions(rule):
+    e = unembedding(**rule)
+    states, final, targets = torch.randn(3, 9, 7), torch.randn(9, 7), torch.randint(50, (9,))
+    got = read_tokens(states, final, targets, e, top=4, rows=4)
+    last = Categorical(logits=logits_of(final, e))
+    for layer, state in enumerate(states):
+        policy = Categorical(logits=logits_of(state, e))
+        torch.testing.assert_close(got.entropy[layer], policy.entropy(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.logprob[layer], policy.log_prob(targets), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.kl[layer], kl_divergence(policy, last), rtol=1e-4, atol=1e-4)
+        order = policy.probs.argsort(-1, descending=True)
+        assert torch.equal(got.top[layer], order[:, :4])
+        assert torch.equal(order.gather(1, got.rank[layer][:, None] - 1).squeeze(1), targets)
 
 
 def test_non_finite_logits_do_not_pass_as_numbers():

@@ -53,6 +53,9 @@ def analyze(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated response.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the responses.")] = 1.0,
     template: Annotated[str, typer.Option(help="Prompt template: auto, raw, chat, qwen-math, ...")] = "auto",
+    explore: Annotated[
+        int, typer.Option(min=0, help="Also write tokens.json, the report's token explorer, for so many responses.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; an accelerator if there is one.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens in one forward.")] = 2048,
@@ -91,6 +94,13 @@ def analyze(
         check_rollouts(loaded, rollouts)
         bar = progress.bar("reading states", sum(len(r.response_ids) for r in rollouts))
         result = analyze_rollouts(loaded, rollouts, batch_tokens=batch_tokens, name=model, progress=bar)
+        tokens = None
+        if explore:
+            from bupo.explore import explore_rollouts
+
+            chosen = rollouts[:explore]
+            bar = progress.bar("reading single tokens", len(chosen))
+            tokens = explore_rollouts(loaded, chosen, tokenizer.decode, progress=bar)
 
     run = describe_run(
         "analyze",
@@ -107,6 +117,9 @@ def analyze(
     figures = write_analysis_figures(result, folder)
     if responses is not None:  # of a run that this one replaces
         (folder / "responses.jsonl").unlink(missing_ok=True)
+    (folder / "tokens.json").unlink(missing_ok=True)
+    if tokens is not None:
+        write_json(folder / "tokens.json", tokens)
     write_json(folder / "run.json", run)
     write_json(folder / "analysis.json", result)
     if as_json:
