@@ -98,7 +98,7 @@ def test_layouts_without_two_contributions_are_refused(name):
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_stream_changed_on_its_way_to_the_unembedding_is_refused(name, norm):
     model = model_of(name)
-    with pytest.raises(InputError, match="between layer 2"), internal_policy(model, 2, norm=norm):
+    with pytest.raises(InputError, match="what layer 2 returns does not reach"), internal_policy(model, 2, norm=norm):
         model(input_ids=tokens(), use_cache=False)
 
 

@@ -24,7 +24,8 @@ class Rollout:
 
 def layer_list(model: nn.Module, n_layers: int = 4) -> nn.ModuleList:
     """The decoder layers, found without bupo: lists inside a layer come later, so the first of this length counts."""
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model  # not the vision tower's
+    return next(m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
 
 
 def tensor_of(output: Any) -> Tensor:

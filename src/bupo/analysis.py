@@ -98,8 +98,8 @@ def logit_rule(model: nn.Module) -> Unembedding:
     if not seen or seen[-1].shape[-1] != weight.shape[1]:
         width = f"{seen[-1].shape[-1]} wide" if seen else "not made"
         raise InputError(
-            f"this model's final state is {width}, its unembedding reads {weight.shape[1]} numbers: {type(inner).__name__} "
-            f"changes the stream between its final norm and the unembedding, and its internal policies cannot be read"
+            f"{type(inner).__name__}: the final state is {width}, the unembedding reads {weight.shape[1]} numbers; the "
+            f"model changes the stream between them, and its internal policies cannot be read"
         )
     expected = rule.finish_(seen[-1].float() @ rule.weight.T, 0, len(weight))
     unit = logits.abs().max().clamp(min=1e-6)

@@ -73,10 +73,14 @@ def internal_policy(model: _Model, layer: int, component: Component = "layer", n
         stack.enter_context(_shadow(anatomy.final_norm, "forward", reader.read))
         cut = anatomy.backbone.register_forward_pre_hook(partial(_cut_cache, layer), with_kwargs=True)
         stack.callback(cut.remove)
+        for hook in (
+            anatomy.backbone.register_forward_pre_hook(reader.begin),
+            anatomy.backbone.register_forward_hook(reader.end),
+        ):
+            stack.callback(hook.remove)
         if component == "layer":
             stack.callback(anatomy.layers[layer - 1].register_forward_hook(reader.watch).remove)
         yield model
-        reader.check_it_ran()
 
 
 class _Reader:
@@ -86,30 +90,33 @@ class _Reader:
         self._layer, self._norm, self._name = layer, norm, name
         self._normalize = anatomy.final_norm.forward
         self._state: Tensor | None = None  # what the site made and nobody has read yet
-        self._made = self._read = False
+        self._read = False
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        self._state, self._read = None, False
 
     def watch(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # not a checkpoint's recomputation during backward
-            self._state, self._made = first_tensor(output), True
+            self._state = first_tensor(output)
 
     def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, self._state = self._state, None
         if state is None:  # NanoChat norms its embedding with the same module
             return self._normalize(hidden_states, *args, **kwargs)
         if not torch.compiler.is_compiling() and not _is_same(state, hidden_states):
-            raise self._error("changes the stream between")
+            raise self._error()
         self._read = True
         return self._normalize(hidden_states, *args, **kwargs) if self._norm else hidden_states
 
-    def check_it_ran(self) -> None:
-        """States that were made and never read mean that another module than we think reads the stream."""
-        if self._made and not self._read:
-            raise self._error("does not apply its final norm between")
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A state that was never made or never read means a layout other than we think."""
+        if not self._read:
+            raise self._error()
 
-    def _error(self, what: str) -> InputError:
+    def _error(self) -> InputError:
         return InputError(
-            f"{self._name} {what} layer {self._layer} and the unembedding; internal policies of this layout cannot be "
-            f"read"
+            f"{self._name}: what layer {self._layer} returns does not reach the final norm as it is (the model changes it "
+            f"on the way, or skips the layer); this internal policy cannot be read"
         )
 
 

@@ -70,13 +70,14 @@ def load_model(
     Args:
         name: hub id, model folder, or ``small`` (shipped).
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (what the checkpoint holds).
-        device: torch device; the accelerator if there is one, else the CPU.
+        device: torch device; the accelerator if there is one, else the CPU. Models that are quantised, or sharded by a
+            ``device_map`` among the further arguments of ``from_pretrained``, stay where they were loaded.
 
     Raises:
         InputError: no such model, not a causal LM, a damaged file, an unknown dtype, or an unreachable hub.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     if dtype not in (*DTYPES, "auto"):
         raise InputError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
@@ -85,7 +86,11 @@ def load_model(
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     _refuse_unsafe(path, name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        # a multimodal model is read as the language model that it holds
+        multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+        auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model = auto.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             revision=revision,
@@ -97,7 +102,8 @@ def load_model(
         raise InputError(_explain("model", name, error)) from error
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "device_map" not in kwargs:
+    # quantised and sharded models are where they belong already, and refuse to be moved
+    if "device_map" not in kwargs and not getattr(model, "is_quantized", False):
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
