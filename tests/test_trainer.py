@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bupo.model.early_exit import internal_policy
 from bupo.train import trainer as trainer_module
 from bupo.train.auto_layer import LayerChoice
 from bupo.train.checkpoints import STATE_FILE, last_checkpoint, write_state
+from bupo.train.probe import probe_rows, repeated_ngrams
 from bupo.train.trainer import BuPOTrainer, TrainingStopped
 
 L = 4
@@ -262,8 +264,8 @@ def test_phase_1_runs_no_upper_layer_but_for_sampling_and_the_probe(tmp_path):
             lambda m, i, o, where=where: calls.__setitem__(where, calls[where] + (not sampling))
         )
     trainer.train()
-    # a rollout batch: 4 micro-batches of old log-probabilities, 4 of the loss, and 1 probe by the full policy
-    assert calls == {"lower": 2 * (4 + 4 + 1), "upper": 2 * 1}
+    # a rollout batch: 4 micro-batches of old log-probabilities, 4 of the loss, and 1 probe by each policy
+    assert calls == {"lower": 2 * (4 + 4 + 2), "upper": 2 * 1}
 
 
 def test_metrics_carry_the_name_of_the_policy_they_are_of(tmp_path):
@@ -280,6 +282,17 @@ def test_metrics_carry_the_name_of_the_policy_they_are_of(tmp_path):
     each = sum(e.mean() for e in internal) / 4  # the trainer averages over micro-batches
     assert first["internal/entropy"] == pytest.approx(each.item(), rel=1e-4)
     assert first["entropy"] == pytest.approx(torch.cat(full).mean().item(), rel=1e-4)
+    start, surprisal, distance, tokens = trainer.seen[0][0], 0.0, 0.0, 0
+    for _, inputs, _, _ in trainer.seen[:4]:
+        mask = inputs["completion_mask"]
+        with torch.no_grad():
+            logps, old = internal_logps(start, inputs, L, norm=True)[0], internal_logps(start, inputs, 2)[0]
+        surprisal -= (logps * mask).sum().item()
+        distance += ((logps - old) * mask).sum().item()
+        tokens += mask.sum().item()
+    assert first["perplexity"] == pytest.approx(math.exp(surprisal / tokens), rel=1e-4)
+    assert first["internal/divergence"] == pytest.approx(distance / tokens, rel=1e-4)
+    assert 0 <= first["repetition"] <= 1
     assert "clip_ratio/region_mean" not in first
     assert first["internal/clip_ratio/region_mean"] > 0
     assert not any(name.startswith("internal/") for name in second)
@@ -667,3 +680,10 @@ def test_nothing_is_left_shadowed_after_an_error(tmp_path):
     with internal_policy(trainer.model, 1):  # not inside another context
         pass
     trainer.reward_funcs[0] = even_share
+
+
+def test_repetition_counts_ngrams_said_before():
+    assert repeated_ngrams([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2], [5, 6, 7], [9] * 7]) == (3 + 3, 7 + 4)
+    assert repeated_ngrams([[1, 2], []]) == (0, 0)
+    assert probe_rows(8, 3).tolist() == [0, 4, 7]
+    assert probe_rows(3, 9).tolist() == [0, 1, 2]

@@ -51,8 +51,8 @@ class BuPOSettings(_Parent):
     probe_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Responses a process on which the full policy's entropy is measured once a rollout batch of the "
-            "internal phase (default: an eighth of them, at least one micro-batch)."
+            "help": "Responses a process on which the full policy is measured once a rollout batch of the internal "
+            "phase (default: an eighth of them, at least one micro-batch)."
         },
     )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})

@@ -8,19 +8,15 @@ clipped surrogate is that of the internal policy ``softmax(H^l E_u^T)`` (IPA, Eq
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -29,8 +25,8 @@ from bupo.model.early_exit import check_site, internal_policy, n_layers
 from bupo.train import estimators
 from bupo.train.auto_layer import choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
-from bupo.train.checkpoints import check_resumable, read_state, write_state
-from bupo.train.data_order import PassSampler
+from bupo.train.probe import probe_means, probe_rows, probe_sums
+from bupo.train.resume import ResumesBetweenRollouts
 from bupo.train.schedule import Schedule, Stage, alignment_problems
 from bupo.train.settings import BuPOSettings
 
@@ -56,13 +52,14 @@ class BuPOConfig(BuPOSettings, GRPOConfig):
     """
 
 
-class BuPOTrainer(GRPOTrainer):
+class BuPOTrainer(ResumesBetweenRollouts, GRPOTrainer):
     """`GRPOTrainer` whose ratio follows a schedule of internal policies.
 
     Takes what `GRPOTrainer` takes, with a `BuPOConfig`. Metrics: ``phase`` (1 internal, 2 full), ``rollout`` (from 1),
     ``internal/entropy`` and ``internal/clip_ratio/*`` of the internal policy; ``entropy``, ``reward`` and
-    ``completions/*`` are always the full policy's. In an internal phase ``entropy`` is measured once a rollout batch,
-    before its updates, on ``probe_samples`` responses.
+    ``completions/*`` are always the full policy's. In an internal phase ``entropy`` (and, see `bupo.train.probe`,
+    ``perplexity``, ``repetition`` and ``internal/divergence``) is measured once a rollout batch, before its updates,
+    on ``probe_samples`` responses.
 
     Raises:
         ConfigError: settings that do not fit together, a layer the model does not have, or too few prompts.
@@ -130,10 +127,6 @@ class BuPOTrainer(GRPOTrainer):
     def prompts_per_rollout(self) -> int:
         """Different prompts in one rollout batch, over all processes."""
         return cast(int, self.args.generation_batch_size) // cast(int, self.num_generations)
-
-    def _pass(self) -> int:
-        """Which pass over the data the next micro-batch belongs to, from 0."""
-        return self._step // self.micro_batches_per_epoch if self.micro_batches_per_epoch else 0
 
     @property
     def between_rollouts(self) -> bool:
@@ -219,22 +212,25 @@ class BuPOTrainer(GRPOTrainer):
             key = "old_per_token_logps" if stage.weight == 1.0 else "internal_old_per_token_logps"
             with self._read(stage):
                 batch[key], _ = self._score(batch)
-        if stage.weight == 1.0:
-            self._metrics["train"]["entropy"].append(self._full_entropy(batch))
+        found = self._probe(batch, stage)
+        if stage.weight < 1.0:
+            found.pop("entropy")  # the joint loss measures it on every response
+        for name, value in found.items():
+            self._metrics["train"]["internal/divergence" if name == "divergence" else name].append(value)
 
-    def _full_entropy(self, batch: dict[str, Any]) -> float:
-        """Entropy (nats a token) of the full policy on some responses of the batch, spread evenly over its prompts."""
-        size, micro = len(batch["prompt_ids"]), self.args.per_device_train_batch_size
-        wanted = self.args.probe_samples or max(micro, size // 8)
-        rows = torch.linspace(0, size - 1, min(size, wanted)).round().long().to(batch["prompt_ids"].device)
+    def _probe(self, batch: dict[str, Any], stage: Stage) -> dict[str, float]:
+        """The full policy, and its distance from the internal one, on some responses of the batch."""
+        size = len(batch["prompt_ids"])
+        wanted = self.args.probe_samples or max(self.args.per_device_train_batch_size, size // 8)
+        rows = probe_rows(size, wanted).to(batch["prompt_ids"].device)
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
-        probe = {key: batch[key][rows] for key in keys if key in batch}
-        _, entropies = self._score(probe, compute_entropy=True)
-        assert entropies is not None
-        mask = probe["completion_mask"] * probe.get("tool_mask", 1)
-        sums = torch.stack([(entropies * mask).sum(), mask.sum().to(entropies.dtype)])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return total / max(count, 1.0)
+        some = {key: batch[key][rows] for key in keys if key in batch}
+        full, entropies = self._score(some, compute_entropy=True)
+        with self._read(stage):
+            internal, _ = self._score(some)
+        mask = some["completion_mask"] * some.get("tool_mask", 1)
+        sums = probe_sums(full, internal, cast(Tensor, entropies), mask, some["completion_ids"])
+        return probe_means(self.accelerator.reduce(sums, reduction="sum").tolist())
 
     def _resolve_auto_layer(self, batch: dict[str, Any]) -> Stage:
         """Replace ``auto`` by the boundary layer found on this rollout batch; the first process decides."""
@@ -296,46 +292,3 @@ class BuPOTrainer(GRPOTrainer):
             f"non-finite {what} in update {self.state.global_step + 1} (rollout batch {rollout + 1}, {where}); the "
             "weights were not updated with it. Lower learning_rate or internal_steps and start from the last checkpoint"
         )
-
-    # -- data order and checkpoints ------------------------------------------------------------------------------
-
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        return PassSampler(super()._get_train_sampler(dataset), self._pass)
-
-    def _resume_settings(self) -> dict[str, Any]:
-        """What must be the same before and after a resume."""
-        return {
-            "stages": [[s.rollouts, s.layer, s.weight] for s in self.schedule.stages],
-            "internal_norm": self.args.internal_norm,
-            "steps_per_generation": self.args.steps_per_generation,
-            "num_iterations": self.num_iterations,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "generation_batch_size": self.args.generation_batch_size,
-            "num_generations": self.num_generations,
-            "processes": self.accelerator.num_processes,
-            "seed": self.args.seed,
-            "dataset_size": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-        }
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = {
-                "micro_batch": self._step,
-                "rollout": self._step // self.args.generate_every,
-                "between_rollouts": self.between_rollouts,
-            }
-            write_state(folder, {**state, **self._resume_settings()})
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = read_state(os.fspath(checkpoint))
-        if "auto" in self.schedule.layers:  # decided on the first rollout batch, which is past
-            layers = [layer for _, layer, _ in state.get("stages", []) if isinstance(layer, int)]
-            if layers:
-                self._set_layer(layers[0])
-        check_resumable(checkpoint, state, self._resume_settings())
-        self._step = int(state["micro_batch"])

@@ -1,0 +1,102 @@
+"""A resumed run is the uninterrupted one: the order of the prompts, and what a checkpoint must hold besides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from bupo.train.checkpoints import check_resumable, read_state, write_state
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Parent
+else:
+    _Parent = object
+
+
+class ResumesBetweenRollouts(_Parent):
+    """What `BuPOTrainer` does to checkpoints: the micro-batch counter, the schedule and the pass over the data."""
+
+    if TYPE_CHECKING:  # of BuPOTrainer
+        args: Any
+        schedule: Any
+        train_dataset: Any
+
+        @property
+        def between_rollouts(self) -> bool: ...
+        @property
+        def micro_batches_per_epoch(self) -> int | None: ...
+        def _set_layer(self, layer: int) -> None: ...
+
+    def _pass(self) -> int:
+        """Which pass over the data the next micro-batch belongs to, from 0."""
+        return self._step // self.micro_batches_per_epoch if self.micro_batches_per_epoch else 0
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return PassSampler(super()._get_train_sampler(dataset), self._pass)
+
+    def _resume_settings(self) -> dict[str, Any]:
+        """What must be the same before and after a resume."""
+        return {
+            "stages": [[s.rollouts, s.layer, s.weight] for s in self.schedule.stages],
+            "internal_norm": self.args.internal_norm,
+            "estimator": self.args.estimator,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "generation_batch_size": self.args.generation_batch_size,
+            "num_generations": self.num_generations,
+            "processes": self.accelerator.num_processes,
+            "seed": self.args.seed,
+            "dataset_size": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = {
+                "micro_batch": self._step,
+                "rollout": self._step // self.args.generate_every,
+                "between_rollouts": self.between_rollouts,
+            }
+            write_state(folder, {**state, **self._resume_settings()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = read_state(os.fspath(checkpoint))
+        if "auto" in self.schedule.layers:  # decided on the first rollout batch, which is past
+            layers = [layer for _, layer, _ in state.get("stages", []) if isinstance(layer, int)]
+            if layers:
+                self._set_layer(layers[0])
+        check_resumable(checkpoint, state, self._resume_settings())
+        self._step = int(state["micro_batch"])
+
+
+class PassSampler(Sampler):
+    """The trainer's sampler, in the order of the pass over the data that training is in.
+
+    The wrapped sampler shuffles with a generator of its own that moves on with every pass, and a resumed run starts
+    with a new one: without this it would see the order of the first pass again.
+    """
+
+    def __init__(self, sampler: Any, current_pass: Callable[[], int]):
+        self._sampler, self._current_pass = sampler, current_pass
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        sampler = self._sampler
+        if sampler.shuffle and sampler.seed is not None:
+            sampler.generator.manual_seed(sampler.seed)
+            for _ in range(self._current_pass()):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return iter(sampler)
