@@ -55,7 +55,7 @@ class VllmEngine:
             "trust_remote_code": trust_remote_code,
             "enable_prefix_caching": True,
             "generation_config": "vllm",  # no top-k, top-p or penalty of the checkpoint's own
-            "enforce_eager": not _gpus(),  # on a CPU, compiling takes minutes that a run seldom earns back
+            **({} if _gpus() else _cpu_options(context)),
             **options,
         }
         count = replicas or max(1, _gpus())
@@ -103,6 +103,16 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _cpu_options(context: int | None) -> dict[str, Any]:
+    """Without a GPU: no compilation, which takes minutes, and no prompt computed in parts.
+
+    When vLLM 0.32 computes a prompt in parts it rewinds the request's random generator, which CPU generators cannot do
+    ("CPU Generator does not use offset").
+    """
+    tokens = {} if context is None else {"max_num_batched_tokens": max(context, 2048)}
+    return {"enforce_eager": True, "enable_chunked_prefill": False, **tokens}
 
 
 def _load(arguments: dict[str, Any]) -> Any:
