@@ -115,7 +115,12 @@ ZOO: tuple[Species, ...] = (
     Species("gemma3_text", "gemma3_text", MIXED, "post-norms, two rotary bases", found=POST),
     Species("phi3", "phi3", {"head_dim": None}, "residual dropout modules"),
     Species("phi", "phi", {"head_dim": None}, "parallel residual, unembedding with a bias"),
-    Species("phimoe", "phimoe", {"num_local_experts": 4, "head_dim": None}, "LayerNorm, experts, unembedding bias"),
+    Species(
+        "phimoe",
+        "phimoe",
+        {"num_local_experts": 4, "head_dim": None, "lm_head_bias": True},
+        "LayerNorm, experts, unembedding bias",
+    ),
     Species("olmo", "olmo", {"head_dim": None}, "norms without parameters"),
     Species("olmo2", "olmo2", {"head_dim": None}, "norms after the block only", found=POST),
     Species("olmo3", "olmo3", {"head_dim": None, **MIXED}, "norms after the block only", found=POST),

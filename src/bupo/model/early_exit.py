@@ -115,8 +115,8 @@ class _Reader:
 
     def _error(self) -> InputError:
         return InputError(
-            f"{self._name}: what layer {self._layer} returns does not reach the final norm as it is (the model changes it "
-            f"on the way, or skips the layer); this internal policy cannot be read"
+            f"{self._name}: what layer {self._layer} returns does not reach the final norm as it is (the model changes "
+            f"it on the way, or skips the layer); this internal policy cannot be read"
         )
 
 
