@@ -1,4 +1,4 @@
-"""bupo: the internal policies of language models (arXiv 2512.19673): see them, train them bottom-up, measure the result."""
+"""bupo: the internal policies of language models (arXiv 2512.19673): see, train bottom-up, measure."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 r"""The built-in task family: arithmetic in plain ASCII, answered step by step and ending in ``\boxed{...}``.
 
-``standard`` problems are ``(a+b)*c=`` and ``(a-b)*c=``; ``hard`` ones have one more operation, ``(a+b)*c-d=``. The model
-shipped in the package was pretrained on the train split (with the steps sometimes left out), so reinforcement learning on
-it has room to rise; the test split was never seen. No torch here.
+``standard`` problems are ``(a+b)*c=`` and ``(a-b)*c=``; ``hard`` ones have one more operation, ``(a+b)*c-d=``. The
+model shipped in the package was pretrained on the train split (with the steps sometimes left out), so reinforcement
+learning on it has room to rise; the test split was never seen. No torch here.
 """
 
 from __future__ import annotations
