@@ -2,11 +2,12 @@
 
 Command: ``make smollm2 && python benchmarks/phase1_update.py --out benchmarks/results/phase1_update.json``
 
-An update is: old log-probs (no gradient), forward, clipped surrogate, backward, optimizer step. The *full* way is what
-the authors' released code does: the whole network runs, the logits of the chosen layer and of the last one are both made
-whole, and the loss takes the former. *Early exit* is what ``BuPOTrainer`` does: ``internal_policy`` around TRL's fused
-head (which also computes entropies, and recomputes its logits in backward instead of keeping them). Both are run in turn
-(A B A B ...) on the same tokens; ratios are of medians. Peak memory is of a fresh process each.
+An update is: old log-probs (no gradient), forward, clipped surrogate, backward, optimizer step. The *full* way is
+what the authors' released code does: the whole network runs, the logits of the chosen layer and of the last one are
+both made whole, and the loss takes the former. *Early exit* is what ``BuPOTrainer`` does: ``internal_policy``
+around TRL's fused head (which also computes entropies, and recomputes its logits in backward instead of keeping
+them). Both are run in turn (A B A B ...) on the same tokens; ratios are of medians. Peak memory is of a fresh
+process each.
 """
 
 from __future__ import annotations
