@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,11 @@ def test_the_engines_agree(engines, tmp_path):
     shares, prompts = {}, {}
     for name, (config, engine, tokenizer) in engines.items():
         results = evaluate(config, engine, tokenizer, tmp_path / name)
-        shares[name] = [problem["correct"] / 4 for problem in results["tasks"]["sums"]["problems"]]
         rows = pyarrow.parquet.read_table(tmp_path / name / "responses.parquet").to_pylist()
         prompts[name] = [row["prompt_ids"] for row in rows]
+        # a model this small seldom boxes its answer: right here means that the sum stands anywhere in the response
+        right = [re.search(rf"(?<!\d){row['answer']}(?!\d)", row["response"]) is not None for row in rows]
+        shares[name] = np.asarray(right, dtype=float).reshape(-1, config.n).mean(axis=1)
         assert results["engine"] == name
         assert all(
             row["response_ids"] and row["finished"] == (row["response_ids"][-1] in engine.end_ids) for row in rows
