@@ -50,7 +50,6 @@ _OWNED = {
     "temperature": "temperature",
     "internal_layer": "internal_layer",
     "internal_steps": "internal_steps",
-    "internal_max_steps": "internal_max_steps",
     "internal_norm": "internal_norm",
     "internal_weight": "internal_weight",
     "internal_ladder": "internal_ladder",
@@ -167,7 +166,6 @@ class Recipe:
             "learning_rate": self.learning_rate,
             "internal_layer": self.internal_layer,
             "internal_steps": self.internal_steps,
-            "internal_max_steps": self.internal_max_steps,
             "internal_norm": self.internal_norm,
             "internal_weight": self.internal_weight,
             "internal_ladder": self.internal_ladder,
@@ -264,12 +262,8 @@ def _cross_problems(recipe: Recipe) -> list[str]:
             problems.append(f"internal_ladder takes {total} rollout batches, more than rollouts {recipe.rollouts}")
         if recipe.internal_steps or layer is not None:
             problems.append("give either internal_ladder or internal_layer and internal_steps, not both")
-    for name in ("internal_steps", "internal_max_steps"):
-        steps = getattr(recipe, name)
-        if isinstance(steps, int) and steps > recipe.rollouts:
-            problems.append(f"{name} {steps} is more than rollouts {recipe.rollouts}")
-    if recipe.internal_max_steps is not None and recipe.internal_steps != "auto":
-        problems.append("internal_max_steps goes with internal_steps auto")
+    if recipe.internal_steps > recipe.rollouts:
+        problems.append(f"internal_steps {recipe.internal_steps} is more than rollouts {recipe.rollouts}")
     if recipe.reward != "answer" and not re.fullmatch(r"[\w.]+:\w+", recipe.reward):
         problems.append(f"reward must be answer or module:function, not {recipe.reward!r}")
     for name in recipe.trl:
