@@ -1,6 +1,6 @@
 r"""Pretrain the small model that ships in the package: a character-level language model of step-by-step arithmetic.
 
-Command (about ten minutes on one core)::
+Command (22 minutes on one core of a busy machine)::
 
     OMP_NUM_THREADS=1 python experiments/pretrain_small.py --out src/bupo/assets/small
 

@@ -152,7 +152,7 @@ def test_shipped_model_is_small_and_of_the_promised_architecture(model):
 
 
 def test_shipped_model_solves_some_held_out_problems_but_far_from_all(model, tokenizer):
-    """Measured 36 % on many problems; 160 leave a standard error of 4 points, so the limits are over 4 away."""
+    """Measured: 33.7 % (1,024 problems x 4). Here the standard error is 4 points, so both limits are far off."""
     rows = problems(160, seed=11, split="test")
     inputs = tokenizer([r["prompt"] for r in rows], return_tensors="pt", padding=True)
     torch.manual_seed(0)
