@@ -50,6 +50,7 @@ _OWNED = {
     "temperature": "temperature",
     "internal_layer": "internal_layer",
     "internal_steps": "internal_steps",
+    "internal_max_steps": "internal_max_steps",
     "internal_norm": "internal_norm",
     "internal_weight": "internal_weight",
     "internal_ladder": "internal_ladder",
@@ -113,9 +114,10 @@ class Recipe:
     learning_rate: float = key(1e-6, "of AdamW, constant", above=0)
 
     internal_layer: int | str | None = key(None, "l of the internal policy, 1 to L, or auto: the boundary layer")
-    internal_steps: int = key(
-        0, "s_inter: rollout batches trained on the internal policy first; 0 is plain GRPO", low=0
+    internal_steps: int | Literal["auto"] = key(
+        0, "s_inter: rollout batches on the internal policy; 0: plain GRPO, auto: until the guard ends them", low=0
     )
+    internal_max_steps: int | None = key(None, "with auto: the most of them (default: a third of all)", low=1)
     internal_norm: bool = key(False, "read the internal policy through the final norm (ablation)")
 
     internal_weight: float = key(1.0, "share of the internal surrogate in them; below 1: joint objective", above=0)
@@ -166,6 +168,7 @@ class Recipe:
             "learning_rate": self.learning_rate,
             "internal_layer": self.internal_layer,
             "internal_steps": self.internal_steps,
+            "internal_max_steps": self.internal_max_steps,
             "internal_norm": self.internal_norm,
             "internal_weight": self.internal_weight,
             "internal_ladder": self.internal_ladder,
@@ -262,8 +265,12 @@ def _cross_problems(recipe: Recipe) -> list[str]:
             problems.append(f"internal_ladder takes {total} rollout batches, more than rollouts {recipe.rollouts}")
         if recipe.internal_steps or layer is not None:
             problems.append("give either internal_ladder or internal_layer and internal_steps, not both")
-    if recipe.internal_steps > recipe.rollouts:
-        problems.append(f"internal_steps {recipe.internal_steps} is more than rollouts {recipe.rollouts}")
+    for name in ("internal_steps", "internal_max_steps"):
+        steps = getattr(recipe, name)
+        if isinstance(steps, int) and steps > recipe.rollouts:
+            problems.append(f"{name} {steps} is more than rollouts {recipe.rollouts}")
+    if recipe.internal_max_steps is not None and recipe.internal_steps != "auto":
+        problems.append("internal_max_steps goes with internal_steps auto")
     if recipe.reward != "answer" and not re.fullmatch(r"[\w.]+:\w+", recipe.reward):
         problems.append(f"reward must be answer or module:function, not {recipe.reward!r}")
     for name in recipe.trl:

@@ -46,7 +46,7 @@ def train(
     rollouts: Annotated[int | None, typer.Option(help="Rollout batches in all.")] = None,
     internal_layer: Annotated[str | None, typer.Option(help="Layer l (from 1), or auto: the boundary layer.")] = None,
     internal_steps: Annotated[
-        int | None, typer.Option(help="s_inter: rollout batches on the internal policy; 0 is plain GRPO.")
+        str | None, typer.Option(help="s_inter: rollout batches on the internal policy; 0 is plain GRPO; or auto.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of problems, order and sampling.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
@@ -62,13 +62,12 @@ def train(
     if recipe is None and not resume:
         raise InputError("name a recipe, for instance: bupo train recipes/small.yaml --output runs/first")
     raw = saved_recipe(output) if recipe is None else override(read_recipe(recipe), changes or [])
-    layer: Any = int(internal_layer) if internal_layer and internal_layer.lstrip("-").isdigit() else internal_layer
     options = {
         "model": model,
         "dataset": dataset,
         "rollouts": rollouts,
-        "internal_layer": layer,
-        "internal_steps": internal_steps,
+        "internal_layer": _number_or_text(internal_layer),
+        "internal_steps": _number_or_text(internal_steps),
         "seed": seed,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -89,6 +88,10 @@ def train(
     if main:
         print(json.dumps(summary) if as_json else _text(summary))
     return 130 if summary["interrupted"] else 0
+
+
+def _number_or_text(given: str | None) -> int | str | None:
+    return int(given) if given is not None and given.lstrip("-").isdigit() else given
 
 
 def _text(summary: dict[str, Any]) -> str:

@@ -115,6 +115,10 @@ class LogWriter(TrainerCallback):
         if "reward" in row:
             self.last = row
         if self._show is not None:
+            ended = self._trainer.phase_end
+            if ended is not None and row.get("rollout") == ended["rollouts"] + 1:
+                back = "; went back to the best weights" if ended["action"] == "restore" else ""
+                self._show(f"internal phase ended after {ended['rollouts']} rollout batches: {ended['reason']}{back}")
             self._show(self.line(row))
 
     def row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:

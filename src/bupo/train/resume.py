@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bupo.train.checkpoints import check_resumable, read_state, write_state
+from bupo.train.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Parent
@@ -24,7 +25,8 @@ class ResumesBetweenRollouts(_Parent):
 
     if TYPE_CHECKING:  # of BuPOTrainer
         args: Any
-        schedule: Any
+        schedule: Schedule
+        guard: Any
         train_dataset: Any
 
         @property
@@ -32,6 +34,9 @@ class ResumesBetweenRollouts(_Parent):
         @property
         def micro_batches_per_epoch(self) -> int | None: ...
         def _set_layer(self, layer: int) -> None: ...
+        def _watch_state(self) -> dict[str, Any]: ...
+        def _save_watch_tensors(self, folder: Path) -> None: ...
+        def _load_watch(self, folder: Path, state: Mapping[str, Any]) -> None: ...
 
     def _pass(self) -> int:
         """Which pass over the data the next micro-batch belongs to, from 0."""
@@ -43,6 +48,7 @@ class ResumesBetweenRollouts(_Parent):
     def _resume_settings(self) -> dict[str, Any]:
         """What must be the same before and after a resume."""
         return {
+            "guarded": self.guard is not None,
             "stages": [[s.rollouts, s.layer, s.weight] for s in self.schedule.stages],
             "internal_norm": self.args.internal_norm,
             "estimator": self.args.estimator,
@@ -65,7 +71,8 @@ class ResumesBetweenRollouts(_Parent):
                 "rollout": self._step // self.args.generate_every,
                 "between_rollouts": self.between_rollouts,
             }
-            write_state(folder, {**state, **self._resume_settings()})
+            self._save_watch_tensors(folder)
+            write_state(folder, {**state, **self._watch_state(), **self._resume_settings()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -76,7 +83,10 @@ class ResumesBetweenRollouts(_Parent):
             layers = [layer for _, layer, _ in state.get("stages", []) if isinstance(layer, int)]
             if layers:
                 self._set_layer(layers[0])
+        if self.guard is not None and state.get("phase_end"):  # the guard's decision stands
+            self.schedule = Schedule(tuple(Stage(*stage) for stage in state["stages"]))
         check_resumable(checkpoint, state, self._resume_settings())
+        self._load_watch(Path(checkpoint), state)
         self._step = int(state["micro_batch"])
 
 

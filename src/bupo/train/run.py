@@ -47,7 +47,8 @@ def train(
 
     Returns:
         ``{"output", "model" (None if interrupted), "interrupted", "rollouts", "updates", "seconds", "internal_layer",
-        "reward_first", "reward_last"}``; rewards are means over the first and the last tenth of the rollout batches.
+        "phase_end", "reward_first", "reward_last"}``; ``phase_end`` says when and why the guard ended the internal
+        phase (None if it did not); rewards are means over the first and the last tenth of the rollout batches.
 
     Raises:
         InputError, ConfigError: anything a user can fix, before the first file is written.
@@ -121,6 +122,7 @@ def _run(
         "updates": _updates(checkpoint) if done and checkpoint else trainer.state.global_step,
         "seconds": round(time.monotonic() - started, 1),
         "internal_layer": next((layer for layer in trainer.schedule.layers if layer != "auto"), None),
+        "phase_end": trainer.phase_end,
         **_rewards(folder / LOG_FILE),
     }
     if main:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +27,16 @@ class BuPOSettings(_Parent):
     internal_layer: int | str | None = field(
         default=None, metadata={"help": "Layer l of the internal policy, 1 to L, or 'auto': the boundary layer."}
     )
-    internal_steps: int = field(
-        default=0, metadata={"help": "s_inter: rollout batches trained on the internal policy; 0 is plain GRPO."}
+    internal_steps: int | str = field(
+        default=0,
+        metadata={
+            "help": "s_inter: rollout batches trained on the internal policy; 0 is plain GRPO, 'auto' lets the phase "
+            "guard end the phase."
+        },
+    )
+    internal_max_steps: int | None = field(
+        default=None,
+        metadata={"help": "With internal_steps 'auto': the most rollout batches (default: a third of the run's)."},
     )
     internal_norm: bool = field(
         default=False, metadata={"help": "Read the internal policy through the final norm (the paper's ablation)."}
@@ -91,16 +100,33 @@ class BuPOSettings(_Parent):
         """The stages these settings ask for."""
         if self.internal_ladder:
             return ladder([(layer, rollouts) for layer, rollouts in self.internal_ladder], self.internal_weight)
-        return two_phase(cast(Any, self.internal_layer), self.internal_steps, self.internal_weight)
+        return two_phase(cast(Any, self.internal_layer), self._internal_rollouts(), self.internal_weight)
+
+    def _internal_rollouts(self) -> int:
+        """Rollout batches of the internal phase, or the most that the guard may let it have."""
+        if self.internal_steps != "auto":
+            return cast(int, self.internal_steps)
+        if self.internal_max_steps is not None:
+            return self.internal_max_steps
+        rollouts = self.max_steps * self.gradient_accumulation_steps // self.generate_every
+        together = self.gradient_accumulation_steps // math.gcd(self.gradient_accumulation_steps, self.generate_every)
+        return max(rollouts // 3 // together, 1) * together  # whole updates
 
     def _problems(self) -> list[str]:
         found = []
-        if not _whole(self.internal_steps, 0):
+        guarded = self.internal_steps == "auto"
+        if not guarded and not _whole(self.internal_steps, 0):
             found.append(f"internal_steps counts rollout batches: a whole number from 0, not {self.internal_steps!r}")
         elif self.internal_steps and self.internal_layer is None:
             found.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
         if self.internal_layer not in (None, "auto") and not _whole(self.internal_layer, 1):
             found.append(f"internal_layer must be a layer from 1 to L or auto, not {self.internal_layer!r}")
+        if self.internal_max_steps is not None and not (guarded and _whole(self.internal_max_steps, 1)):
+            found.append("internal_max_steps is a whole number from 1 and goes with internal_steps auto")
+        if guarded and self.internal_max_steps is None and self.max_steps <= 0:
+            found.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
+        if guarded and (self.deepspeed is not None or self.fsdp):
+            found.append("internal_steps auto keeps whole weights, which FSDP and DeepSpeed split; give a number")
         if self.internal_ladder is not None:
             found += ladder_problems(self.internal_ladder)
             if self.internal_steps or self.internal_layer is not None:

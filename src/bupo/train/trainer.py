@@ -20,15 +20,16 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
-from bupo.errors import BupoError, ConfigError
+from bupo.errors import BupoError, ConfigError, InputError
 from bupo.model.early_exit import check_site, internal_policy, n_layers
 from bupo.train import estimators
-from bupo.train.auto_layer import choose_layer
+from bupo.train.auto_layer import LayerChoice, choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
-from bupo.train.probe import probe_means, probe_rows, probe_sums
+from bupo.train.guard import PhaseGuard
 from bupo.train.resume import ResumesBetweenRollouts
 from bupo.train.schedule import Schedule, Stage, alignment_problems
 from bupo.train.settings import BuPOSettings
+from bupo.train.watch import WatchesInternalPhase
 
 _FULL = Stage()
 _RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss that belong to the policy in the ratio
@@ -52,14 +53,15 @@ class BuPOConfig(BuPOSettings, GRPOConfig):
     """
 
 
-class BuPOTrainer(ResumesBetweenRollouts, GRPOTrainer):
+class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, GRPOTrainer):
     """`GRPOTrainer` whose ratio follows a schedule of internal policies.
 
     Takes what `GRPOTrainer` takes, with a `BuPOConfig`. Metrics: ``phase`` (1 internal, 2 full), ``rollout`` (from 1),
     ``internal/entropy`` and ``internal/clip_ratio/*`` of the internal policy; ``entropy``, ``reward`` and
     ``completions/*`` are always the full policy's. In an internal phase ``entropy`` (and, see `bupo.train.probe`,
     ``perplexity``, ``repetition`` and ``internal/divergence``) is measured once a rollout batch, before its updates,
-    on ``probe_samples`` responses.
+    on ``probe_samples`` responses; ``internal/transfer`` is what the updates of the batch before did for the full
+    policy (see `bupo.train.guard`). Where the guard ended the phase, ``phase_end`` says when and why.
 
     Raises:
         ConfigError: settings that do not fit together, a layer the model does not have, or too few prompts.
@@ -86,6 +88,7 @@ class BuPOTrainer(ResumesBetweenRollouts, GRPOTrainer):
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self._reading: Stage | None = None  # the internal policy that scoring reads, None: the full policy
         self.schedule = args.schedule()
+        self.guard = PhaseGuard() if args.internal_steps == "auto" else None
         super().__init__(model, reward_funcs, args, **kwargs)
         self._check_model_and_data()
         self.add_callback(SaveBetweenRollouts(self))
@@ -174,22 +177,57 @@ class BuPOTrainer(ResumesBetweenRollouts, GRPOTrainer):
         if not self.model.training:  # evaluation is always the full policy's
             return super()._generate_and_score_completions(inputs)
         rollout = self._step // self.args.generate_every
-        index = self.schedule.index(rollout)
-        stage = self.schedule.stages[index]
-        # TRL's own old log-probabilities are the internal policy's where nothing else needs the full ones
+        stage = self.schedule.at(rollout)
+        if stage.layer is None:
+            self._leave_internal_phase()
+        transfer = self._transfer()
+        before = {name: list(values) for name, values in self._metrics["train"].items()}
+        batch, scored = self._sample(inputs, stage)
+        if stage.layer == "auto":
+            stage = self._resolve_auto_layer(batch)
+        if stage.layer is not None:
+            self._add_internal_scores(batch, stage, scored=scored)
+            verdict = self._watch(batch, stage, transfer)
+            ended = self._ended_at(rollout) if verdict.action != "continue" else None
+            if ended is not None:
+                self.schedule, stage = ended, _FULL
+                self.phase_end = {"rollouts": rollout, "action": verdict.action, "reason": verdict.reason}
+                batch = self._as_full(batch, inputs, restore=verdict.action == "restore", metrics=before)
+        batch["stage"] = torch.tensor(self.schedule.index(rollout))  # 0-d, so that shuffling and splitting keep it
+        metrics = self._metrics["train"]
+        metrics["rollout"], metrics["phase"] = [float(rollout + 1)], [float(stage.number)]
+        return batch
+
+    def _sample(self, inputs: Any, stage: Stage) -> tuple[dict[str, Any], bool]:
+        """A rollout batch of the full policy; and whether its old log-probabilities are the stage's already.
+
+        TRL computes them, and they may be the internal policy's at once where nothing else needs the full ones.
+        """
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         internal_only = stage.layer not in (None, "auto") and stage.weight == 1.0 and not corrected
         with self._read(stage if internal_only else None):
             batch = super()._generate_and_score_completions(inputs)
         if self.args.estimator in estimators.OWN:
             self._set_advantages(batch)
-        if stage.layer == "auto":
-            stage = self._resolve_auto_layer(batch)
-        if stage.layer is not None:
-            self._add_internal_scores(batch, stage, scored=internal_only)
-        batch["stage"] = torch.tensor(index)  # 0-d, so that shuffling and splitting keep it
-        metrics = self._metrics["train"]
-        metrics["rollout"], metrics["phase"] = [float(rollout + 1)], [float(stage.number)]
+        return batch, internal_only
+
+    def _as_full(
+        self, batch: dict[str, Any], inputs: Any, *, restore: bool, metrics: dict[str, list[float]]
+    ) -> dict[str, Any]:
+        """The rollout batch that a phase ended by the guard goes on with: this one scored anew, or a new one.
+
+        After restoring weights the old samples and what was logged of them (all but ``metrics``) are dropped.
+        """
+        if restore:
+            self._restore_kept()
+            self._metrics["train"].clear()
+            self._metrics["train"].update(metrics)
+            batch, _ = self._sample(inputs, _FULL)
+        elif "old_per_token_logps" in batch:
+            batch["old_per_token_logps"], _ = self._score(batch)
+        batch.pop("internal_old_per_token_logps", None)
+        self._metrics["train"].pop("entropy", None)  # the loss measures it on every response
+        self._leave_internal_phase()
         return batch
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -212,29 +250,13 @@ class BuPOTrainer(ResumesBetweenRollouts, GRPOTrainer):
             key = "old_per_token_logps" if stage.weight == 1.0 else "internal_old_per_token_logps"
             with self._read(stage):
                 batch[key], _ = self._score(batch)
-        found = self._probe(batch, stage)
-        if stage.weight < 1.0:
-            found.pop("entropy")  # the joint loss measures it on every response
-        for name, value in found.items():
-            self._metrics["train"]["internal/divergence" if name == "divergence" else name].append(value)
-
-    def _probe(self, batch: dict[str, Any], stage: Stage) -> dict[str, float]:
-        """The full policy, and its distance from the internal one, on some responses of the batch."""
-        size = len(batch["prompt_ids"])
-        wanted = self.args.probe_samples or max(self.args.per_device_train_batch_size, size // 8)
-        rows = probe_rows(size, wanted).to(batch["prompt_ids"].device)
-        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
-        some = {key: batch[key][rows] for key in keys if key in batch}
-        full, entropies = self._score(some, compute_entropy=True)
-        with self._read(stage):
-            internal, _ = self._score(some)
-        mask = some["completion_mask"] * some.get("tool_mask", 1)
-        sums = probe_sums(full, internal, cast(Tensor, entropies), mask, some["completion_ids"])
-        return probe_means(self.accelerator.reduce(sums, reduction="sum").tolist())
 
     def _resolve_auto_layer(self, batch: dict[str, Any]) -> Stage:
         """Replace ``auto`` by the boundary layer found on this rollout batch; the first process decides."""
-        found: list[Any] = [choose_layer(self.model, batch)]
+        try:
+            found: list[Any] = [choose_layer(self.model, batch)]
+        except InputError as error:  # every process must reach the broadcast
+            found = [LayerChoice(None, f"internal_layer auto: {error}")]
         broadcast_object_list(found, from_process=0)
         choice = found[0]
         if choice.layer is None:
