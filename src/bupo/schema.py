@@ -122,7 +122,7 @@ _WRONG = object()
 
 def _convert(value: Any, hint: Any, name: str, problems: list[str]) -> Any:
     """``value`` as one of the types that ``hint`` allows, or `_WRONG` after noting the problem."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return build(typing.cast(type, option), value, problems, f"{name}.")
