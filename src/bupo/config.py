@@ -55,6 +55,9 @@ _OWNED = {
     "internal_weight": "internal_weight",
     "internal_ladder": "internal_ladder",
     "estimator": "estimator",
+    "frozen_layers": "frozen_layers",
+    "upper_learning_rate_scale": "upper_learning_rate_scale",
+    "upper_learning_rate_above": "upper_learning_rate_above",
     "gradient_checkpointing": "gradient_checkpointing",
     "seed": "seed",
     "bf16": "precision",
@@ -124,6 +127,12 @@ class Recipe:
     internal_ladder: list | None = key(None, "[[layer, rollout batches], ...] in place of one layer and its steps")
     estimator: Estimator = key("grpo", "advantages: see bupo.train.estimators")
 
+    frozen_layers: int | None = key(None, "layers 1 to this one keep their weights (comparison)", low=1)
+    upper_learning_rate_scale: float | None = key(
+        None, "factor on the learning rate of upper layers (comparison; the paper's 0.1)", above=0
+    )
+    upper_learning_rate_above: int | None = key(None, "the layer above which that factor acts", low=1)
+
     lora: Lora | None = key(None, "train adapters instead of all weights")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = key("float32", "of the weights in memory")
     precision: Precision = key("auto", "of the products: bfloat16 (mixed), float32; auto is bfloat16 on an accelerator")
@@ -173,6 +182,9 @@ class Recipe:
             "internal_weight": self.internal_weight,
             "internal_ladder": self.internal_ladder,
             "estimator": self.estimator,
+            "frozen_layers": self.frozen_layers,
+            "upper_learning_rate_scale": self.upper_learning_rate_scale,
+            "upper_learning_rate_above": self.upper_learning_rate_above,
             "gradient_checkpointing": self.gradient_checkpointing,
             "seed": self.seed,
             "save_strategy": "steps",
@@ -265,6 +277,12 @@ def _cross_problems(recipe: Recipe) -> list[str]:
             problems.append(f"internal_ladder takes {total} rollout batches, more than rollouts {recipe.rollouts}")
         if recipe.internal_steps or layer is not None:
             problems.append("give either internal_ladder or internal_layer and internal_steps, not both")
+    if (recipe.upper_learning_rate_scale is None) != (recipe.upper_learning_rate_above is None):
+        problems.append("upper_learning_rate_scale and upper_learning_rate_above go together")
+    if recipe.internal_steps and recipe.frozen_layers and isinstance(layer, int) and 1 <= layer <= recipe.frozen_layers:
+        problems.append(
+            f"frozen_layers {recipe.frozen_layers} leaves nothing of internal_layer {layer} to train; freeze fewer"
+        )
     for name in ("internal_steps", "internal_max_steps"):
         steps = getattr(recipe, name)
         if isinstance(steps, int) and steps > recipe.rollouts:

@@ -52,6 +52,9 @@ class ResumesBetweenRollouts(_Parent):
             "stages": [[s.rollouts, s.layer, s.weight] for s in self.schedule.stages],
             "internal_norm": self.args.internal_norm,
             "estimator": self.args.estimator,
+            "frozen_layers": self.args.frozen_layers,
+            "upper_learning_rate_scale": self.args.upper_learning_rate_scale,
+            "upper_learning_rate_above": self.args.upper_learning_rate_above,
             "steps_per_generation": self.args.steps_per_generation,
             "num_iterations": self.num_iterations,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
@@ -75,8 +78,8 @@ class ResumesBetweenRollouts(_Parent):
             write_state(folder, {**state, **self._watch_state(), **self._resume_settings()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = read_state(os.fspath(checkpoint))
         if "auto" in self.schedule.layers:  # decided on the first rollout batch, which is past
@@ -86,6 +89,7 @@ class ResumesBetweenRollouts(_Parent):
         if self.guard is not None and state.get("phase_end"):  # the guard's decision stands
             self.schedule = Schedule(tuple(Stage(*stage) for stage in state["stages"]))
         check_resumable(checkpoint, state, self._resume_settings())
+        super()._load_optimizer_and_scheduler(checkpoint)
         self._load_watch(Path(checkpoint), state)
         self._step = int(state["micro_batch"])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from bupo.errors import ConfigError
-from bupo.train import estimators
+from bupo.train import estimators, layerwise
 from bupo.train.hazards import hazards
 from bupo.train.schedule import Schedule, alignment_problems, ladder, ladder_problems, two_phase
 
@@ -53,6 +53,16 @@ class BuPOSettings(_Parent):
         metadata={"help": "Several layers one after the other, as [[layer, rollout batches], ...], instead of one."},
     )
     estimator: str = field(default="grpo", metadata={"help": f"Advantage estimator: {', '.join(estimators.NAMES)}."})
+    frozen_layers: int | None = field(
+        default=None, metadata={"help": "Layers 1 to this one keep their weights (the paper's comparison)."}
+    )
+    upper_learning_rate_scale: float | None = field(
+        default=None,
+        metadata={"help": "Factor on the learning rate of layers above upper_learning_rate_above and the final norm."},
+    )
+    upper_learning_rate_above: int | None = field(
+        default=None, metadata={"help": "The layer, 1 to L - 1, above which upper_learning_rate_scale acts."}
+    )
     updates_per_rollout: int | None = field(
         default=None,
         metadata={"help": "Updates a rollout batch (4 unless steps_per_generation or generation_batch_size is given)."},
@@ -137,6 +147,7 @@ class BuPOSettings(_Parent):
             found.append(f"probe_samples must be at least 1, not {self.probe_samples}")
         if self.save_total_limit == 1:
             found.append("save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2")
+        found += layerwise.problems_of_settings(self, None if found else self.schedule())
         if found or not self.schedule().switches:
             return found
         ddp = self.world_size > 1 and self.deepspeed is None and not self.fsdp

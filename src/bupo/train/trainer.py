@@ -26,6 +26,7 @@ from bupo.train import estimators
 from bupo.train.auto_layer import LayerChoice, choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
 from bupo.train.guard import PhaseGuard
+from bupo.train.layerwise import LearnsLayerwise, frozen_problems
 from bupo.train.resume import ResumesBetweenRollouts
 from bupo.train.schedule import Schedule, Stage, alignment_problems
 from bupo.train.settings import BuPOSettings
@@ -53,7 +54,7 @@ class BuPOConfig(BuPOSettings, GRPOConfig):
     """
 
 
-class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, GRPOTrainer):
+class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise, GRPOTrainer):
     """`GRPOTrainer` whose ratio follows a schedule of internal policies.
 
     Takes what `GRPOTrainer` takes, with a `BuPOConfig`. Metrics: ``phase`` (1 internal, 2 full), ``rollout`` (from 1),
@@ -91,10 +92,11 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, GRPOTrainer):
         self.guard = PhaseGuard() if args.internal_steps == "auto" else None
         super().__init__(model, reward_funcs, args, **kwargs)
         self._check_model_and_data()
+        self._freeze_layers()
         self.add_callback(SaveBetweenRollouts(self))
 
     def _check_model_and_data(self) -> None:
-        problems = []
+        problems = self._layerwise_problems()
         if self.schedule.layers and self._is_vlm:
             problems.append("internal phases are for text models; this one takes images")
         for layer in self.schedule.layers:
@@ -263,6 +265,8 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, GRPOTrainer):
             raise TrainingStopped(choice.message)
         self.auto_layer = choice
         self._set_layer(choice.layer)
+        for problem in frozen_problems(self.args.frozen_layers, self.schedule):
+            raise TrainingStopped(f"{choice.message}; {problem}")
         return self.schedule.at(0)
 
     def _set_layer(self, layer: int) -> None:
