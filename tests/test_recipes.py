@@ -1,0 +1,131 @@
+"""Every recipe in recipes/: the paper's numbers, and two rollout batches of each phase on a tiny model like its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+from transformers import AutoConfig, AutoTokenizer
+
+from bupo.config import parse, read_recipe
+from bupo.data.arithmetic import SMALL_MODEL
+from bupo.data.templates import TEMPLATES
+from bupo.train.run import train
+
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+CONFIGS = Path(SMALL_MODEL).parent / "configs"
+TINY_LAYERS = 6
+
+# Table 8 of arXiv 2512.19673: s_inter, layer, response tokens, template
+PAPER = {
+    "qwen3-4b": (30, 6, 7168, "qwen3-no-thinking"),
+    "qwen3-8b": (20, 6, 7168, "qwen3-no-thinking"),
+    "octothinker-3b": (20, 26, 3072, "octothinker"),
+    "octothinker-8b": (20, 30, 3072, "octothinker"),
+}
+
+
+def config_of(recipe):
+    """The configuration of a recipe's model: its own folder's, or the shape that ships."""
+    shipped = CONFIGS / f"{recipe.model.replace('/', '--')}.json"
+    if recipe.model == "small":
+        return AutoConfig.from_pretrained(SMALL_MODEL)
+    if shipped.exists():
+        values = json.loads(shipped.read_text())
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    assert recipe.model == "models/smollm2"
+    return AutoConfig.for_model("llama", num_hidden_layers=30, tie_word_embeddings=True)  # as `make smollm2` writes it
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_the_papers_settings(name):
+    recipe = parse(read_recipe(FOLDER / f"{name}.yaml"))
+    steps, layer, response, template = PAPER[name]
+    assert (recipe.internal_steps, recipe.internal_layer) == (steps, layer)
+    assert (recipe.max_prompt_length, recipe.max_completion_length) == (1024, response)
+    assert recipe.template == template
+    assert (recipe.prompts_per_rollout, recipe.samples_per_prompt, recipe.updates_per_rollout) == (128, 8, 4)
+    assert (recipe.learning_rate, recipe.rollouts, recipe.temperature, recipe.estimator) == (1e-6, 300, 1.0, "grpo")
+    assert (recipe.dataset, recipe.problems) == ("zwhe99/DeepMath-103K", 5000)
+    for processes in (1, 2, 4, 8):
+        recipe.trainer_settings(processes)  # splits evenly
+    room = config_of(recipe).max_position_embeddings
+    assert recipe.max_prompt_length + recipe.max_completion_length <= room
+    assert layer < config_of(recipe).num_hidden_layers
+
+
+def test_there_is_a_recipe_for_every_case_and_every_name_is_known():
+    names = {path.stem for path in RECIPES}
+    assert {*PAPER, "small", "smollm2", "qwen3-4b-lora-24gb"} <= names
+    for path in RECIPES:
+        assert parse(read_recipe(path)).template in TEMPLATES
+        for line in path.read_text().splitlines():
+            if line.startswith("#   bupo ") and " recipes/" in line:  # the commands in the comment name this very file
+                assert f" recipes/{path.name}" in line
+
+
+@pytest.fixture
+def scaled(tmp_path, tiny_folder):
+    """A recipe with a tiny random model of its model's architecture, short texts and small batches."""
+
+    def make(path):
+        raw = read_recipe(path)
+        recipe = parse(raw)
+        config = config_of(recipe)
+        layer = min(TINY_LAYERS - 1, max(1, math.floor(recipe.internal_layer / config.num_hidden_layers * TINY_LAYERS)))
+        folder = tmp_path / "model"
+        model = tiny_model(
+            config.model_type,
+            spread=3.0,
+            num_hidden_layers=TINY_LAYERS,
+            max_position_embeddings=1024,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+        model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+        tokenizer.save_pretrained(folder)
+        small = {
+            "model": str(folder),
+            "rollouts": 4,
+            "internal_layer": layer,
+            "internal_steps": 2,
+            "prompts_per_rollout": 2 * recipe.updates_per_rollout,
+            "samples_per_prompt": 2,
+            # as many micro-batches an update as leaves one that accumulates where the recipe accumulates
+            "micro_batch": 4 if recipe.micro_batch * recipe.updates_per_rollout == recipe.samples_per_rollout() else 2,
+            "save_every": 4,
+            "max_prompt_length": 600,
+            "max_completion_length": 5,
+            "learning_rate": 1e-3,
+            # no vLLM here, and no hub
+            "trl": {name: value for name, value in recipe.trl.items() if "vllm" not in name},
+        }
+        if recipe.dataset == "zwhe99/DeepMath-103K":
+            data = tmp_path / "sums.jsonl"
+            rows = [{"question": f"What is {i} + {i}?", "final_answer": str(2 * i)} for i in range(40)]
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            small |= {"dataset": str(data), "problems": 32, "reward": "training:digits"}
+        return parse({**raw, **small})
+
+    return make
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_two_rollout_batches_of_each_phase(path, scaled, tmp_path):
+    recipe = scaled(path)
+    if path.stem in PAPER:
+        assert (recipe.template, recipe.lora) == (PAPER[path.stem][3], None)
+    summary = train(recipe, tmp_path / "run", say=lambda text: None)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["layer"]) for row in rows] == [("internal", recipe.internal_layer)] * 2 + [
+        ("full", None)
+    ] * 2
+    assert summary["updates"] == 4 * recipe.updates_per_rollout
+    assert all(math.isfinite(row["loss"]) and row["entropy"] > 0 for row in rows)
+    if recipe.reward == "training:digits":  # a reward with signal moves the weights
+        assert any(row["grad_norm"] > 0 for row in rows)
