@@ -5,185 +5,126 @@ Joins ``model`` (states), ``policy`` (readings) and nothing else; the command li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from bupo.batches import Batch, TokenPair, batches, check_rollouts, context_length, pad, shares
 from bupo.errors import InputError
 from bupo.model.anatomy import dissect, unwrap
-from bupo.model.early_exit import unembedding as raw_unembedding
+from bupo.model.logits import logit_rule
 from bupo.model.states import read_stream
 from bupo.policy.boundary import find_boundary
-from bupo.policy.readout import GROUP_SITES, LayerStates, Unembedding, entropy, group_entropies
+from bupo.policy.readout import GROUP_SITES, LayerStates, Unembedding, read_group, read_states
+from bupo.policy.running import Extras
+from bupo.policy.sampling import Progress, TokenDraw, judge
 from bupo.policy.statistics import ClusterMeans, round_list
+
+__all__ = ["SITES", "TokenPair", "analyze_rollouts", "batches", "check_rollouts", "context_length", "logit_rule"]
 
 SITES = ("attn_in", "attn_out", "ffn_in", "ffn_out", "layer_in", "layer_out")
 CHANGES = {"attn": ("attn_out", "attn_in"), "ffn": ("ffn_out", "ffn_in"), "layer": ("layer_out", "layer_in")}
 COSINES = ("attn", "ffn")
+STATISTICS = ("logprob", "rank", "varentropy", "kl", "top5")
+_STATES_BYTES = 256 * 2**20  # of states held for the layers that are read together
+
+TokenSink = Callable[[list[int], list[list[int]], Batch, dict[str, Tensor]], None]
 
 
-class TokenPair(Protocol):
-    """A prompt and its response as token ids."""
+@dataclass(frozen=True)
+class Wanted:
+    """Statistics asked for beside the entropies."""
+
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if name not in STATISTICS[:-1] and not (name.startswith("top") and name[3:].isdecimal() and int(name[3:])):
+                raise InputError(
+                    f"unknown statistic {name!r}; choose from logprob, rank, varentropy, kl, topK (as top5)"
+                )
 
     @property
-    def prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def response_ids(self) -> Sequence[int]: ...
+    def top(self) -> int:
+        return max((int(name[3:]) for name in self.names if name.startswith("top")), default=0)
+
+    def columns(self) -> list[str]:
+        """The quantities whose means are taken."""
+        found = [name for name in STATISTICS[:-1] if name in self.names]
+        return [*found, "top1_probability", f"top{self.top}_mass"] if self.top else found
+
+    def extras(self, targets: Tensor, final: Tensor | None, lse: Tensor | None) -> Extras:
+        chosen = targets if {"logprob", "rank"} & set(self.names) else None
+        return Extras(
+            targets=chosen,
+            rank="rank" in self.names,
+            varentropy="varentropy" in self.names,
+            final=final if "kl" in self.names else None,
+            final_lse=lse,
+            top=self.top,
+            tokens=len(targets),
+        )
 
 
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens the model's position encoding was made for, or None if the configuration does not say."""
-    config = unwrap(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+def layers_together(tokens: int, width: int, n_layers: int) -> int:
+    """How many layers' states fit into what we allow them: reading them together saves a product a group."""
+    return max(1, min(n_layers, _STATES_BYTES // (4 * 4 * max(tokens, 1) * width)))
 
 
-def check_rollouts(model: nn.Module, rollouts: Sequence[TokenPair]) -> None:
-    """Raise :class:`InputError` for responses that cannot be analysed, naming the first one."""
-    if not rollouts:
-        raise InputError("there are no responses to analyse")
-    limit = context_length(model)
-    vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
-    for number, rollout in enumerate(rollouts, start=1):
-        length = len(rollout.prompt_ids) + len(rollout.response_ids)
-        if not len(rollout.response_ids):
-            raise InputError(f"response {number} is empty; every row needs at least one response token")
-        if not len(rollout.prompt_ids):
-            raise InputError(f"prompt {number} is empty; the first response token is predicted from its last token")
-        if limit is not None and length > limit:
-            raise InputError(
-                f"response {number} with its prompt has {length} tokens, more than the model's context of {limit}; "
-                f"shorten or drop it"
-            )
-        highest = max(max(rollout.prompt_ids), max(rollout.response_ids))
-        if highest >= vocabulary or min(min(rollout.prompt_ids), min(rollout.response_ids)) < 0:
-            raise InputError(
-                f"response {number} holds token id {highest}, outside this model's vocabulary of {vocabulary}: "
-                f"were the ids made with another tokenizer?"
-            )
-
-
-def logit_rule(model: nn.Module) -> Unembedding:
-    """``E_u`` and how the model turns products into logits, checked against the model's own logits on a probe.
-
-    Raises:
-        InputError: the model's logits are not ``softcap(scale * S E_u^T + bias)`` with the configuration's values.
-    """
-    inner = unwrap(model)
-    config = inner.config.get_text_config()
-    weight, bias = raw_unembedding(model)
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = float(getattr(config, name))
-            break
-    else:
-        if getattr(config, "logits_scaling", None):
-            scale = 1.0 / float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    rule = Unembedding(weight.float(), None if bias is None else bias.float(), scale, softcap)
+def _read_batch(
+    model: nn.Module, batch: Batch, rule: Unembedding, wanted: Wanted, group: int | None
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Per token: statistics by name (6, L, N[, k]) in the order of ``SITES``, cosines (2, L, N), final entropy (N,)."""
     anatomy = dissect(model)
-    tokens = torch.arange(3, 9, device=weight.device)[None] % weight.shape[0]
-    seen: list[Tensor] = []
-    hook = anatomy.final_norm.register_forward_hook(lambda m, i, o: seen.append(o))
-    was_training = inner.training
-    inner.eval()
-    try:
-        with torch.no_grad():
-            logits = inner(input_ids=tokens, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-        inner.train(was_training)
-    if not seen or seen[-1].shape[-1] != weight.shape[1]:
-        width = f"{seen[-1].shape[-1]} wide" if seen else "not made"
-        raise InputError(
-            f"{type(inner).__name__}: the final state is {width}, the unembedding reads {weight.shape[1]} numbers; the "
-            f"model changes the stream between them, and its internal policies cannot be read"
-        )
-    expected = rule.finish_(seen[-1].float() @ rule.weight.T, 0, len(weight))
-    unit = logits.abs().max().clamp(min=1e-6)
-    deviation = ((logits - expected).abs().max() / unit).item()
-    allowed = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
-    if not deviation <= allowed:
-        if not bool(torch.isfinite(logits).all()):
-            raise InputError("the model gives non-finite logits: damaged weights, or a dtype too narrow for it?")
-        raise InputError(
-            f"this model's logits are not its final state times the unembedding (relative deviation {deviation:.1e}, "
-            f"allowed {allowed:.0e}); its internal policies cannot be read"
-        )
-    return rule
-
-
-def batches(rollouts: Sequence[TokenPair], most_tokens: int) -> Iterator[list[int]]:
-    """Indices of responses in batches of at most ``most_tokens`` padded tokens, longest first (little padding)."""
-    lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
-    batch: list[int] = []
-    for index in sorted(range(len(rollouts)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > most_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _pad(rollouts: Sequence[TokenPair], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, attention mask, and the positions P-1 .. P+R-2 that predict response tokens, each (B, T)."""
-    # the last response token is predicted, never read
-    rows = [[*r.prompt_ids, *r.response_ids][:-1] for r in rollouts]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    keep = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        keep[i, len(rollout.prompt_ids) - 1 : len(row)] = True
-    return ids.to(device), mask.to(device), keep.to(device)
-
-
-def _token_statistics(
-    model: nn.Module, rollouts: Sequence[TokenPair], rule: Unembedding, group: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token: entropies (6, L, N) in the order of ``SITES``, cosines (2, L, N), final entropy (N,), float64."""
-    entropies: list[Tensor] = []
+    tokens = len(batch.targets)
+    group = group or layers_together(tokens, rule.weight.shape[1], anatomy.n_layers)
+    final_state: Tensor | None = None
+    lse: Tensor | None = None
+    if "kl" in wanted.names:  # the final policy must be known before the layers are read: the forward is run twice
+        final_state = read_stream(model, batch.ids, batch.mask, batch.keep, None)
+        lse = read_states(final_state[None], rule)["lse"][0]
+    extras = wanted.extras(batch.targets, final_state, lse)
+    found: list[dict[str, Tensor]] = []
     cosines: list[Tensor] = []
 
     def consume(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
-        if not entropies:
-            entropies.append(entropy(before, rule)[None].cpu())
-        found = group_entropies(before, layers, rule)
-        if not bool(torch.isfinite(found).all()):
-            bad = (~torch.isfinite(found)).any(-1).nonzero()[0].tolist()
+        if not found:
+            found.append({k: v[None] for k, v in read_states(before[None], rule, extras).items()})
+        read = read_group(before, layers, rule, extras)
+        finite = torch.isfinite(read["entropy"])
+        if not bool(finite.all()):
+            bad = (~finite).any(-1).nonzero()[0].tolist()
             raise InputError(
                 f"non-finite logits at layer {first_layer + bad[0]}, site {GROUP_SITES[bad[1]]}: the weights are "
                 f"damaged or the dtype is too narrow for this model (try --dtype float32)"
             )
-        entropies.append(found.cpu())
+        found.append({name: values.cpu() for name, values in read.items()})
         stream = before
         for states in layers:
             middle = stream + states.attn_out
-            cosines.append(
-                torch.stack(
-                    [
-                        torch.cosine_similarity(states.attn_out, stream, dim=-1),
-                        torch.cosine_similarity(states.ffn_out, middle, dim=-1),
-                    ]
-                )
-                .double()
-                .cpu()
-            )
+            cosines.append(_cosines(states, stream, middle))
             stream = middle + states.ffn_out
 
-    ids, mask, keep = _pad(rollouts, rule.weight.device)
-    final = read_stream(model, ids, mask, keep, consume, group=group)
-    start, *rest = entropies
-    per_layer = torch.cat(rest)  # (L, 5, N)
-    layer_out = per_layer[:, 4]
-    layer_in = torch.cat([start, layer_out[:-1]])
-    sites = torch.stack([*per_layer[:, :4].unbind(1), layer_in, layer_out])
-    return sites, torch.stack(cosines, dim=1), entropy(final, rule).cpu()
+    final = read_stream(model, batch.ids, batch.mask, batch.keep, consume, group=group)
+    start, *rest = found
+    sites = {}
+    for name in start:
+        per_layer = torch.cat([part[name] for part in rest])  # (L, 5, N)
+        layer_out = per_layer[:, 4]
+        layer_in = torch.cat([start[name][0].cpu(), layer_out[:-1]])
+        sites[name] = torch.stack([*per_layer[:, :4].unbind(1), layer_in, layer_out])
+    return sites, torch.stack(cosines, dim=1), read_states(final[None], rule)["entropy"][0].cpu()
+
+
+def _cosines(states: LayerStates, stream: Tensor, middle: Tensor) -> Tensor:
+    """Residual cosine similarities (2, N) of a layer (B.5)."""
+    pairs = ((states.attn_out, stream), (states.ffn_out, middle))
+    return torch.stack([torch.cosine_similarity(a, b, dim=-1) for a, b in pairs]).double().cpu()
 
 
 def analyze_rollouts(
@@ -191,9 +132,14 @@ def analyze_rollouts(
     rollouts: Sequence[TokenPair],
     *,
     batch_tokens: int = 2048,
-    group: int = 4,
+    group: int | None = None,
+    statistics: Sequence[str] = (),
+    tolerance: float | None = None,
+    seed: int = 0,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sink: TokenSink | None = None,
+    share: bool = False,
 ) -> dict[str, Any]:
     """Measure every internal policy of ``model`` on its responses (Eq. 7, 11-13 and B.5 of arXiv 2512.19673).
 
@@ -201,10 +147,19 @@ def analyze_rollouts(
         model: a decoder-only causal LM; put into evaluation mode for the time of the call.
         rollouts: prompts and responses as token ids; averages run over all response tokens, each read at the position
             that predicts it (P-1 .. P+R-2).
-        batch_tokens: most padded tokens in one forward.
-        group: layers read together; memory grows with it, work falls by ``1 / (4 group)`` of a product.
+        batch_tokens: most padded tokens in one forward; products run on the tokens read, never on padding.
+        group: layers read together (default: as many as fit into 256 MiB); work falls by ``1 / (4 group)``.
+        statistics: means of these beside the entropies: ``logprob`` and ``rank`` of the realised token,
+            ``varentropy``, ``kl`` (site to final policy; runs the forward twice), ``topK`` (probability of the most
+            likely token and of the K most likely).
+        tolerance: read a growing random part of the tokens until every site's standard error is at most so many nats
+            (:mod:`bupo.policy.sampling`); None reads all.
+        seed: of the tokens drawn.
         name: written as ``model`` into the result.
         progress: called with (response tokens finished, response tokens in all).
+        sink: given each batch's responses, their tokens read, the batch, and statistics a token.
+        share: deal the responses out to the processes that accelerate's launcher started; every process returns the
+            same result, that of one process.
 
     Returns:
         The content of ``analysis.json`` (schema 1): lists run over layers 1..L, entropies in nats, six decimals.
@@ -213,48 +168,116 @@ def analyze_rollouts(
         InputError: unusable responses, a model whose stream or logits cannot be read, non-finite logits.
     """
     check_rollouts(model, rollouts)
+    if tolerance is not None and not tolerance > 0:
+        raise InputError(f"the tolerance is a standard error in nats, above 0, not {tolerance}")
+    wanted = Wanted(tuple(statistics))
     inner = unwrap(model)
-    rule = logit_rule(model)
-    layers = dissect(model).n_layers
-    width = len(SITES) + len(CHANGES) + len(COSINES)
-    means = ClusterMeans(width * layers + 1)
-    total = sum(len(r.response_ids) for r in rollouts)
+    run = _Run(model, rollouts, wanted, batch_tokens, group, progress, sink, share)
     was_training = inner.training
     inner.eval()
     try:
-        for batch in batches(rollouts, batch_tokens):
-            chosen = [rollouts[i] for i in batch]
-            sites, cosines, final = _token_statistics(model, chosen, rule, group)
-            at = dict(zip(SITES, sites, strict=True))
-            changes = torch.stack([at[out] - at[into] for out, into in CHANGES.values()])
-            values = torch.cat([torch.cat([sites, changes, cosines]).flatten(0, 1), final[None]])
-            for part in values.split([len(r.response_ids) for r in chosen], dim=-1):
-                means.add(part)
-                if progress is not None:
-                    progress(means.tokens, total)
+        with torch.no_grad():
+            settled = run.read(tolerance, seed)
     finally:
         inner.train(was_training)
     title = name or getattr(inner.config, "_name_or_path", "") or type(inner).__name__
-    return _result(means, layers, title, inner, rule)
+    return _result(run, title, inner, tolerance, settled)
 
 
-def _result(means: ClusterMeans, layers: int, name: str, inner: Any, rule: Unembedding) -> dict[str, Any]:
+class _Run:
+    """One analysis: which tokens are read when, and the means so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rollouts: Sequence[TokenPair],
+        wanted: Wanted,
+        batch_tokens: int,
+        group: int | None,
+        progress: Callable[[int, int], None] | None,
+        sink: TokenSink | None,
+        share: bool,
+    ):
+        self.model, self.rollouts, self.wanted = model, rollouts, wanted
+        self._batch_tokens, self._group, self._progress, self._sink = batch_tokens, group, progress, sink
+        self.rule = logit_rule(model)
+        self.layers = dissect(model).n_layers
+        self.lengths = [len(r.response_ids) for r in rollouts]
+        self.quantities = (len(SITES) * (1 + len(wanted.columns())) + len(CHANGES) + len(COSINES)) * self.layers + 1
+        self.state = PartialState() if share else None
+        processes = self.state.num_processes if self.state else 1
+        self._mine = shares(self.lengths, processes)[self.state.process_index if self.state else 0]
+        self._own = ClusterMeans(self.quantities)
+        self.means = self._own  # of all processes
+
+    def read(self, tolerance: float | None, seed: int) -> Progress | None:
+        """Read all tokens, or rounds of them until the tolerance is met."""
+        if tolerance is None:
+            self._round([list(range(n)) for n in self.lengths])
+            return None
+        draw = TokenDraw(self.lengths, seed)
+        share = draw.first_share()
+        while True:
+            self._round(draw.take(share))
+            sites = slice(0, len(SITES) * self.layers)
+            errors = self.means.standard_error()[sites], self.means.sampling_error()[sites]
+            found = judge(*errors, draw.taken / draw.total, tolerance, len(self.lengths))
+            if found.done:
+                return found
+            share = found.share
+
+    def _round(self, tokens: list[list[int]]) -> None:
+        for chosen in batches(self.rollouts, self._batch_tokens, [i for i in self._mine if tokens[i]]):
+            self._batch(chosen, [tokens[i] for i in chosen])
+        self.means = self._own
+        if self.state is not None and self.state.num_processes > 1:
+            self.means = ClusterMeans.merged(self.quantities, gather_object([self._own.state()]))
+
+    def _batch(self, chosen: list[int], tokens: list[list[int]]) -> None:
+        batch = pad([self.rollouts[i] for i in chosen], tokens, self.rule.weight.device)
+        found, cosines, final = _read_batch(self.model, batch, self.rule, self.wanted, self._group)
+        entropies = found["entropy"]
+        at = dict(zip(SITES, entropies, strict=True))
+        changes = torch.stack([at[out] - at[into] for out, into in CHANGES.values()])
+        parts = [entropies, changes, cosines]
+        if self.wanted.top:
+            found["top1_probability"] = found["top_probability"][..., 0]
+            found[f"top{self.wanted.top}_mass"] = found["top_probability"].sum(-1)
+        parts += [found[name].double() for name in self.wanted.columns()]
+        values = torch.cat([torch.cat(parts).flatten(0, 1), final[None]])
+        for i, part in zip(chosen, values.split(batch.counts, dim=-1), strict=True):
+            self._own.add(part, response=i, size=self.lengths[i])
+            if self._progress is not None:
+                self._progress(self._own.tokens, sum(self.lengths[i] for i in self._mine))
+        if self._sink is not None:
+            self._sink(chosen, tokens, batch, found)
+
+
+def _result(run: _Run, name: str, inner: Any, tolerance: float | None, settled: Progress | None) -> dict[str, Any]:
+    means, rule = run.means, run.rule
     mean, error = means.mean(), means.standard_error()
-    names = [*SITES, *(f"change_{c}" for c in CHANGES), *(f"cosine_{c}" for c in COSINES)]
-    mean_of = dict(zip(names, mean[:-1].view(len(names), layers), strict=True))
-    error_of = dict(zip(names, error[:-1].view(len(names), layers), strict=True))
+    extra = [f"{column}:{site}" for column in run.wanted.columns() for site in SITES]
+    names = [*SITES, *(f"change_{c}" for c in CHANGES), *(f"cosine_{c}" for c in COSINES), *extra]
+    mean_of = dict(zip(names, mean[:-1].view(len(names), run.layers), strict=True))
+    error_of = dict(zip(names, error[:-1].view(len(names), run.layers), strict=True))
     boundary = find_boundary(mean_of["change_ffn"].tolist(), error_of["change_ffn"].tolist())
-    return {
+    result = {
         "schema": 1,
         "model": name,
         "architecture": type(inner).__name__,
-        "layers": layers,
+        "layers": run.layers,
         "vocabulary": len(rule.weight),
         "tied_embeddings": bool(getattr(inner.config.get_text_config(), "tie_word_embeddings", False)),
         "tokens": means.tokens,
-        "samples": len(means.counts),
+        "samples": means.responses,
         "dtype": str(inner.dtype).removeprefix("torch."),
-        "readout": {"products": "float32", "sums": "float64", "logit_scale": rule.scale, "softcap": rule.softcap},
+        "readout": {
+            "products": rule.products,
+            "accumulation": "float32",
+            "sums": "float64",
+            "logit_scale": rule.scale,
+            "softcap": rule.softcap,
+        },
         "standard_error_method": means.method,
         "final_entropy": round(float(mean[-1]), 6),
         "final_entropy_standard_error": round(float(error[-1]), 6),
@@ -268,3 +291,19 @@ def _result(means: ClusterMeans, layers: int, name: str, inner: Any, rule: Unemb
         "boundary_layer": boundary.layer,
         "boundary_reason": boundary.reason,
     }
+    if run.wanted.names:
+        for key, of in (("statistics", mean_of), ("statistics_standard_errors", error_of)):
+            result[key] = {
+                column: {site: round_list(of[f"{column}:{site}"]) for site in SITES} for column in run.wanted.columns()
+            }
+    if tolerance is not None and settled is not None:
+        result["sampling"] = {
+            "tolerance": tolerance,
+            "reached": settled.reached,
+            "tokens_used": means.tokens,
+            "tokens_of_responses": sum(run.lengths),
+            "largest_standard_error": round(settled.worst_clustered, 6),
+            "largest_sampling_error": round(settled.worst_sampling, 6),
+            "responses_needed": settled.responses_needed,
+        }
+    return result

@@ -16,6 +16,7 @@ from bupo.model.probe import find_blocks
 from bupo.policy.readout import LayerStates
 
 Consumer = Callable[[int, Tensor, list[LayerStates], Tensor], None]
+_PLACES = {"attn_in": 0, "attn_out": 1, "ffn_in": 2, "ffn_out": 3}
 
 
 @dataclass
@@ -25,7 +26,8 @@ class _Group:
     first_layer: int = 1
     before: Tensor | None = None  # H^{l-1} before the first layer of the group
     layers: list[LayerStates] = field(default_factory=list)
-    current: dict[str, Tensor] = field(default_factory=dict)
+    current: Tensor | None = None  # the states of the layer that is running, (4, N, d)
+    seen: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()
@@ -34,7 +36,7 @@ def read_stream(
     input_ids: Tensor,
     attention_mask: Tensor,
     keep: Tensor,
-    consume: Consumer,
+    consume: Consumer | None,
     *,
     group: int = 4,
 ) -> Tensor:
@@ -47,6 +49,7 @@ def read_stream(
         keep: (B, T) bool, the N positions to read (row-major order).
         consume: called as ``consume(first_layer, before, layers, after)``: the group's first layer (from 1),
             ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after the last (N, d); float32 tensors.
+            None: only the final state is wanted.
         group: layers handed out together.
 
     Returns:
@@ -68,31 +71,42 @@ def read_stream(
         return tensor.reshape(-1, tensor.shape[-1])[rows.to(tensor.device)].to(home, torch.float32)
 
     def finish_layer(index: int, output: Tensor) -> None:
-        got = state.current
-        state.layers.append(LayerStates(got["attn_in"], got["attn_out"], got["ffn_in"], got["ffn_out"]))
-        state.current = {}
+        assert state.current is not None
+        assert len(state.seen) == len(_PLACES)
+        state.layers.append(LayerStates(state.current))
+        state.current, state.seen = None, set()
         if len(state.layers) == group or index + 1 == anatomy.n_layers:
             after = pick(output)
             assert state.before is not None
+            assert consume is not None
             consume(state.first_layer, state.before, state.layers, after)
             state.first_layer, state.before, state.layers = index + 2, after, []
 
     hooks = []
 
+    def place(name: str, tensor: Tensor | None, scale: float = 1.0) -> None:
+        """Write a state where it stays until it is consumed: never two copies of a layer."""
+        assert tensor is not None
+        if state.current is None:
+            state.current = torch.empty(4, len(rows), tensor.shape[-1], dtype=torch.float32, device=home)
+        found, into = pick(tensor), state.current[_PLACES[name]]
+        if name in state.seen:  # a contribution of two modules that run side by side
+            into.add_(found, alpha=scale)
+        elif scale != 1.0:
+            torch.mul(found, scale, out=into)
+        else:
+            into.copy_(found)
+        state.seen.add(name)
+
     def on_input(module: nn.Module, name: str) -> None:
         def hook(m: nn.Module, args: tuple, kwargs: dict) -> None:
-            state.current[name] = pick(module_input(args, kwargs))
+            place(name, module_input(args, kwargs))
 
         hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_output(module: nn.Module, name: str, scale: float) -> None:
         def hook(m: nn.Module, args: tuple, output: object) -> None:
-            read = pick(first_tensor(output))
-            if scale != 1.0:
-                read *= scale
-            if name in state.current:  # a contribution of two modules that run side by side
-                read += state.current[name]
-            state.current[name] = read
+            place(name, first_tensor(output), scale)
 
         hooks.append(module.register_forward_hook(hook))
 
@@ -112,6 +126,8 @@ def read_stream(
         hooks.append(module.register_forward_hook(done))
 
     for index, (layer, block) in enumerate(zip(anatomy.layers, blocks, strict=True)):
+        if consume is None:
+            break
         for part, name in ((block.attn, "attn"), (block.ffn, "ffn")):
             on_input(layer.get_submodule(part.module), f"{name}_in")
             for source, scale in part.terms:

@@ -1,26 +1,35 @@
 """Reading a state with the unembedding: statistics of ``softmax(S E_u^T)`` without ever holding its logits whole.
 
-The vocabulary is walked in tiles; each tile of logits is folded into a running (max, sum, weighted sum) and overwritten
-by the next. Since ``E_u`` is linear and the readings carry no norm,
+The vocabulary is walked in tiles; each tile of logits is folded into running sums and overwritten by the next. Since
+``E_u`` is linear and the readings carry no norm,
 
     logits(H^l) = logits(H^{l-1}) + logits(A^l) + logits(F^l),
 
-so four vocabulary products a layer give all five new entropies (arXiv 2512.19673, Eq. 5-7), and tiles are the outer
-loop: one tile of ``E_u`` serves all layers of a group while it is warm.
+so four vocabulary products a layer give all five new entropies (arXiv 2512.19673, Eq. 5-7). Tokens are the outer loop,
+tiles the middle one and the layers of a group the inner one: a tile of ``E_u`` serves every layer while it is in cache,
+and the tile of ``logits(H^l)`` goes from layer to layer without a product of its own (one a group, at its start).
 
-Shape legend: N tokens, d width, V vocabulary, G layers in a group. Entropies in nats, float32 products, float64 sums.
+Logits are kept to the base 2 here, ``z / ln 2``: ``exp2`` costs half of what ``exp`` does, and the factor is folded
+into the states. Results are in nats.
+
+Shape legend: N tokens, d width, V vocabulary, G layers in a group, S sites. Products sum in float32, tiles in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bupo.policy.running import Extras, Running
+
 # The sites of one layer whose entropies are new; a layer's `layer_in` is the `layer_out` of the one before.
 GROUP_SITES = ("attn_in", "attn_out", "ffn_in", "ffn_out", "layer_out")
+LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -28,88 +37,166 @@ class Unembedding:
     """How a model turns a state into logits: ``softcap * tanh((scale * S E_u^T + bias) / softcap)``.
 
     Attributes:
-        weight: ``E_u`` (V, d), float32.
+        weight: ``E_u`` (V, d), in any floating dtype; products are accumulated in float32 and given as float32.
         bias: (V,) or None.
         scale: logit multiplier (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``); 1 for most models.
         softcap: Gemma-2's final soft-capping, or None.
+        half: multiply in the dtype of the weight, where that is a 16-bit one and the states are exact in it.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    half: bool = False
 
     def finish_(self, products: Tensor, start: int, stop: int) -> Tensor:
         """Turn the products of vocabulary entries ``start:stop`` (..., stop - start) into logits, in place."""
+        return self._finish_(products, None if self.bias is None else self.bias[start:stop])
+
+    def finish_at_(self, products: Tensor, targets: Tensor) -> Tensor:
+        """The same for the products of one vocabulary entry a token, (..., N) with ``targets`` (N,)."""
+        return self._finish_(products, None if self.bias is None else self.bias[targets])
+
+    def _finish_(self, products: Tensor, bias: Tensor | None) -> Tensor:
         if self.scale != 1.0:
             products.mul_(self.scale)
-        if self.bias is not None:
-            products.add_(self.bias[start:stop])
+        if bias is not None:
+            products.add_(bias)
         if self.softcap is not None:
             products.div_(self.softcap).tanh_().mul_(self.softcap)
         return products
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are a multiple of the products, so that the factor can be folded into the states."""
+        return self.bias is None and self.softcap is None and not self.half
+
+    @property
+    def products(self) -> str:
+        """The dtype that the products run in, for the result file."""
+        return str(self.weight.dtype if self.half else torch.float32).removeprefix("torch.")
+
 
 @dataclass
 class LayerStates:
-    """The states of one layer at N tokens, each (N, d) float32 (Eq. 4).
+    """The states of one layer at N tokens (Eq. 4), as one tensor (4, N, d): `attn_in`, `attn_out`, `ffn_in`, `ffn_out`.
 
     Attributes:
-        attn_in: what the attention receives, ``LN(H^{l-1})``.
+        attn_in: what the attention receives, ``LN(H^{l-1})``, (N, d).
         attn_out: ``A^l``, what it adds to the stream.
         ffn_in: what the FFN receives, ``LN(H^{l-1} + A^l)``.
         ffn_out: ``F^l``.
     """
 
-    attn_in: Tensor
-    attn_out: Tensor
-    ffn_in: Tensor
-    ffn_out: Tensor
+    every: Tensor
+
+    @property
+    def attn_in(self) -> Tensor:
+        return self.every[0]
+
+    @property
+    def attn_out(self) -> Tensor:
+        return self.every[1]
+
+    @property
+    def ffn_in(self) -> Tensor:
+        return self.every[2]
+
+    @property
+    def ffn_out(self) -> Tensor:
+        return self.every[3]
 
 
-class RunningEntropy:
-    """Entropy of many categorical distributions from their logits, tile by tile.
+@dataclass
+class Tiling:
+    """How many tokens and vocabulary entries are handled at a time; the working set is ``11 * rows * tile`` numbers."""
 
-    Keeps, for each of ``shape`` distributions, the running maximum m, ``sum exp(z-m)`` and ``sum (z-m) exp(z-m)``;
-    then ``H = log(sum) - weighted / sum``.
-    """
+    rows: int
+    tile: int
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device | str):
-        self.maximum = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.weighted = torch.zeros(shape, dtype=torch.float64, device=device)
-
-    def update_(self, logits: Tensor, scratch: Tensor) -> None:
-        """Fold in one tile (..., v); ``logits`` is overwritten, ``scratch`` is a buffer of the same shape."""
-        maximum = torch.maximum(self.maximum, logits.amax(-1))
-        logits.sub_(maximum.unsqueeze(-1))
-        torch.exp(logits, out=scratch)
-        total = scratch.sum(-1)
-        weighted = scratch.mul_(logits).sum(-1)
-        # what was summed so far was relative to the old maximum
-        shift = (self.maximum - maximum).double()
-        factor = shift.exp()
-        self.weighted = factor * (self.weighted + shift.nan_to_num(neginf=0.0) * self.total) + weighted
-        self.total = factor * self.total + total
-        self.maximum = maximum
-
-    def entropy(self) -> Tensor:
-        """Shannon entropies in nats, float64, of the given shape; NaN where a logit was not finite."""
-        return self.total.log() - self.weighted / self.total
+    @classmethod
+    def of(cls, device: torch.device, rows: int | None = None, tile: int | None = None) -> Tiling:
+        """What was fastest: on a CPU, buffers that stay in the outer cache; on an accelerator, ones that fill it."""
+        best = (256, 1024) if device.type == "cpu" else (1024, 8192)
+        return cls(rows or best[0], tile or best[1])
 
 
-def entropy(states: Tensor, unembedding: Unembedding, *, tile: int = 4096, rows: int = 1024) -> Tensor:
+def entropy(states: Tensor, unembedding: Unembedding, *, tile: int | None = None, rows: int | None = None) -> Tensor:
     """Entropy in nats (N,), float64, of ``softmax(S E_u^T)`` for states (N, d); no (N, V) tensor exists."""
-    found = [_entropy_rows(part, unembedding, tile) for part in states.split(rows)]
-    return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float64)
+    return read_states(states[None], unembedding, tile=tile, rows=rows)["entropy"][0]
 
 
-def _entropy_rows(states: Tensor, unembedding: Unembedding, tile: int) -> Tensor:
-    running = RunningEntropy((len(states),), states.device)
-    for start, weight in _tiles(unembedding.weight, tile):
-        logits = unembedding.finish_(states @ weight.T, start, start + len(weight))
-        running.update_(logits, torch.empty_like(logits))
-    return running.entropy()
+def read_states(
+    states: Tensor,
+    unembedding: Unembedding,
+    extras: Extras | None = None,
+    *,
+    tile: int | None = None,
+    rows: int | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of ``softmax(S E_u^T)`` for states (S, N, d): one product each.
+
+    Returns: the statistics by name, each (S, N) float64 (see :class:`bupo.policy.running.Extras`).
+    """
+    found = []
+    tiling = Tiling.of(states.device, rows, tile)
+    for part, wanted in _rows(states.shape[1], extras, tiling.rows):
+        work = _Work(unembedding, wanted, tiling)
+        flat = work.prepare(states[:, part].flatten(0, 1))
+        running = work.running((len(states),), [flat])[0]
+        for start, weight in work.tiles():
+            logits, scratch = work.buffers(len(states), len(weight))
+            work.product(flat, weight, logits.flatten(0, 1))
+            work.fold(running, logits, scratch, start, work.reference_tile(weight, start))
+        found.append(running.statistics())
+    return _join(found)
+
+
+def read_group(
+    before: Tensor,
+    layers: Sequence[LayerStates],
+    unembedding: Unembedding,
+    extras: Extras | None = None,
+    *,
+    tile: int | None = None,
+    rows: int | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of every new site of consecutive layers, by four vocabulary products a layer.
+
+    Args:
+        before: ``H^{l-1}`` (N, d) before the first of the ``layers``.
+        layers: the states of G consecutive layers.
+        unembedding: how states become logits.
+        extras: what is wanted beside the entropy.
+        tile, rows: see :class:`Tiling`.
+
+    Returns:
+        The statistics by name, each (G, 5, N) float64 in nats, sites in the order of ``GROUP_SITES``.
+    """
+    found = []
+    tiling = Tiling.of(before.device, rows, tile)
+    for part, wanted in _rows(len(before), extras, tiling.rows):
+        work = _Work(unembedding, wanted, tiling)
+        flat = [work.prepare(layer.every[:, part].flatten(0, 1)) for layer in layers]
+        begin = work.prepare(before[part])
+        n = len(begin)
+        running = work.running((5,), flat, begin)
+        stream = begin.new_empty(n * work.tile, dtype=torch.float32)
+        for start, weight in work.tiles():
+            size = len(weight)
+            tile_of_stream = stream[: n * size].view(n, size)
+            work.product(begin, weight, tile_of_stream)
+            reference = work.reference_tile(weight, start)
+            for states, sums in zip(flat, running, strict=True):
+                logits, scratch = work.buffers(5, size)
+                work.product(states, weight, logits[:4].flatten(0, 1))
+                tile_of_stream.add_(logits[1]).add_(logits[3])  # + A^l E_u^T + F^l E_u^T
+                logits[4].copy_(tile_of_stream)
+                work.fold(sums, logits, scratch, start, reference)
+        found.append([sums.statistics() for sums in running])
+    grouped = [{name: torch.stack([one[name] for one in part]) for name in part[0]} for part in found]
+    return _join(grouped)
 
 
 def group_entropies(
@@ -117,52 +204,114 @@ def group_entropies(
     layers: Sequence[LayerStates],
     unembedding: Unembedding,
     *,
-    tile: int = 2048,
-    rows: int = 256,
+    tile: int | None = None,
+    rows: int | None = None,
 ) -> Tensor:
-    """Entropies of every new site of consecutive layers, by four vocabulary products a layer.
-
-    Args:
-        before: ``H^{l-1}`` (N, d) before the first of the ``layers``.
-        layers: the states of G consecutive layers.
-        unembedding: how states become logits.
-        tile: vocabulary entries a tile.
-        rows: tokens handled at a time; the working set is about ``(4 G + 3) * rows * tile`` numbers.
-
-    Returns:
-        (G, 5, N) float64, nats, sites in the order of ``GROUP_SITES``.
-    """
-    stacked = torch.stack([torch.stack([s.attn_in, s.attn_out, s.ffn_in, s.ffn_out]) for s in layers])  # (G, 4, N, d)
-    parts = [
-        _group_rows(before[i : i + rows], stacked[:, :, i : i + rows], unembedding, tile)
-        for i in range(0, len(before), rows)
-    ]
-    return torch.cat(parts, dim=-1)
+    """The entropies of :func:`read_group`, (G, 5, N) float64."""
+    return read_group(before, layers, unembedding, tile=tile, rows=rows)["entropy"]
 
 
-def _group_rows(before: Tensor, stacked: Tensor, unembedding: Unembedding, tile: int) -> Tensor:
-    groups, _, n, width = stacked.shape
-    running = [RunningEntropy((5, n), before.device) for _ in range(groups)]
-    flat = stacked.reshape(groups, 4 * n, width)
-    tile = min(tile, len(unembedding.weight))
-    stream_buffer = before.new_empty(n, tile)
-    logit_buffer = before.new_empty(5, n, tile)
-    scratch_buffer = before.new_empty(5, n, tile)
-    for start, weight in _tiles(unembedding.weight, tile):
-        size = len(weight)
-        if size < tile:  # the last, shorter tile
-            stream_buffer = before.new_empty(n, size)
-            logit_buffer, scratch_buffer = before.new_empty(5, n, size), before.new_empty(5, n, size)
-        torch.mm(before, weight.T, out=stream_buffer)
-        for group in range(groups):
-            torch.mm(flat[group], weight.T, out=logit_buffer[:4].view(4 * n, size))
-            stream_buffer.add_(logit_buffer[1]).add_(logit_buffer[3])  # + A^l E_u^T + F^l E_u^T
-            logit_buffer[4].copy_(stream_buffer)
-            unembedding.finish_(logit_buffer, start, start + size)
-            running[group].update_(logit_buffer, scratch_buffer)
-    return torch.stack([r.entropy() for r in running])
+def _rows(tokens: int, extras: Extras | None, rows: int) -> Iterator[tuple[slice, Extras]]:
+    wanted = extras or Extras()
+    for first in range(0, max(tokens, 1), rows):
+        part = slice(first, min(first + rows, tokens))
+        yield part, wanted.part(part)
 
 
-def _tiles(weight: Tensor, tile: int):
-    for start in range(0, len(weight), tile):
-        yield start, weight[start : start + tile]
+def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Along the token dimension, which is the last, but for the top tokens (..., N, k)."""
+    return {name: torch.cat([p[name] for p in parts], dim=-2 if name.startswith("top") else -1) for name in parts[0]}
+
+
+@dataclass
+class _Work:
+    """Buffers and products for one slice of tokens."""
+
+    unembedding: Unembedding
+    extras: Extras
+    tiling: Tiling
+    _reference: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.tile = min(self.tiling.tile, len(self.unembedding.weight))
+        self._space: Tensor | None = None
+        if self.extras.final is not None:
+            self._reference = self.prepare(self.extras.final)
+
+    def prepare(self, states: Tensor) -> Tensor:
+        """States as the products take them: contiguous, with the factor folded in where logits are linear."""
+        if self.unembedding.half:
+            return states.to(self.unembedding.weight.dtype)
+        if self.unembedding.is_linear:
+            return states.float() * (LOG2_E * self.unembedding.scale)
+        return states.float().contiguous()
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        weight = self.unembedding.weight
+        for start in range(0, len(weight), self.tile):
+            part = weight[start : start + self.tile]
+            yield start, part if self.unembedding.half and part.is_cuda else part.float()
+
+    def buffers(self, sites: int, size: int) -> tuple[Tensor, Tensor]:
+        """Two tensors (sites, n, size), the same memory each time."""
+        n = self.extras.tokens
+        whole = sites * n * self.tile
+        if self._space is None:
+            self._space = torch.empty(2 * whole, dtype=torch.float32, device=self.unembedding.weight.device)
+        used = sites * n * size
+        return self._space[:used].view(sites, n, size), self._space[whole : whole + used].view(sites, n, size)
+
+    def product(self, states: Tensor, weight: Tensor, out: Tensor) -> None:
+        if not self.unembedding.half:
+            torch.mm(states, weight.T, out=out)
+        elif weight.is_cuda:
+            out.copy_(torch.mm(states, weight.T, out_dtype=torch.float32))
+        else:  # the library rounds its float32 arguments to bfloat16, which these are exact in, and sums in float32
+            matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+            before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            try:
+                torch.mm(states.float(), weight.T, out=out)
+            finally:
+                matmul.fp32_precision = before
+
+    def finish(self, products: Tensor, start: int, size: int) -> None:
+        """Products (..., size) to logits to the base 2, in place."""
+        if not self.unembedding.is_linear:
+            self.unembedding.finish_(products, start, start + size).mul_(LOG2_E)
+
+    def fold(self, sums: Running, logits: Tensor, scratch: Tensor, start: int, reference: Tensor | None) -> None:
+        self.finish(logits, start, logits.shape[-1])
+        sums.update_(logits, scratch, start, reference)
+
+    def reference_tile(self, weight: Tensor, start: int) -> Tensor | None:
+        """Logits (n, v) of the final policy, where the divergence from it is wanted."""
+        if self._reference is None:
+            return None
+        logits = torch.empty(len(self._reference), len(weight), dtype=torch.float32, device=weight.device)
+        self.product(self._reference, weight, logits)
+        self.finish(logits, start, len(weight))
+        return logits
+
+    def running(self, sites: tuple[int, ...], flat: list[Tensor], begin: Tensor | None = None) -> list[Running]:
+        """One :class:`Running` a layer, with the logits of the realised tokens where they are wanted."""
+        shape = (*sites, self.extras.tokens)
+        device = self.unembedding.weight.device
+        return [
+            Running(shape, device, self.extras, chosen, self.unembedding.weight.shape[0])
+            for chosen in self._chosen(sites[0], flat, begin)
+        ]
+
+    def _chosen(self, sites: int, flat: list[Tensor], begin: Tensor | None) -> Iterator[Tensor | None]:
+        targets = self.extras.targets
+        if targets is None:
+            yield from [None] * len(flat)
+            return
+        rows = self.unembedding.weight[targets].float()
+        stream = None if begin is None else (begin.float() * rows).sum(-1)
+        for states in flat:
+            found = (states.float().view(-1, len(targets), rows.shape[-1]) * rows).sum(-1)
+            if stream is not None:
+                stream = stream + found[1] + found[3]
+                found = torch.cat([found, stream[None]])
+            assert len(found) == sites
+            yield found if self.unembedding.is_linear else self.unembedding.finish_at_(found, targets).mul_(LOG2_E)

@@ -54,7 +54,7 @@ def read_tokens(
 
 
 def _log_softmax(state: Tensor, unembedding: Unembedding) -> Tensor:
-    weight = unembedding.weight
+    weight = unembedding.weight.float()
     return unembedding.finish_(state @ weight.T, 0, len(weight)).double().log_softmax(-1)
 
 
