@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,9 @@ Examples:
 
   bupo analyze --model Qwen/Qwen3-4B --dataset HuggingFaceH4/MATH-500 --limit 20 --output runs/qwen3
 
-  bupo analyze --model models/smollm2 --responses responses.jsonl --output runs/smollm2
+  bupo analyze --model models/smollm2 --responses responses.jsonl --output runs/smollm2 --tolerance 0.05
+
+  accelerate launch --num_processes 8 -m bupo analyze --model Qwen/Qwen3-8B --responses R.jsonl --output runs/q
 """
 
 
@@ -50,13 +53,29 @@ def analyze(
     split: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Problems (or rows of --responses) to use.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Responses generated a problem.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated response.")] = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest generated response (default: 512, or what the context leaves).")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the responses.")] = 1.0,
     template: Annotated[str, typer.Option(help="Prompt template: auto, raw, chat, qwen-math, ...")] = "auto",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Read a random part of the tokens, until every standard error is at most so many nats."),
+    ] = None,
+    statistics: Annotated[
+        str,
+        typer.Option(help="Further means a site, by commas: logprob, rank, varentropy, kl, topK (as top5)."),
+    ] = "",
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Also write every token's values at every site, per_token.parquet.")
+    ] = False,
     explore: Annotated[
         int, typer.Option(min=0, help="Also write tokens.json, the report's token explorer, for so many responses.")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's).")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, where the device has units for it."),
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; an accelerator if there is one.")] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most padded tokens in one forward.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
@@ -74,15 +93,25 @@ def analyze(
     if responses is not None and not responses.is_file():
         raise InputError(f"responses file {responses} does not exist")
 
+    names = [name.strip() for name in statistics.split(",") if name.strip()]
+    processes, process = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if per_token and processes > 1:
+        raise InputError("--per-token writes one file and runs in one process; leave it or the launcher")
+
     started = time.monotonic()
     _quiet_libraries()
-    with _Progress(enabled=not as_json) as progress:
-        from bupo.analysis import analyze_rollouts, check_rollouts
+    with _Progress(enabled=not as_json and process == 0) as progress:
+        from bupo.analysis import Wanted, analyze_rollouts, check_rollouts
         from bupo.model.load import load_model, model_revision
 
+        Wanted(tuple(names))  # a wrong name is said before anything is loaded
         progress.say(f"loading {model}")
         loaded, tokenizer = load_model(
-            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            dtype="fitting" if dtype == "auto" else dtype,
+            device=_device(device, processes),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
         if responses is not None:
             from bupo.data.rollouts import read_responses
@@ -90,22 +119,45 @@ def analyze(
             rollouts = read_responses(responses, tokenizer, template)[:limit]
         else:
             assert dataset is not None
-            rollouts = _generate(loaded, tokenizer, progress, config)
+            rollouts = _generate(loaded, tokenizer, progress, config) if process == 0 else []
+            if processes > 1:
+                from accelerate.utils import broadcast_object_list
+
+                rollouts = broadcast_object_list([rollouts])[0]
         check_rollouts(loaded, rollouts)
         bar = progress.bar("reading states", sum(len(r.response_ids) for r in rollouts))
-        result = analyze_rollouts(loaded, rollouts, batch_tokens=batch_tokens, name=model, progress=bar)
+        table = None
+        if per_token:
+            from bupo.token_table import TokenTable
+
+            table = TokenTable(output)
+        result = analyze_rollouts(
+            loaded,
+            rollouts,
+            batch_tokens=batch_tokens,
+            statistics=names,
+            tolerance=tolerance,
+            seed=seed,
+            name=model,
+            progress=bar,
+            sink=table,
+            share=processes > 1,
+        )
         tokens = None
-        if explore:
+        if explore and process == 0:
             from bupo.explore import explore_rollouts
 
             chosen = rollouts[:explore]
             bar = progress.bar("reading single tokens", len(chosen))
             tokens = explore_rollouts(loaded, chosen, tokenizer.decode, progress=bar)
+    if process > 0:
+        return
 
     run = describe_run(
         "analyze",
         config,
         seed=seed,
+        processes=processes,
         model_revision=model_revision(loaded),
         seconds=round(time.monotonic() - started, 1),
     )
@@ -120,6 +172,9 @@ def analyze(
     (folder / "tokens.json").unlink(missing_ok=True)
     if tokens is not None:
         write_json(folder / "tokens.json", tokens)
+    (folder / "per_token.parquet").unlink(missing_ok=True)
+    if table is not None:
+        table.close(folder / "per_token.parquet")
     write_json(folder / "run.json", run)
     write_json(folder / "analysis.json", result)
     if as_json:
@@ -127,6 +182,15 @@ def analyze(
         typer.echo(json.dumps(summary, ensure_ascii=False))
     else:
         _print_summary(result, folder, len(figures))
+
+
+def _device(asked: str | None, processes: int) -> str | None:
+    """The device of this process, where a launcher started several."""
+    if asked is not None or processes == 1:
+        return asked
+    from accelerate import PartialState
+
+    return str(PartialState().device)
 
 
 _IMPORTED = {"claim", "describe_run", "write_json"}
@@ -137,6 +201,8 @@ _LONG = {
     "entropy_change_standard_errors",
     "residual_cosine",
     "residual_cosine_standard_errors",
+    "statistics",
+    "statistics_standard_errors",
 }
 
 
@@ -150,19 +216,21 @@ def _generate(model: Any, tokenizer: Any, progress: _Progress, config: dict[str,
 
     problems = load_problems(config["dataset"], split=config["split"], limit=config["limit"], seed=config["seed"])
     prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
-    longest, room = max(map(len, prompts)), context_length(model)
-    if room is not None and longest + config["max_new_tokens"] > room:
+    longest, room, most = max(map(len, prompts)), context_length(model), config["max_new_tokens"]
+    if room is not None and longest + (most or 1) > room:
         raise InputError(
-            f"the longest prompt ({longest} tokens) and --max-new-tokens {config['max_new_tokens']} exceed the model's "
-            f"context of {room}; lower --max-new-tokens"
+            f"the longest prompt ({longest} tokens) and --max-new-tokens {most or 1} exceed the model's context of "
+            f"{room}; " + ("lower --max-new-tokens" if most else "choose other problems")
         )
+    if most is None:
+        most = 512 if room is None else min(512, room - longest)
     bar = progress.bar("generating responses", len(prompts) * config["samples"])
     made = sample(
         model,
         tokenizer,
         prompts,
         samples=config["samples"],
-        max_new_tokens=config["max_new_tokens"],
+        max_new_tokens=most,
         temperature=config["temperature"],
         seed=config["seed"],
         progress=bar,
@@ -207,7 +275,22 @@ def _print_summary(result: dict[str, Any], folder: Path, figures: int) -> None:
     console.print(table)
     layer = result["boundary_layer"]
     console.print(f"boundary layer: {layer if layer is not None else 'none'}. {result['boundary_reason']}.")
+    if sampling := result.get("sampling"):
+        console.print(_sampling_line(sampling))
     console.print(f"wrote {folder}/analysis.json and {figures} figure files")
+
+
+def _sampling_line(sampling: dict[str, Any]) -> str:
+    share = f"read {sampling['tokens_used']} of {sampling['tokens_of_responses']} tokens"
+    error = f"largest standard error {sampling['largest_standard_error']:.3f} nats"
+    if sampling["reached"]:
+        return f"{share}: {error}, tolerance {sampling['tolerance']:g} met"
+    needed = sampling["responses_needed"]
+    return (
+        f"{share}: {error}. The tolerance {sampling['tolerance']:g} is not met because responses differ; these ones' "
+        f"mean is known to {sampling['largest_sampling_error']:.3f}"
+        + (f", and about {needed} responses would meet it" if needed else "")
+    )
 
 
 class _Progress:

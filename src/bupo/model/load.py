@@ -69,7 +69,8 @@ def load_model(
 
     Args:
         name: hub id, model folder, or ``small`` (shipped).
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (what the checkpoint holds).
+        dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` (what the checkpoint holds), or ``fitting``: that too,
+            unless it is a 16-bit one and the device has no units for it. Then float32 is exact as well, and faster.
         device: torch device; the accelerator if there is one, else the CPU. Models that are quantised, or sharded by a
             ``device_map`` among the further arguments of ``from_pretrained``, stay where they were loaded.
 
@@ -79,7 +80,7 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if dtype not in (*DTYPES, "auto"):
+    if dtype not in (*DTYPES, "auto", "fitting"):
         raise InputError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
     path = resolve_model(name)
     model: Any
@@ -92,7 +93,7 @@ def load_model(
         auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
         model = auto.from_pretrained(
             path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype="auto" if dtype in ("auto", "fitting") else getattr(torch, dtype),
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -102,6 +103,11 @@ def load_model(
         raise InputError(_explain("model", name, error)) from error
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "fitting" and not getattr(model, "is_quantized", False):
+        from bupo.model.logits import has_half_units
+
+        if model.dtype in (torch.bfloat16, torch.float16) and not has_half_units(torch.device(device), model.dtype):
+            model = model.float()
     # quantised and sharded models are where they belong already, and refuse to be moved
     if "device_map" not in kwargs and not getattr(model, "is_quantized", False):
         try:
