@@ -172,3 +172,52 @@ def test_usage_errors_exit_with_2(capsys, tmp_path):
     assert main(["analyze", "--model", "small"]) == 2
     assert main(["analyze", "--nonsense"]) == 2
     capsys.readouterr()
+
+
+def test_statistics_tolerance_and_every_token(capsys, tmp_path, responses):
+    import pyarrow.parquet as parquet
+
+    folder = tmp_path / "out"
+    options = ["--statistics", "logprob,rank,kl,varentropy,top2", "--per-token", "--tolerance", "0.01"]
+    code, out, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, *options)
+    assert code == 0
+    assert "read 6 of 6 tokens" in " ".join(out.split())
+    result = json.loads((folder / "analysis.json").read_text())
+    table = parquet.read_table(folder / "per_token.parquet").to_pylist()
+    assert len(table) == 6 * 8 * 6  # tokens, layers, sites
+    assert sorted({(r["response"], r["position"], r["token"]) for r in table}) == [
+        *((1, t + 1, 8 + t) for t in range(4)),
+        (2, 1, 9),
+        (2, 2, 2),
+    ]
+    for site in ("attn_in", "layer_in", "layer_out"):
+        cells = [r for r in table if r["site"] == site and r["layer"] == 3]
+        for name, means in (("entropy", result["sites"]), ("kl", result["statistics"]["kl"])):
+            mean = sum(r[name] for r in cells) / 6
+            assert means[site][2] == pytest.approx(mean, abs=1e-4)
+        assert all(len(r["top"]) == 2 and r["top_probability"][0] >= r["top_probability"][1] for r in cells)
+        for r in cells:
+            assert r["rank"] > 2 or r["top"][r["rank"] - 1] == r["token"]
+    code, _, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--overwrite")
+    assert code == 0
+    assert not (folder / "per_token.parquet").exists()  # nothing is left of the run that was replaced
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
+        (["--tolerance", "0"], "tolerance is a standard error in nats, above 0"),
+    ],
+)
+def test_wrong_statistics_and_tolerance(capsys, tmp_path, responses, options, words):
+    line = refused(capsys, tmp_path / "out", "--model", "small", "--responses", responses, *options)
+    assert words in line
+    assert not list(tmp_path.glob(".per_token*"))
+
+
+def test_the_example_in_the_help_runs(capsys, tmp_path):
+    """The context of the shipped model is shorter than the longest response by default."""
+    folder = tmp_path / "out"
+    code, out, _ = run(capsys, "--model", "small", "--dataset", "arithmetic", "--limit", "2", "--output", folder)
+    assert code == 0, out

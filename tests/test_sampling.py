@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import multiprocessing
+import os
+import socket
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from test_analysis import Pair, pairs
 from tiny import tiny_model
 
@@ -162,3 +168,45 @@ def test_two_tokens_are_the_least(monkeypatch):
     monkeypatch.setattr("bupo.policy.sampling.FIRST", 1)
     result = analyze_rollouts(tiny_model(), [Pair([3, 4], [5]), Pair([3], [6, 7, 8])], tolerance=50.0)
     assert result["sampling"]["tokens_used"] == 3
+
+
+def _one_of_two(rank: int, port: int, folder: str) -> None:
+    """A process of an accelerate launch, forked from a warm one."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    PartialState._reset_state()
+    for name, more in KINDS.items():
+        result = analyze_rollouts(tiny_model(spread=3.0), long_pairs(5), share=True, **more)
+        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
+
+
+KINDS = {"all": {}, "some": {"tolerance": 0.3, "seed": 1, "statistics": ["kl", "rank"]}}
+
+
+def test_two_processes_give_one_process_s_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("bupo.policy.sampling.FIRST", 60)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_one_of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    for name, more in KINDS.items():
+        alone = analyze_rollouts(tiny_model(spread=3.0), long_pairs(5), **more)
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            assert found["tokens"] == alone["tokens"]
+            for group in ("sites", "standard_errors"):
+                for site in SITES:
+                    assert found[group][site] == pytest.approx(alone[group][site], abs=1e-6)
+            assert found.get("statistics", {}) == alone.get("statistics", {})
