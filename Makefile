@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-vllm lint format smollm2 clean
+.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,8 +45,15 @@ $(VSTAMP): pyproject.toml
 test-vllm: $(VSTAMP) smollm2  ## real vLLM on the CPU against transformers (several GB of packages)
 	$(VLLM)/bin/python -m pytest -m slow tests/test_vllm.py
 
+# triton (a gigabyte) in a folder of its own: PyTorch's CPU builds come without it, and nothing else needs it
+.triton: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .triton 'triton>=3.6'
+
+test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without a GPU
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py
+
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2
 	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info

@@ -17,6 +17,7 @@ Shape legend: N tokens, d width, V vocabulary, G layers in a group, S sites. Pro
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -174,6 +175,12 @@ def read_group(
     Returns:
         The statistics by name, each (G, 5, N) float64 in nats, sites in the order of ``GROUP_SITES``.
     """
+    kernel = _kernel(before.device) if _only_entropy(extras) else None
+    if kernel is not None:
+        e, dtype = unembedding, unembedding.weight.dtype
+        states = torch.stack([layer.every.to(dtype) for layer in layers])
+        entropies, lse = kernel.read(before.to(dtype), states, e.weight, e.bias, e.scale, e.softcap)
+        return {"entropy": entropies, "lse": lse}
     found = []
     tiling = Tiling.of(before.device, rows, tile)
     for part, wanted in _rows(len(before), extras, tiling.rows):
@@ -209,6 +216,21 @@ def group_entropies(
 ) -> Tensor:
     """The entropies of :func:`read_group`, (G, 5, N) float64."""
     return read_group(before, layers, unembedding, tile=tile, rows=rows)["entropy"]
+
+
+def _only_entropy(extras: Extras | None) -> bool:
+    if extras is None:
+        return True
+    return not (extras.varentropy or extras.top) and extras.targets is None and extras.final is None
+
+
+def _kernel(device: torch.device) -> Any:
+    """The fused kernel, where it can run: on CUDA with triton installed (which PyTorch's CUDA builds bring)."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from bupo.policy import kernel_triton
+
+    return kernel_triton if kernel_triton.available() else None
 
 
 def _rows(tokens: int, extras: Extras | None, rows: int) -> Iterator[tuple[slice, Extras]]:
