@@ -72,6 +72,16 @@ def analyze(
     explore: Annotated[
         int, typer.Option(min=0, help="Also write tokens.json, the report's token explorer, for so many responses.")
     ] = 0,
+    rule: Annotated[
+        str,
+        typer.Option(help="Whose layer is the answer: boundary (the paper's rule) or recommended (docs/analysis.md)."),
+    ] = "boundary",
+    choice: Annotated[
+        bool, typer.Option(help="Compare every layer with the final policy on some tokens, and recommend a layer.")
+    ] = True,
+    choice_tokens: Annotated[
+        int | None, typer.Option(min=1, help="So many random tokens for that (default: a sixteenth, 128 to 512).")
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's, where the device has units for it."),
@@ -89,6 +99,7 @@ def analyze(
     config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in _IMPORTED}
     if (dataset is None) == (responses is None):
         raise InputError("pass either --dataset (responses are generated) or --responses FILE, not both")
+    _check_choice(rule, choice, choice_tokens)
     folder = claim(output, overwrite=overwrite)
     if responses is not None and not responses.is_file():
         raise InputError(f"responses file {responses} does not exist")
@@ -143,6 +154,13 @@ def analyze(
             sink=table,
             share=processes > 1,
         )
+        if choice and process == 0:
+            from bupo.choice import choose_layer
+
+            bar = progress.bar("comparing layers", result["layers"])
+            result["layer_choice"] = choose_layer(
+                loaded, rollouts, result, tokens=choice_tokens, seed=seed, progress=bar
+            )
         tokens = None
         if explore and process == 0:
             from bupo.explore import explore_rollouts
@@ -179,9 +197,10 @@ def analyze(
     write_json(folder / "analysis.json", result)
     if as_json:
         summary = {k: v for k, v in result.items() if k not in _LONG} | {"output": str(folder)}
+        summary |= _answer(result, rule)
         typer.echo(json.dumps(summary, ensure_ascii=False))
     else:
-        _print_summary(result, folder, len(figures))
+        _print_summary(result, folder, len(figures), rule)
 
 
 def _device(asked: str | None, processes: int) -> str | None:
@@ -203,6 +222,7 @@ _LONG = {
     "residual_cosine_standard_errors",
     "statistics",
     "statistics_standard_errors",
+    "layer_choice",
 }
 
 
@@ -257,7 +277,28 @@ def _write_responses(path: Path, rollouts: list[Rollout]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _print_summary(result: dict[str, Any], folder: Path, figures: int) -> None:
+def _check_choice(rule: str, choice: bool, tokens: int | None) -> None:
+    if rule not in ("boundary", "recommended"):
+        raise InputError(f"--rule must be boundary or recommended, not {rule!r}")
+    if not choice and rule == "recommended":
+        raise InputError("--rule recommended needs the layer choice; leave out --no-choice")
+    if not choice and tokens is not None:
+        raise InputError("--choice-tokens needs the layer choice; leave out --no-choice")
+
+
+def _answer(result: dict[str, Any], rule: str) -> dict[str, Any]:
+    """The part of the JSON summary that names a layer, with the evidence for it."""
+    from bupo.choice import chosen_layer
+
+    layer, reason = chosen_layer(result, rule)
+    found: dict[str, Any] = {"rule": rule, "layer": layer, "reason": reason}
+    if "layer_choice" in result:
+        block = result["layer_choice"]
+        found |= {k: block[k] for k in ("recommendation", "criteria")}
+    return found
+
+
+def _print_summary(result: dict[str, Any], folder: Path, figures: int, rule: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -277,6 +318,13 @@ def _print_summary(result: dict[str, Any], folder: Path, figures: int) -> None:
     console.print(f"boundary layer: {layer if layer is not None else 'none'}. {result['boundary_reason']}.")
     if sampling := result.get("sampling"):
         console.print(_sampling_line(sampling))
+    if "layer_choice" in result:
+        from bupo.choice import chosen_layer
+        from bupo.cli.layer_choice import print_choice
+
+        print_choice(console, result)
+        layer, _ = chosen_layer(result, rule)
+        console.print(f"answer (--rule {rule}): {'no layer' if layer is None else f'layer {layer}'}")
     console.print(f"wrote {folder}/analysis.json and {figures} figure files")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 # "About zero" means within this share of the largest positive change, or within two standard errors of zero. The
 # positive changes set the scale: in Llama models they are weak everywhere and still make up the exploration region.
@@ -39,7 +40,12 @@ class Boundary:
         }
 
 
-def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] | None = None) -> Boundary:
+def find_boundary(
+    ffn_change: Sequence[float],
+    standard_errors: Sequence[float] | None = None,
+    *,
+    what: str = "FFN entropy change",
+) -> Boundary:
     """Split the layers 1..L into the three regions by the sign of the FFN entropy change.
 
     A layer fits *exploration* if its change is positive and *convergence* if it is negative, each by more than two
@@ -50,6 +56,7 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     Args:
         ffn_change: Eq. 13 for layers 1..L, nats.
         standard_errors: of the same, nats; zero if not given.
+        what: what is given instead, for the wording of the reason.
     """
     change = list(ffn_change)
     errors = list(standard_errors) if standard_errors is not None else [0.0] * len(change)
@@ -65,36 +72,43 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     everything = (1, n)
     if all(negative):
         return _none(
-            f"the FFN entropy change is negative in every layer (1 to {n}): there is no exploration region, so the "
+            f"the {what} is negative in every layer (1 to {n}): there is no exploration region, so the "
             f"rule gives no boundary layer",
             convergence=everything,
         )
     if all(positive):
         return _none(
-            f"the FFN entropy change is positive in every layer (1 to {n}): it never shifts to integration or "
+            f"the {what} is positive in every layer (1 to {n}): it never shifts to integration or "
             f"convergence, so the rule would only return the last layer, which is no boundary",
             exploration=everything,
         )
     if not any(positive):
-        return _none("no layer has an FFN entropy change above zero by two standard errors: no exploration region")
+        return _none(f"the {what} is above zero by two standard errors in no layer: no exploration region")
     if not any(negative):
-        return _none("no layer has an FFN entropy change below zero by two standard errors: no convergence region")
+        return _none(f"the {what} is below zero by two standard errors in no layer: no convergence region")
+
+    not_positive, not_small, not_negative = (_misfits(fits) for fits in (positive, small, negative))
+    sums, squares = _sums(change), _sums([c * c for c in change])
+
+    def spread(start: int, stop: int) -> float:  # squared deviations from the mean of change[start:stop]
+        total = sums[stop] - sums[start]
+        return max(0.0, squares[stop] - squares[start] - total * total / max(1, stop - start))
 
     best: tuple[int, float, int, int] | None = None
     for first in range(1, n):  # exploration is layers 1..first
         if not positive[first - 1]:
             continue
         for last in range(first, n):  # integration is first+1..last, convergence last+1..n
-            misfits = positive[:first].count(False) + small[first:last].count(False) + negative[last:].count(False)
-            spread = _spread(change[:first]) + sum(c * c for c in change[first:last]) + _spread(change[last:])
-            key = (misfits, spread, first, last)
+            misfits = not_positive[first] + not_small[last] - not_small[first] + not_negative[n] - not_negative[last]
+            deviations = spread(0, first) + squares[last] - squares[first] + spread(last, n)
+            key = (misfits, deviations, first, last)
             if best is None or key < best:
                 best = key
     allowed = int(MISFITS * n)
     if best is None or best[0] > allowed:
         seen = "only the last layer is positive" if best is None else f"{best[0]} of {n} layers do not fit"
         return _none(
-            f"the signs of the FFN entropy change do not fall into positive, about zero, negative: {seen} the best "
+            f"the signs of the {what} do not fall into positive, about zero, negative: {seen} the best "
             f"split (at most {allowed} may): {_signs(positive, negative)}"
         )
     misfits, _, first, last = best
@@ -108,7 +122,7 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     )
     return Boundary(
         first,
-        f"layer {first} is the last with a positive FFN entropy change ({change[first - 1]:+.3g} nats) before {shift}; "
+        f"layer {first} is the last with a positive {what} ({change[first - 1]:+.3g} nats) before {shift}; "
         f"{misfits} of {n} layers do not fit their region",
         exploration,
         integration,
@@ -116,10 +130,14 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
     )
 
 
-def _spread(values: list[float]) -> float:
-    """Sum of squared deviations from the mean."""
-    mean = sum(values) / len(values)
-    return sum((v - mean) ** 2 for v in values)
+def _sums(values: Sequence[float]) -> list[float]:
+    """Sums of the first 0, 1, 2, ... values."""
+    return [0.0, *accumulate(values)]
+
+
+def _misfits(fits: Sequence[bool]) -> list[int]:
+    """How many of the first 0, 1, 2, ... layers do not fit."""
+    return [0, *accumulate(int(not fit) for fit in fits)]
 
 
 def _none(

@@ -218,6 +218,21 @@ def group_entropies(
     return read_group(before, layers, unembedding, tile=tile, rows=rows)["entropy"]
 
 
+def product_(states: Tensor, weight: Tensor, out: Tensor, *, half: bool) -> None:
+    """``states @ weight.T`` into ``out`` (float32), with ``half`` on the device's 16-bit units (see `Unembedding`)."""
+    if not half:
+        torch.mm(states, weight.T, out=out)
+    elif weight.is_cuda:
+        out.copy_(torch.mm(states, weight.T, out_dtype=torch.float32))
+    else:  # the library rounds its float32 arguments to bfloat16, which these are exact in, and sums in float32
+        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        try:
+            torch.mm(states.float(), weight.T, out=out)
+        finally:
+            matmul.fp32_precision = before
+
+
 def _only_entropy(extras: Extras | None) -> bool:
     if extras is None:
         return True
@@ -284,17 +299,7 @@ class _Work:
         return self._space[:used].view(sites, n, size), self._space[whole : whole + used].view(sites, n, size)
 
     def product(self, states: Tensor, weight: Tensor, out: Tensor) -> None:
-        if not self.unembedding.half:
-            torch.mm(states, weight.T, out=out)
-        elif weight.is_cuda:
-            out.copy_(torch.mm(states, weight.T, out_dtype=torch.float32))
-        else:  # the library rounds its float32 arguments to bfloat16, which these are exact in, and sums in float32
-            matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-            before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-            try:
-                torch.mm(states.float(), weight.T, out=out)
-            finally:
-                matmul.fp32_precision = before
+        product_(states, weight, out, half=self.unembedding.half)
 
     def finish(self, products: Tensor, start: int, size: int) -> None:
         """Products (..., size) to logits to the base 2, in place."""
