@@ -63,7 +63,7 @@ def main() -> None:
     tolerances = [float(t) for t in args.tolerances.split(",")]
     parts = {t: timed(t) for t in tolerances}
     whole, seconds = timed(None)
-    for tolerance, (part, spent) in parts.items():
+    for part, spent in parts.values():
         rows.append(
             {**part["sampling"], **compare(part, whole), "seconds": round(spent, 1),
              "share_of_the_time": round(spent / seconds, 3)}
