@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bupo.analysis import TokenPair, check_rollouts, logit_rule
-from bupo.model.anatomy import dissect, unwrap
-from bupo.model.states import read_stream
-from bupo.policy.readout import LayerStates, Unembedding
+from bupo.model.anatomy import unwrap
+from bupo.model.states import read_layers
+from bupo.policy.readout import Unembedding
 from bupo.policy.tokens import TokenReadings, read_tokens
 
 GROUP = 4
@@ -65,19 +65,8 @@ def _sample(
     ids = torch.tensor([[*rollout.prompt_ids, *response][:-1]], device=device)
     keep = torch.zeros_like(ids, dtype=torch.bool)
     keep[0, len(rollout.prompt_ids) - 1 :] = True
-    states: list[Tensor] = []
-
-    def consume(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
-        # H^l within the group is the sum of what its layers add; the group's last state is the model's own
-        stream = before
-        for layer in layers[:-1]:
-            stream = stream + layer.attn_out + layer.ffn_out
-            states.append(stream)
-        states.append(after)
-
-    final = read_stream(model, ids, torch.ones_like(ids), keep, consume, group=GROUP)
-    assert len(states) == dissect(model).n_layers
-    readings = read_tokens(torch.stack(states), final, torch.tensor(response, device=device), rule, top=top)
+    states, final = read_layers(model, ids, torch.ones_like(ids), keep, group=GROUP)
+    readings = read_tokens(states, final, torch.tensor(response, device=device), rule, top=top)
     return {
         "problem_id": getattr(rollout, "problem_id", None),
         "prompt": decode(list(rollout.prompt_ids)),

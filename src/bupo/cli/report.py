@@ -12,7 +12,7 @@ from bupo.errors import InputError
 
 HELP = """Put analyses, training runs and evaluations on one self-contained HTML page.
 
-Each argument is a folder (or file) written by `bupo analyze`, `bupo train` or `bupo eval`; what it holds is found out.
+Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval` or `compare`; what it holds is found out.
 Evaluations are compared in pairs on the problems they share. Write NAME=PATH to give one another name.
 
 Examples:
@@ -69,6 +69,7 @@ def report(
         (len(material.analyses), "analysis", "analyses"),
         (len(material.runs), "training run", "training runs"),
         (len(material.evaluations), "evaluation", "evaluations"),
+        (len(material.inside), "comparison of models", "comparisons of models"),
         (sum(len(item["samples"]) for item in material.tokens), "explored response", "explored responses"),
     ]
     typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n))

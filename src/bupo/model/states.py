@@ -139,3 +139,22 @@ def read_stream(
         for hook in hooks:
             hook.remove()
     return pick(output.last_hidden_state)
+
+
+def read_layers(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: Tensor, *, group: int = 4
+) -> tuple[Tensor, Tensor]:
+    """``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) of few tokens, float32; arguments as of `read_stream`."""
+    states: list[Tensor] = []
+
+    def consume(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
+        # H^l within the group is the sum of what its layers add; the group's last state is the model's own
+        stream = before
+        for layer in layers[:-1]:
+            stream = stream + layer.attn_out + layer.ffn_out
+            states.append(stream)
+        states.append(after)
+
+    final = read_stream(model, input_ids, attention_mask, keep, consume, group=group)
+    assert len(states) == dissect(model).n_layers
+    return torch.stack(states), final

@@ -11,11 +11,13 @@ from typing import Any
 from bupo.errors import InputError
 from bupo.report.explorer import check_tokens
 from bupo.report.figures import check_analysis
+from bupo.report.inside import check_comparison
 from bupo.report.logs import read_log
 from bupo.report.style import role
 from bupo.report.verdict import paired_comparisons
 
 ANALYSIS, RESULTS, LOG, TOKENS, RUN = "analysis.json", "results.json", "log.jsonl", "tokens.json", "run.json"
+COMPARISON = "compare.json"
 _ORDER: dict[str | None, int] = {"start": -1, "grpo": 1, "bupo": 2}  # others between, in the order given
 SAMPLES = 3  # problems whose responses are shown
 
@@ -32,6 +34,7 @@ class Material:
     what_was_run: list[dict[str, Any] | str] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[dict[str, Any]] = field(default_factory=list)
+    inside: list[dict[str, Any]] = field(default_factory=list)
 
 
 def collect(arguments: Sequence[str]) -> Material:
@@ -81,7 +84,7 @@ def _names(sources: Sequence[tuple[str | None, Path]]) -> list[str]:
 
 
 def _check_names(material: Material) -> None:
-    for kind in ("analyses", "runs", "evaluations", "tokens"):
+    for kind in ("analyses", "runs", "evaluations", "tokens", "inside"):
         names = [item["name"] for item in getattr(material, kind)]
         for name in names:
             if names.count(name) > 1:
@@ -91,14 +94,16 @@ def _check_names(material: Material) -> None:
 def _read(name: str, path: Path, material: Material, responses: list[tuple[str, Path]]) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    files = [path] if path.is_file() else [path / file for file in (ANALYSIS, LOG, RESULTS, TOKENS)]
+    files = [path] if path.is_file() else [path / file for file in (ANALYSIS, LOG, RESULTS, TOKENS, COMPARISON)]
     files = [file for file in files if file.is_file()]
     if not files:
         inside = sorted(
-            p.name for p in path.iterdir() if any((p / known).is_file() for known in (ANALYSIS, LOG, RESULTS))
+            p.name
+            for p in path.iterdir()
+            if any((p / known).is_file() for known in (ANALYSIS, LOG, RESULTS, COMPARISON))
         )
         hint = f"; its folders {', '.join(inside[:6])} do: name those" if inside else ""
-        raise InputError(f"{path} holds no {ANALYSIS}, {RESULTS} or {LOG}{hint}")
+        raise InputError(f"{path} holds no {ANALYSIS}, {RESULTS}, {COMPARISON} or {LOG}{hint}")
     folder = path if path.is_dir() else path.parent
     run = _json(folder / RUN) if (folder / RUN).is_file() else None
     if run is not None:
@@ -119,6 +124,9 @@ def _read_file(name: str, file: Path, run: Mapping[str, Any], material: Material
     if "tasks" in content:
         _check_results(content, file)
         material.evaluations.append({"name": name, "results": content})
+    elif "models" in content:
+        check_comparison(content, str(file))
+        material.inside.append({**content, "name": name})
     elif "sites" in content or file.name == ANALYSIS:
         check_analysis(content, str(file))
         material.analyses.append({**content, "name": name})
@@ -126,7 +134,7 @@ def _read_file(name: str, file: Path, run: Mapping[str, Any], material: Material
         check_tokens(content, str(file))
         material.tokens.append({**content, "name": name, "path": str(file)})
     else:
-        raise InputError(f"{file} is no analysis, no evaluation and no training log")
+        raise InputError(f"{file} is no analysis, no evaluation, no comparison and no training log")
 
 
 def _json(file: Path) -> dict[str, Any]:

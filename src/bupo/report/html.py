@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bupo.report import explorer, figures
 from bupo.report.curves import average_dots, pass_curves, tasks_of, training_curves
+from bupo.report.inside import inside_figure
 from bupo.report.logs import last_internal_rollout, summary
 from bupo.report.style import inline_svg
 from bupo.report.verdict import outcome, verdict
@@ -49,6 +50,7 @@ def write_report(
     what_was_run: Sequence[Item | str] = (),
     samples: Sequence[Item] = (),
     tokens: Sequence[Item] = (),
+    inside: Sequence[Item] = (),
 ) -> Path:
     """Write the page, whole or not at all.
 
@@ -61,6 +63,7 @@ def write_report(
         what_was_run: contents of ``run.json`` (with a ``name``), or sentences.
         samples: ``{"problem_id", "prompt", "answer"?, "responses": [{"model", "response", "status"?}]}``.
         tokens: contents of ``tokens.json`` with a ``name``; see `bupo.report.explorer`.
+        inside: contents of ``compare.json`` with a ``name``.
 
     Raises:
         InputError: an analysis is not of schema 1.
@@ -69,7 +72,7 @@ def write_report(
         path,
         render(
             title=title, analyses=analyses, runs=runs, evaluations=evaluations, comparisons=comparisons, notes=notes,
-            what_was_run=what_was_run, samples=samples, tokens=tokens,
+            what_was_run=what_was_run, samples=samples, tokens=tokens, inside=inside,
         ),
     )  # fmt: skip
 
@@ -85,6 +88,7 @@ def render(
     what_was_run: Sequence[Item | str],
     samples: Sequence[Item],
     tokens: Sequence[Item] = (),
+    inside: Sequence[Item] = (),
 ) -> str:
     """The page as text; arguments as of `write_report`."""
     for analysis in analyses:
@@ -106,6 +110,7 @@ def render(
         "analyses": [_analysis(a, f"a{i}") for i, a in enumerate(analyses, 1)],
         "overlay": None,
         "explorer": _explorer(tokens),
+        "inside": [_inside(item, f"inside{i}") for i, item in enumerate(inside, 1)],
         "script_policy": explorer.script_policy() if tokens else "'none'",
         "runs": [_run(run) for run in runs],
         "curves": None,
@@ -128,6 +133,7 @@ def render(
             ("policies", "Internal policies", analyses),
             ("tokens", "Token explorer", tokens),
             ("training", "Training", runs),
+            ("inside", "What training did inside", inside),
             ("results", "Results", evaluations),
             ("samples", "Sample responses", samples),
         )
@@ -193,6 +199,16 @@ def _analysis(analysis: Item, key: str) -> dict[str, Any]:
             for kind, draw in _SHOWN.items()
         ],
     }
+
+
+def _inside(found: Item, key: str) -> dict[str, Any]:
+    models = ", ".join(str(m["name"]) for m in found["models"])
+    alt = f"Cosines, entropies, perplexity and divergence of layer {found['layer']} of {models}"
+    caption = (
+        f"{models} on the same {found['samples']} responses ({found['tokens']} tokens); layer {found['layer']} of "
+        f"{found['layers']}. The first is the baseline. Bands and bars: two standard errors."
+    )
+    return {"name": found["name"], "figure": _figure(key, inside_figure(found), alt, caption)}
 
 
 def _explorer(tokens: Sequence[Item]) -> Any:
