@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import tiny_model
-from training import config, losses, make_trainer, same_weights, weights
+from training import config, losses, make_trainer, prompts, same_weights, tiny_tokenizer, weights
 from transformers import TrainerCallback
 
 from bupo.config import parse
@@ -14,7 +14,7 @@ from bupo.errors import ConfigError
 from bupo.train import trainer as trainer_module
 from bupo.train.auto_layer import LayerChoice
 from bupo.train.layerwise import split_groups
-from bupo.train.trainer import TrainingStopped
+from bupo.train.trainer import BuPOTrainer, TrainingStopped
 
 L = 4
 SCALED = {"upper_learning_rate_scale": 0.1, "upper_learning_rate_above": 2}
@@ -159,6 +159,16 @@ MODEL = [
 def test_settings_that_do_not_fit_the_model(tmp_path, settings, part):
     with pytest.raises(ConfigError, match=part):
         make_trainer(tmp_path, **settings)
+
+
+def test_parameter_groups_need_the_trainers_own_optimizer(tmp_path):
+    model = tiny_model("qwen3", spread=3.0)
+    given = (torch.optim.SGD(model.parameters(), lr=1e-3), None)
+    args = config(tmp_path, **SCALED)
+    with pytest.raises(ConfigError, match="trainer's own optimizer; pass none"):
+        BuPOTrainer(
+            model, lambda **_: [], args, train_dataset=prompts(), processing_class=tiny_tokenizer(), optimizers=given
+        )
 
 
 def test_a_layer_found_by_analysis_that_is_frozen_stops(tmp_path, monkeypatch):

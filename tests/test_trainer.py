@@ -457,7 +457,7 @@ def test_saves_move_to_the_end_of_the_rollout_batch(tmp_path):
     }
     assert sorted(states) == [4, 8, 11]  # 11: the end of training, in the middle of a rollout batch
     assert {step: state["between_rollouts"] for step, state in states.items()} == {4: True, 8: True, 11: False}
-    assert states[4]["stages"] == [[1, 2, 1.0], [None, None, 1.0]]
+    assert states[4]["stages"] == [[1, 2, 1.0, 1.0], [None, None, 1.0, 1.0]]
     assert states[8]["micro_batch"] == 8
     again = make_trainer(tmp_path, internal_steps=1, max_steps=16)
     with pytest.raises(InputError, match="middle of a rollout batch"):

@@ -29,7 +29,7 @@ from bupo.schema import build, either, key, load_yaml
 from bupo.train.schedule import ladder_problems
 
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
-Estimator = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "reinforce++-baseline"]
+Estimator = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "reinforce++-baseline", "ppo"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 # trainer settings that a recipe has its own key for
@@ -52,10 +52,15 @@ _OWNED = {
     "internal_steps": "internal_steps",
     "internal_max_steps": "internal_max_steps",
     "internal_norm": "internal_norm",
+    "internal_temperature": "internal_temperature",
     "internal_weight": "internal_weight",
     "internal_ladder": "internal_ladder",
     "estimator": "estimator",
     "frozen_layers": "frozen_layers",
+    "critic_learning_rate": "critic_learning_rate",
+    "critic_clip": "critic_clip",
+    "gae_gamma": "gae_gamma",
+    "gae_lambda": "gae_lambda",
     "upper_learning_rate_scale": "upper_learning_rate_scale",
     "upper_learning_rate_above": "upper_learning_rate_above",
     "gradient_checkpointing": "gradient_checkpointing",
@@ -80,6 +85,7 @@ class Lora:
     alpha: int = key(32, "scale of the adapters' output, over r", low=1)
     dropout: float = key(0.0, "dropout in front of the adapters", low=0)
     target_modules: str | list = key("all-linear", "module names, or all-linear (never the unembedding)")
+    four_bit: bool = key(False, "hold the frozen weights in 4 bits, nf4 (QLoRA; needs bitsandbytes)")
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,18 @@ class Recipe:
     )
     internal_max_steps: int | None = key(None, "with auto: the most of them (default: a third of all)", low=1)
     internal_norm: bool = key(False, "read the internal policy through the final norm (ablation)")
+    internal_temperature: float | Literal["auto"] = key(
+        1.0, "T of softmax(H^l E_u^T / T); auto: fitted on the first rollout batch", above=0
+    )
 
     internal_weight: float = key(1.0, "share of the internal surrogate in them; below 1: joint objective", above=0)
     internal_ladder: list | None = key(None, "[[layer, rollout batches], ...] in place of one layer and its steps")
     estimator: Estimator = key("grpo", "advantages: see bupo.train.estimators")
 
+    critic_learning_rate: float = key(1e-5, "with ppo: the critic's", above=0)
+    critic_clip: float = key(0.5, "with ppo: how far a value may move within a rollout batch", above=0)
+    gae_gamma: float = key(1.0, "with ppo: discount a token, 0 to 1", low=0)
+    gae_lambda: float = key(1.0, "with ppo: weight of whole returns, 0 to 1", low=0)
     frozen_layers: int | None = key(None, "layers 1 to this one keep their weights (comparison)", low=1)
     upper_learning_rate_scale: float | None = key(
         None, "factor on the learning rate of upper layers (comparison; the paper's 0.1)", above=0
@@ -179,10 +192,15 @@ class Recipe:
             "internal_steps": self.internal_steps,
             "internal_max_steps": self.internal_max_steps,
             "internal_norm": self.internal_norm,
+            "internal_temperature": self.internal_temperature,
             "internal_weight": self.internal_weight,
             "internal_ladder": self.internal_ladder,
             "estimator": self.estimator,
             "frozen_layers": self.frozen_layers,
+            "critic_learning_rate": self.critic_learning_rate,
+            "critic_clip": self.critic_clip,
+            "gae_gamma": self.gae_gamma,
+            "gae_lambda": self.gae_lambda,
             "upper_learning_rate_scale": self.upper_learning_rate_scale,
             "upper_learning_rate_above": self.upper_learning_rate_above,
             "gradient_checkpointing": self.gradient_checkpointing,
@@ -267,6 +285,8 @@ def _cross_problems(recipe: Recipe) -> list[str]:
         problems.append(f"internal_layer counts from 1, not {layer}")
     if recipe.internal_steps and layer is None:
         problems.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
+    if recipe.internal_temperature != 1.0 and not (recipe.internal_steps or recipe.internal_ladder):
+        problems.append("internal_temperature is that of an internal phase; set internal_steps, or leave it at 1")
     if recipe.internal_weight > 1.0:
         problems.append(f"internal_weight is a share: at most 1, not {recipe.internal_weight}")
     if recipe.internal_ladder is not None:

@@ -7,6 +7,7 @@ FSDP2 and breaks transformers' lazily installed output capture.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,8 +37,10 @@ def check_site(n_layers: int, layer: int, component: str = "layer") -> None:
 
 
 @contextmanager
-def internal_policy(model: _Model, layer: int, component: Component = "layer", norm: bool = False) -> Iterator[_Model]:
-    """Within this context ``model`` is its internal policy ``softmax(S E_u^T)``.
+def internal_policy(
+    model: _Model, layer: int, component: Component = "layer", norm: bool = False, temperature: float = 1.0
+) -> Iterator[_Model]:
+    """Within this context ``model`` is its internal policy ``softmax(S E_u^T / temperature)``.
 
     ``S`` is the state of the site: ``H^l`` for component ``"layer"`` (Eq. 5), ``A^l`` for ``"attn"`` and ``F^l`` for
     ``"ffn"`` (Eq. 6). ``model(...)`` returns that policy's logits (B, T, V), ``model.generate(...)`` samples from it,
@@ -49,21 +52,26 @@ def internal_policy(model: _Model, layer: int, component: Component = "layer", n
         layer: l, counted from 1 to L.
         component: what is read: the stream after the layer, or what its attention or FFN adds to it.
         norm: read through the final norm, ``softmax(LN(S) E_u^T)`` (the paper's ablation); off in the paper's Eq. 5.
+        temperature: T, above 0; what the unembedding reads is divided by it, so that a head that TRL fuses into its
+            loss sees it too. A bias and soft-capping of the unembedding come after, undivided. 1 in the paper.
 
     Yields the same model. Leaving the context, also by an exception, restores it exactly; a backward pass of a forward
     made inside may run after it.
 
     Raises:
-        InputError: (a ``ValueError``) the layer or component does not exist, ``model`` is no decoder-only causal LM, or
-            it is inside another ``internal_policy`` already. During a forward: the backbone changes the stream between
-            a layer and the final norm, so that ``H^l`` is not what the unembedding would read.
+        InputError: (a ``ValueError``) the layer or component does not exist, T is not above 0, ``model`` is no
+            decoder-only causal LM, or it is inside another ``internal_policy`` already. During a forward: the backbone
+            changes the stream between a layer and the final norm, so that ``H^l`` is not what the unembedding would
+            read.
     """
     anatomy = dissect(model)
     check_site(anatomy.n_layers, layer, component)
+    if not 0.0 < temperature < math.inf:
+        raise InputError(f"the temperature of an internal policy must be a number above 0, not {temperature!r}")
     if anatomy.layers_name in anatomy.backbone.__dict__:
         raise InputError("this model is inside an internal_policy context already; leave that one first")
     layers: list[Any] = list(anatomy.layers[:layer])
-    reader = _Reader(anatomy, layer, norm, name=type(unwrap(model)).__name__)
+    reader = _Reader(anatomy, layer, norm, temperature, name=type(unwrap(model)).__name__)
     if component != "layer":
         block = find_blocks(model)[layer - 1]
         part = block.attn if component == "attn" else block.ffn
@@ -86,8 +94,8 @@ def internal_policy(model: _Model, layer: int, component: Component = "layer", n
 class _Reader:
     """Takes the final norm's place, or goes before it, and checks that the state of the site arrives there as it is."""
 
-    def __init__(self, anatomy: Anatomy, layer: int, norm: bool, name: str):
-        self._layer, self._norm, self._name = layer, norm, name
+    def __init__(self, anatomy: Anatomy, layer: int, norm: bool, temperature: float, name: str):
+        self._layer, self._norm, self._temperature, self._name = layer, norm, temperature, name
         self._normalize = anatomy.final_norm.forward
         self._state: Tensor | None = None  # what the site made and nobody has read yet
         self._read = False
@@ -106,7 +114,9 @@ class _Reader:
         if not torch.compiler.is_compiling() and not _is_same(state, hidden_states):
             raise self._error()
         self._read = True
-        return self._normalize(hidden_states, *args, **kwargs) if self._norm else hidden_states
+        if self._norm:
+            hidden_states = self._normalize(hidden_states, *args, **kwargs)
+        return hidden_states if self._temperature == 1.0 else hidden_states / self._temperature
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """A state that was never made or never read means a layout other than we think."""

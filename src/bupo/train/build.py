@@ -18,6 +18,7 @@ from bupo.data.problems import Problem, load_problems
 from bupo.errors import BupoError, ConfigError
 from bupo.model.load import load_model
 from bupo.schema import nearest
+from bupo.train.lora import four_bit, lora_config
 from bupo.train.prompts import training_rows
 from bupo.train.rewards import make_reward
 from bupo.train.trainer import BuPOConfig, BuPOTrainer
@@ -39,6 +40,7 @@ def build(
         device="cpu",  # the trainer places it
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
+        **(four_bit(recipe) if recipe.lora is not None and recipe.lora.four_bit else {}),
     )
     tokenizer.padding_side = "left"
     room = context_length(model)
@@ -65,7 +67,7 @@ def build(
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(held_out) if held_out else None,
             processing_class=tokenizer,
-            peft_config=_peft(recipe),
+            peft_config=lora_config(recipe),
         )
     except BupoError:
         raise
@@ -108,21 +110,6 @@ def _problems(recipe: Recipe) -> list[Problem]:
         return problems
     chosen = sorted(random.Random(recipe.seed).sample(range(len(problems)), recipe.problems))
     return [problems[i] for i in chosen]
-
-
-def _peft(recipe: Recipe) -> Any:
-    if recipe.lora is None:
-        return None
-    from peft import LoraConfig
-
-    lora = recipe.lora
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _one_line(error: Exception) -> str:

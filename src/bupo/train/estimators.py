@@ -1,7 +1,7 @@
 """Advantage estimators: what TRL offers by settings, and the three that it lacks as functions of the rewards.
 
-All are outcome estimators: one advantage a response, the same for each of its tokens. They combine with any schedule of
-internal policies, because advantages never depend on the policy in the ratio.
+All but ``ppo`` are outcome estimators: one advantage a response, the same for each of its tokens. They combine with any
+schedule of internal policies, because advantages never depend on the policy in the ratio.
 
 =====================  ===================================================================  ==================
 name                   advantage of response i of its question's G                          beside
@@ -12,9 +12,11 @@ dapo                   as grpo; clip from 0.2 below to 0.28 above (no dynamic sa
 rloo                   r_i - mean of the other G - 1                                        here
 reinforce++            (r_i - mean_B) / (std_B + 1e-4) over the whole rollout batch B       here
 reinforce++-baseline   a_i = r_i - mean_G, then (a_i - mean_B(a)) / (std_B(a) + 1e-4)       here
+ppo                    generalised advantage estimation with a critic, whitened over tokens critic.py
 =====================  ===================================================================  ==================
 
-Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), RLOO (2402.14740), REINFORCE++ (2501.03262).
+Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), RLOO (2402.14740), REINFORCE++ (2501.03262),
+PPO (1707.06347).
 Means and deviations over B count responses, not tokens (some implementations weigh by length).
 """
 
@@ -33,6 +35,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, Any]]] = {
     "rloo": {"scale_rewards": ("none", "group")},
     "reinforce++": {"scale_rewards": ("none", "group")},
     "reinforce++-baseline": {"scale_rewards": ("none", "group")},
+    "ppo": {"scale_rewards": ("none", "group")},
 }
 NAMES = tuple(SETTINGS)
 OWN = ("rloo", "reinforce++", "reinforce++-baseline")
@@ -83,6 +86,6 @@ def apply_settings(args: Any, name: str) -> list[str]:
             setattr(args, field, wanted)
         elif value != wanted and not (name == "dapo" and field == "epsilon_high"):
             problems.append(f"estimator {name} sets {field} to {wanted!r}; do not set it to {value!r}")
-    if name in OWN and args.multi_objective_aggregation != "sum_then_normalize":
+    if name in (*OWN, "ppo") and args.multi_objective_aggregation != "sum_then_normalize":
         problems.append(f"estimator {name} works on the weighted sum of the rewards; leave multi_objective_aggregation")
     return problems

@@ -76,8 +76,13 @@ class LearnsLayerwise(_Parent):
                 found.append(f"{name}: {error}")
         if above == layers:
             found.append(f"upper_learning_rate_above: there is no layer above {layers}; give at most {layers - 1}")
-        if above is not None and self.optimizer is not None:
-            found.append("upper_learning_rate_scale makes parameter groups; it does not work on a given optimizer")
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        given = self.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
+        if above is not None and given:
+            found.append(
+                "upper_learning_rate_scale makes parameter groups of the trainer's own optimizer; pass none, and leave "
+                "the optimizer out of DeepSpeed's configuration"
+            )
         return found
 
     def create_optimizer(self, model: Any = None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bupo.train.checkpoints import check_resumable, read_state, write_state
+from bupo.train.critic import DEFAULTS as CRITIC_SETTINGS
 from bupo.train.schedule import Schedule, Stage
 
 if TYPE_CHECKING:
@@ -33,8 +35,12 @@ class ResumesBetweenRollouts(_Parent):
         def between_rollouts(self) -> bool: ...
         @property
         def micro_batches_per_epoch(self) -> int | None: ...
-        def _set_layer(self, layer: int) -> None: ...
         def _watch_state(self) -> dict[str, Any]: ...
+
+        critic: Any
+
+        def _save_critic(self, folder: Path) -> None: ...
+        def _load_critic(self, folder: Path) -> None: ...
         def _save_watch_tensors(self, folder: Path) -> None: ...
         def _load_watch(self, folder: Path, state: Mapping[str, Any]) -> None: ...
 
@@ -49,9 +55,10 @@ class ResumesBetweenRollouts(_Parent):
         """What must be the same before and after a resume."""
         return {
             "guarded": self.guard is not None,
-            "stages": [[s.rollouts, s.layer, s.weight] for s in self.schedule.stages],
+            "stages": [list(astuple(stage)) for stage in self.schedule.stages],
             "internal_norm": self.args.internal_norm,
             "estimator": self.args.estimator,
+            "critic": [getattr(self.args, name) for name in CRITIC_SETTINGS] if self.critic is not None else None,
             "frozen_layers": self.args.frozen_layers,
             "upper_learning_rate_scale": self.args.upper_learning_rate_scale,
             "upper_learning_rate_above": self.args.upper_learning_rate_above,
@@ -75,6 +82,7 @@ class ResumesBetweenRollouts(_Parent):
                 "between_rollouts": self.between_rollouts,
             }
             self._save_watch_tensors(folder)
+            self._save_critic(folder)
             write_state(folder, {**state, **self._watch_state(), **self._resume_settings()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -82,15 +90,14 @@ class ResumesBetweenRollouts(_Parent):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = read_state(os.fspath(checkpoint))
-        if "auto" in self.schedule.layers:  # decided on the first rollout batch, which is past
-            layers = [layer for _, layer, _ in state.get("stages", []) if isinstance(layer, int)]
-            if layers:
-                self._set_layer(layers[0])
+        saved = Schedule(tuple(Stage(*stage) for stage in state.get("stages", []) or [[]]))
+        self.schedule = self.schedule.filled_from(saved)  # decided on the first rollout batch, which is past
         if self.guard is not None and state.get("phase_end"):  # the guard's decision stands
-            self.schedule = Schedule(tuple(Stage(*stage) for stage in state["stages"]))
+            self.schedule = saved
         check_resumable(checkpoint, state, self._resume_settings())
         super()._load_optimizer_and_scheduler(checkpoint)
         self._load_watch(Path(checkpoint), state)
+        self._load_critic(Path(checkpoint))
         self._step = int(state["micro_batch"])
 
 

@@ -23,6 +23,7 @@ from bupo.rundir import RUN_FILE, claim, describe_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
 from bupo.train.checkpoints import last_checkpoint, read_state, saved_recipe
+from bupo.train.lora import merged
 from bupo.train.rewards import AnswerReward
 from bupo.train.trainer import BuPOTrainer, TrainingStopped
 
@@ -47,8 +48,9 @@ def train(
 
     Returns:
         ``{"output", "model" (None if interrupted), "interrupted", "rollouts", "updates", "seconds", "internal_layer",
-        "phase_end", "reward_first", "reward_last"}``; ``phase_end`` says when and why the guard ended the internal
-        phase (None if it did not); rewards are means over the first and the last tenth of the rollout batches.
+        "internal_temperature", "phase_end", "reward_first", "reward_last"}``; ``phase_end`` says when and why the
+        guard ended the internal phase (None if it did not); rewards are means over the first and the last tenth of the
+        rollout batches.
 
     Raises:
         InputError, ConfigError: anything a user can fix, before the first file is written.
@@ -122,6 +124,7 @@ def _run(
         "updates": _updates(checkpoint) if done and checkpoint else trainer.state.global_step,
         "seconds": round(time.monotonic() - started, 1),
         "internal_layer": next((layer for layer in trainer.schedule.layers if layer != "auto"), None),
+        "internal_temperature": trainer.schedule.stages[0].temperature,
         "phase_end": trainer.phase_end,
         **_rewards(folder / LOG_FILE),
     }
@@ -165,7 +168,7 @@ def save_final(trainer: BuPOTrainer, tokenizer: Any, folder: Path) -> Path:
     if adapters and trainer.accelerator.is_main_process:
         temporary = folder / ".model.partial"
         shutil.rmtree(temporary, ignore_errors=True)
-        wrapped.merge_and_unload().save_pretrained(temporary)
+        merged(wrapped, folder / "adapter").save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _replace(temporary, folder / "model")
     trainer.accelerator.wait_for_everyone()

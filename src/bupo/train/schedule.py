@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bupo.errors import ConfigError
@@ -26,11 +26,18 @@ class Stage:
         rollouts: how many rollout batches; None means until the end (the last stage only).
         layer: l of the internal policy whose ratio is used; None is the full policy; ``"auto"`` is to be found.
         weight: share of the internal policy's surrogate; below 1 the rest is the full policy's (joint objective).
+        temperature: T of the internal policy, ``softmax(H^l E_u^T / T)``; ``"auto"`` is to be fitted.
     """
 
     rollouts: int | None = None
     layer: int | Literal["auto"] | None = None
     weight: float = 1.0
+    temperature: float | Literal["auto"] = 1.0
+
+    @property
+    def resolved(self) -> bool:
+        """Whether nothing is left to be found on the first rollout batch."""
+        return "auto" not in (self.layer, self.temperature)
 
     @property
     def phase(self) -> str:
@@ -79,6 +86,21 @@ class Schedule:
         """The stage of a rollout batch."""
         return self.stages[self.index(rollout)]
 
+    def filled_from(self, found: Schedule) -> Schedule:
+        """This schedule with every ``auto`` replaced by what ``found`` has in the same stage."""
+        if len(found.stages) != len(self.stages):
+            return self
+        return Schedule(
+            tuple(
+                replace(
+                    mine,
+                    layer=theirs.layer if mine.layer == "auto" else mine.layer,
+                    temperature=theirs.temperature if mine.temperature == "auto" else mine.temperature,
+                )
+                for mine, theirs in zip(self.stages, found.stages, strict=True)
+            )
+        )
+
     @property
     def switches(self) -> tuple[int, ...]:
         """Rollout numbers (from 0) that open a new stage."""
@@ -95,21 +117,31 @@ class Schedule:
         return tuple(stage.layer for stage in self.stages if stage.layer is not None)
 
 
-def two_phase(layer: int | Literal["auto"] | None, rollouts: int, weight: float = 1.0) -> Schedule:
+def two_phase(
+    layer: int | Literal["auto"] | None,
+    rollouts: int,
+    weight: float = 1.0,
+    temperature: float | Literal["auto"] = 1.0,
+) -> Schedule:
     """BuPO: layer ``layer`` for ``rollouts`` rollout batches, then the full policy; plain GRPO where that is 0."""
     if rollouts == 0 or layer is None:
         return Schedule((Stage(),))
-    return ladder([(layer, rollouts)], weight)
+    return ladder([(layer, rollouts)], weight, temperature)
 
 
-def ladder(rungs: Iterable[tuple[int | Literal["auto"], int]], weight: float = 1.0) -> Schedule:
+def ladder(
+    rungs: Iterable[tuple[int | Literal["auto"], int]],
+    weight: float = 1.0,
+    temperature: float | Literal["auto"] = 1.0,
+) -> Schedule:
     """Internal policies of several layers one after the other, then the full policy.
 
     Args:
         rungs: pairs (layer, rollout batches), in order.
         weight: share of the internal surrogate in every rung.
+        temperature: of every rung's internal policy, or ``"auto"``: fitted for each.
     """
-    stages = [Stage(rollouts=rollouts, layer=layer, weight=weight) for layer, rollouts in rungs]
+    stages = [Stage(rollouts, layer, weight, temperature) for layer, rollouts in rungs]
     return Schedule((*stages, Stage()))
 
 

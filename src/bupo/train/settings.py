@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bupo.errors import ConfigError
 from bupo.train import estimators, layerwise
+from bupo.train.critic import DEFAULTS as CRITIC
+from bupo.train.critic import critic_problems
 from bupo.train.hazards import hazards
 from bupo.train.schedule import Schedule, alignment_problems, ladder, ladder_problems, two_phase
 
@@ -41,6 +43,12 @@ class BuPOSettings(_Parent):
     internal_norm: bool = field(
         default=False, metadata={"help": "Read the internal policy through the final norm (the paper's ablation)."}
     )
+    internal_temperature: float | str = field(
+        default=1.0,
+        metadata={
+            "help": "T of the internal policy softmax(H^l E_u^T / T), or 'auto': fitted on the first rollout batch."
+        },
+    )
     internal_weight: float = field(
         default=1.0,
         metadata={
@@ -53,6 +61,18 @@ class BuPOSettings(_Parent):
         metadata={"help": "Several layers one after the other, as [[layer, rollout batches], ...], instead of one."},
     )
     estimator: str = field(default="grpo", metadata={"help": f"Advantage estimator: {', '.join(estimators.NAMES)}."})
+    critic_learning_rate: float = field(
+        default=CRITIC["critic_learning_rate"], metadata={"help": "With estimator ppo: the critic's, constant."}
+    )
+    critic_clip: float = field(
+        default=CRITIC["critic_clip"],
+        metadata={"help": "With estimator ppo: how far a value may move from its old one within a rollout batch."},
+    )
+    gae_gamma: float = field(default=CRITIC["gae_gamma"], metadata={"help": "With estimator ppo: discount a token."})
+    gae_lambda: float = field(
+        default=CRITIC["gae_lambda"],
+        metadata={"help": "With estimator ppo: 1 weighs whole returns, 0 one-step differences of values."},
+    )
     frozen_layers: int | None = field(
         default=None, metadata={"help": "Layers 1 to this one keep their weights (the paper's comparison)."}
     )
@@ -108,9 +128,10 @@ class BuPOSettings(_Parent):
 
     def schedule(self) -> Schedule:
         """The stages these settings ask for."""
+        reading = (self.internal_weight, cast(Any, self.internal_temperature))
         if self.internal_ladder:
-            return ladder([(layer, rollouts) for layer, rollouts in self.internal_ladder], self.internal_weight)
-        return two_phase(cast(Any, self.internal_layer), self._internal_rollouts(), self.internal_weight)
+            return ladder([(layer, rollouts) for layer, rollouts in self.internal_ladder], *reading)
+        return two_phase(cast(Any, self.internal_layer), self._internal_rollouts(), *reading)
 
     def _internal_rollouts(self) -> int:
         """Rollout batches of the internal phase, or the most that the guard may let it have."""
@@ -143,10 +164,15 @@ class BuPOSettings(_Parent):
                 found.append("give either internal_ladder or internal_layer and internal_steps, not both")
         if not 0.0 < self.internal_weight <= 1.0:
             found.append(f"internal_weight must be above 0 and at most 1, not {self.internal_weight}")
+        if self.internal_temperature != "auto" and not _positive(self.internal_temperature):
+            found.append(f"internal_temperature must be a number above 0 or auto, not {self.internal_temperature!r}")
+        elif self.internal_temperature != 1.0 and not (self.internal_steps or self.internal_ladder):
+            found.append("internal_temperature is that of an internal phase; set internal_steps, or leave it at 1")
         if self.probe_samples is not None and self.probe_samples < 1:
             found.append(f"probe_samples must be at least 1, not {self.probe_samples}")
         if self.save_total_limit == 1:
             found.append("save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2")
+        found += critic_problems(self)
         found += layerwise.problems_of_settings(self, None if found else self.schedule())
         if found or not self.schedule().switches:
             return found
@@ -157,3 +183,7 @@ class BuPOSettings(_Parent):
 
 def _whole(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 < value < math.inf

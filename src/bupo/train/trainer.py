@@ -24,9 +24,12 @@ from bupo.errors import BupoError, ConfigError, InputError
 from bupo.model.early_exit import check_site, internal_policy, n_layers
 from bupo.train import estimators
 from bupo.train.auto_layer import LayerChoice, choose_layer
+from bupo.train.auto_temperature import FitsTemperatures
 from bupo.train.callbacks import SaveBetweenRollouts
+from bupo.train.critic import LearnsValues
 from bupo.train.guard import PhaseGuard
 from bupo.train.layerwise import LearnsLayerwise, frozen_problems
+from bupo.train.lora import keep_adapters_precise
 from bupo.train.resume import ResumesBetweenRollouts
 from bupo.train.schedule import Schedule, Stage, alignment_problems
 from bupo.train.settings import BuPOSettings
@@ -54,7 +57,9 @@ class BuPOConfig(BuPOSettings, GRPOConfig):
     """
 
 
-class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise, GRPOTrainer):
+class BuPOTrainer(
+    ResumesBetweenRollouts, WatchesInternalPhase, FitsTemperatures, LearnsLayerwise, LearnsValues, GRPOTrainer
+):
     """`GRPOTrainer` whose ratio follows a schedule of internal policies.
 
     Takes what `GRPOTrainer` takes, with a `BuPOConfig`. Metrics: ``phase`` (1 internal, 2 full), ``rollout`` (from 1),
@@ -92,6 +97,8 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise,
         self.guard = PhaseGuard() if args.internal_steps == "auto" else None
         super().__init__(model, reward_funcs, args, **kwargs)
         self._check_model_and_data()
+        keep_adapters_precise(self.model)
+        self._make_critic()
         self._freeze_layers()
         self.add_callback(SaveBetweenRollouts(self))
 
@@ -153,7 +160,8 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise,
         if self._reading is None:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         inner = self.accelerator.unwrap_model(model)
-        with internal_policy(inner, cast(int, self._reading.layer), norm=self.args.internal_norm):
+        layer, temperature = cast(int, self._reading.layer), cast(float, self._reading.temperature)
+        with internal_policy(inner, layer, norm=self.args.internal_norm, temperature=temperature):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _score(self, batch: dict[str, Any], *, compute_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -187,6 +195,9 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise,
         batch, scored = self._sample(inputs, stage)
         if stage.layer == "auto":
             stage = self._resolve_auto_layer(batch)
+        if stage.temperature == "auto":
+            self._fit_temperatures(batch)
+            stage = self.schedule.at(rollout)
         if stage.layer is not None:
             self._add_internal_scores(batch, stage, scored=scored)
             verdict = self._watch(batch, stage, transfer)
@@ -195,9 +206,12 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise,
                 self.schedule, stage = ended, _FULL
                 self.phase_end = {"rollouts": rollout, "action": verdict.action, "reason": verdict.reason}
                 batch = self._as_full(batch, inputs, restore=verdict.action == "restore", metrics=before)
+        self._train_critic(batch)
         batch["stage"] = torch.tensor(self.schedule.index(rollout))  # 0-d, so that shuffling and splitting keep it
         metrics = self._metrics["train"]
         metrics["rollout"], metrics["phase"] = [float(rollout + 1)], [float(stage.number)]
+        if stage.temperature != 1.0:
+            metrics["internal/temperature"] = [cast(float, stage.temperature)]
         return batch
 
     def _sample(self, inputs: Any, stage: Stage) -> tuple[dict[str, Any], bool]:
@@ -206,10 +220,10 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise,
         TRL computes them, and they may be the internal policy's at once where nothing else needs the full ones.
         """
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        internal_only = stage.layer not in (None, "auto") and stage.weight == 1.0 and not corrected
+        internal_only = stage.layer is not None and stage.resolved and stage.weight == 1.0 and not corrected
         with self._read(stage if internal_only else None):
             batch = super()._generate_and_score_completions(inputs)
-        if self.args.estimator in estimators.OWN:
+        if self.args.estimator in (*estimators.OWN, "ppo"):
             self._set_advantages(batch)
         return batch, internal_only
 
@@ -237,14 +251,17 @@ class BuPOTrainer(ResumesBetweenRollouts, WatchesInternalPhase, LearnsLayerwise,
         return self._rewards
 
     def _set_advantages(self, batch: dict[str, Any]) -> None:
-        """Replace TRL's advantages by those of an estimator that it lacks."""
+        """Replace TRL's advantages by those of an estimator that it lacks, (B,), or of the critic, (B, T)."""
         weights = self.reward_weights.to(self._rewards.device)
         rewards = (self._rewards * weights).nansum(dim=1)
         rewards[self._rewards.isnan().all(dim=1)] = torch.nan
-        found = estimators.advantages(self.args.estimator, rewards, cast(int, self.num_generations))
         size = len(batch["advantages"])
-        start = self.accelerator.process_index * size
-        batch["advantages"] = found[start : start + size]
+        mine = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        if self.critic is not None:
+            found = self.accelerator.gather(self._set_critic_advantages(batch, rewards[mine]))
+        else:
+            found = estimators.advantages(self.args.estimator, rewards, cast(int, self.num_generations))
+            batch["advantages"] = found[mine]
         self._logs["advantages"].extend(found.tolist())  # pushes TRL's out of its table, which holds one rollout batch
 
     def _add_internal_scores(self, batch: dict[str, Any], stage: Stage, *, scored: bool) -> None:

@@ -80,7 +80,10 @@ class WatchesInternalPhase(_Parent):
         with self._read(stage):
             internal, _ = self._score(some)
         mask = some["completion_mask"] * some.get("tool_mask", 1)
-        self._probed = {**some, "mask": mask, "logps": full, "advantages": batch["advantages"][rows]}
+        advantages = batch["advantages"][rows]
+        if advantages.dim() == 2:  # of a critic, one a token
+            advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        self._probed = {**some, "mask": mask, "logps": full, "advantages": advantages}
         sums = probe_sums(full, internal, entropies, mask, some["completion_ids"])
         return probe_means(self.accelerator.reduce(sums, reduction="sum").tolist())
 
