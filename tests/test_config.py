@@ -110,7 +110,7 @@ def test_evaluation_settings():
 WRONG = [
     ({"modl": "x"}, "unknown key modl (did you mean model?)"),
     ({"learning_rat": 1}, "did you mean learning_rate?"),
-    ({"lora": {"rank": 4}}, "unknown key lora.rank (valid: r, alpha, dropout, target_modules)"),
+    ({"lora": {"rank": 4}}, "unknown key lora.rank (valid: r, alpha, dropout, target_modules, four_bit)"),
     ({"rollouts": "many"}, "rollouts must be a whole number, not 'many'"),
     ({"rollouts": True}, "rollouts must be a whole number, not True"),
     ({"rollouts": 2.5}, "rollouts must be a whole number, not 2.5"),
@@ -120,7 +120,7 @@ WRONG = [
     ({"samples_per_prompt": 1}, "samples_per_prompt must be at least 2"),
     ({"template": "qwen"}, "template must be one of auto, raw, chat"),
     ({"internal_norm": "yes please"}, "internal_norm must be true or false"),
-    ({"lora": 4}, "lora must be a mapping with r, alpha, dropout, target_modules or null"),
+    ({"lora": 4}, "lora must be a mapping with r, alpha, dropout, target_modules, four_bit or null"),
     ({"trl": [1]}, "trl must be a mapping"),
     ({"keep_checkpoints": 1}, "keep_checkpoints must be at least 2"),
     ({"internal_steps": 3}, "internal_steps needs internal_layer"),

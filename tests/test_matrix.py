@@ -13,7 +13,7 @@ from bupo.train import estimators
 
 SCHEDULES = {
     "two-phase": ({"internal_steps": 2}, [2, 2, None, None]),
-    "ladder": ({"internal_layer": None, "internal_ladder": [[1, 2], [3, 2]]}, [1, 1, 3, 3, None, None]),
+    "ladder": ({"internal_layer": None, "internal_ladder": [[1, 1], [3, 1]]}, [1, 3, None, None]),
     "joint": ({"internal_steps": 2, "internal_weight": 0.4}, [4, 4, None, None]),
 }
 
@@ -29,7 +29,7 @@ def test_every_estimator_runs_with_every_schedule(tmp_path, estimator, schedule)
         num_generations=2,
         per_device_train_batch_size=2,
         updates_per_rollout=2,
-        max_completion_length=4,
+        max_completion_length=3,
         max_steps=2 * len(layers),
         callbacks=[seen],
         **settings,
