@@ -51,8 +51,10 @@ def explored(hostile: bool = True, **more) -> dict:
 
 def page(path: Path) -> Path:
     from test_report import everything
+    from test_report_choice import block
 
     content = everything()
+    content["analyses"][0]["layer_choice"] = block()
     content |= {"analyses": content["analyses"][:1], "runs": [], "tokens": [explored()]}
     content["samples"] = [
         {

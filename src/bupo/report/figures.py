@@ -1,4 +1,4 @@
-"""The three figures of an analysis: entropy flow, entropy change and residual cosine over the layers."""
+"""The figures of an analysis: entropy flow, entropy change, residual cosine and layer choice over the layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bupo.errors import InputError
+from bupo.report.choice import check_choice, layer_choice
 from bupo.report.style import (
     BLUE,
     GREEN,
@@ -47,19 +48,24 @@ def check_analysis(analysis: Any, where: str = "the analysis") -> None:
         for name in names:
             if not isinstance(columns.get(name), Sequence) or len(columns[name]) != layers:
                 raise InputError(f"{where}: {group}.{name} is not a list over its {layers} layers")
+    check_choice(analysis, where)
 
 
 def write_analysis_figures(analysis: Analysis, folder: str | Path) -> list[Path]:
-    """Write entropy_flow, entropy_change and residual_cosine, each as PNG and SVG; return the six paths.
+    """Write entropy_flow, entropy_change, residual_cosine and, where there is one, layer_choice, each as PNG and SVG.
 
     Args:
         analysis: content of ``analysis.json``, schema 1.
+
+    Returns: the paths, six or eight.
 
     Raises:
         InputError: it is not.
     """
     check_analysis(analysis)
     made = {"entropy_flow": entropy_flow, "entropy_change": entropy_change, "residual_cosine": residual_cosine}
+    if analysis.get("layer_choice"):
+        made["layer_choice"] = layer_choice
     return [path for name, draw in made.items() for path in save(draw(analysis), Path(folder), name)]
 
 

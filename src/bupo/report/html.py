@@ -10,12 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bupo.report import explorer, figures
+from bupo.report import choice, explorer, figures
 from bupo.report.curves import average_dots, pass_curves, tasks_of, training_curves
 from bupo.report.inside import inside_figure
 from bupo.report.logs import last_internal_rollout, summary
 from bupo.report.style import inline_svg
-from bupo.report.verdict import outcome, verdict
+from bupo.report.verdict import Verdict, outcome, verdict
 from bupo.rundir import write_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ _CAPTIONS = {
     "cosine": "Cosine between what a module adds and the stream it is added to. Positive: it strengthens the direction "
     "that is there; negative: it takes from it; near zero: it writes a new one.",
     "overlay": "The analysed models in one figure; bands are two standard errors, dashed lines boundary layers.",
+    "choice": "Each layer's policy against the model's own, on a random part of the tokens. Recovered: 0 is "
+    "no better than uniform, 100 is the final policy, read through the final norm at the nearest temperature. Bands: "
+    "two standard errors; triangles at the top: no temperature helps. Bars: how often each criterion names a layer.",
+    "choices": "The analysed models' agreement with their own final policies; dashed lines: recommended layers.",
     "curves": "Faint: values of each rollout batch; bold: running means. A dashed vertical line marks the end of a "
     "run's internal phase. In that phase the clip fraction is the internal policy's.",
     "average": "Mean accuracy of single samples.",
@@ -105,10 +109,12 @@ def render(
     ]
     content: dict[str, Any] = {
         "title": title,
-        "verdict": verdict(evaluations, comparisons),
+        "verdict": verdict(evaluations, comparisons) if evaluations or not analyses else _in_short(analyses),
+        "verdict_title": "Verdict" if evaluations or not analyses else "In short",
         "notes": notes,
         "analyses": [_analysis(a, f"a{i}") for i, a in enumerate(analyses, 1)],
         "overlay": None,
+        "choices": None,
         "explorer": _explorer(tokens),
         "inside": [_inside(item, f"inside{i}") for i, item in enumerate(inside, 1)],
         "script_policy": explorer.script_policy() if tokens else "'none'",
@@ -127,7 +133,11 @@ def render(
     if runs:
         alt = f"Reward, entropy, length and clip fraction over rollout batches of {', '.join(n for n, _ in logs)}"
         content["curves"] = _figure("curves", training_curves(logs), alt)
-    content["sections"] = [("verdict", "Verdict")] + [
+    chosen = [(_name(a), a) for a in analyses if a.get("layer_choice")]
+    if len(chosen) > 1:
+        alt = f"Agreement with the final policy over the layers of {', '.join(n for n, _ in chosen)}"
+        content["choices"] = _figure("choices", choice.overlay(chosen), alt)
+    content["sections"] = [("verdict", content["verdict_title"])] + [
         (id, text)
         for id, text, there in (
             ("policies", "Internal policies", analyses),
@@ -198,6 +208,40 @@ def _analysis(analysis: Item, key: str) -> dict[str, Any]:
             _figure(f"{key}-{kind}", draw(analysis), f"{alts[kind]}, for {name}", _CAPTIONS[kind])
             for kind, draw in _SHOWN.items()
         ],
+        "choice": _choice(analysis, key, name),
+    }
+
+
+def _in_short(analyses: Sequence[Item]) -> Verdict:
+    """What analyses without an evaluation found: each model's layers."""
+    lines = []
+    for analysis in analyses:
+        layer = analysis.get("boundary_layer")
+        line = f"{_name(analysis)}: " + ("no boundary layer" if layer is None else f"boundary layer {layer}")
+        if analysis.get("layer_choice"):
+            line += f"; recommended: {choice.answer_text(analysis['layer_choice']['recommendation'])}"
+        lines.append(f"{line}.")
+    if len(lines) == 1:
+        return Verdict(lines[0], "none")
+    return Verdict(f"{len(lines)} models were analysed.", "none", tuple(lines))
+
+
+def _choice(analysis: Item, key: str, name: str) -> dict[str, Any] | None:
+    block = analysis.get("layer_choice")
+    if not block:
+        return None
+    best = block["recommendation"]
+    alt = f"Layer choice for {name}: {choice.answer_text(best)}; the numbers are in the table above it"
+    return {
+        "answer": choice.answer_text(best),
+        "reason": best["reason"],
+        "measured": f"{block['tokens']:,} random tokens of {block['responses']:,} responses, seed {block['seed']}; "
+        f"{block['draws']} bootstrap draws: {block['bootstrap']}",
+        "criteria": [
+            {"title": a.get("title") or a["name"], "answer": choice.answer_text(a), "reason": a["reason"]}
+            for a in block["criteria"]
+        ],
+        "figure": _figure(f"{key}-choice", choice.layer_choice(analysis), alt, _CAPTIONS["choice"]),
     }
 
 
