@@ -124,6 +124,8 @@ WRONG = [
     ({"trl": [1]}, "trl must be a mapping"),
     ({"keep_checkpoints": 1}, "keep_checkpoints must be at least 2"),
     ({"internal_steps": 3}, "internal_steps needs internal_layer"),
+    ({"internal_rule": "best"}, "internal_rule must be"),
+    ({"internal_rule": "recommended", "internal_layer": 2}, "internal_rule goes with internal_layer auto"),
     ({"internal_layer": "top"}, "internal_layer must be a layer from 1 to L or auto, not 'top'"),
     ({"internal_layer": 0}, "internal_layer counts from 1"),
     ({"internal_layer": 2, "internal_steps": 301}, "internal_steps 301 is more than rollouts 300"),

@@ -172,7 +172,7 @@ def test_parameter_groups_need_the_trainers_own_optimizer(tmp_path):
 
 
 def test_a_layer_found_by_analysis_that_is_frozen_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch: LayerChoice(2, "boundary layer 2"))
+    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch, rule: LayerChoice(2, "boundary layer 2"))
     trainer = make_trainer(tmp_path, internal_layer="auto", internal_steps=1, frozen_layers=2)
     with pytest.raises(TrainingStopped, match="boundary layer 2; frozen_layers 2 freezes all"):
         trainer.train()

@@ -358,7 +358,7 @@ def test_mixture_of_experts_balances_the_layers_that_run(tmp_path, monkeypatch):
 
 
 def test_auto_equals_naming_the_layer(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch: LayerChoice(3, "because"))
+    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch, rule: LayerChoice(3, "because"))
     auto, named = trained(
         lambda: make_trainer(tmp_path / "a", internal_layer="auto", internal_steps=1),
         lambda: make_trainer(tmp_path / "b", internal_layer=3, internal_steps=1),
@@ -385,6 +385,25 @@ def test_auto_analyses_the_first_rollouts(tmp_path):
     assert analysis["layers"] == L
     assert analysis["samples"] == 16
     assert trainer.model.training
+
+
+@pytest.mark.parametrize("recommended", [3, None])
+def test_auto_takes_the_layer_of_the_rule(tmp_path, monkeypatch, recommended):
+    from bupo import choice
+
+    found = {"recommendation": {"layer": recommended, "reason": "a knee, or none"}}
+    monkeypatch.setattr(choice, "choose_layer", lambda model, rollouts, analysis: found)
+    settings = {"internal_layer": "auto", "internal_steps": 1, "max_steps": 2, "internal_rule": "recommended"}
+    trainer = make_trainer(tmp_path, **settings)
+    if recommended is None:
+        with pytest.raises(
+            TrainingStopped, match=r"auto: a knee, or none\. Set internal_layer to a number"
+        ):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.schedule.at(0).layer == 3
+    assert trainer.auto_layer.analysis["layer_choice"] == found
 
 
 def test_auto_without_a_boundary_stops_and_lists_the_alternatives(tmp_path):
@@ -438,11 +457,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, settings, at):
 
 
 def test_a_resumed_run_keeps_the_layer_that_auto_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch: LayerChoice(3, "because"))
+    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch, rule: LayerChoice(3, "because"))
     settings = {"internal_layer": "auto", "internal_steps": 3, "save_strategy": "steps", "save_steps": 4}
     whole = make_trainer(tmp_path, **settings)
     whole.train()
-    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch: LayerChoice(1, "another"))
+    monkeypatch.setattr(trainer_module, "choose_layer", lambda model, batch, rule: LayerChoice(1, "another"))
     rest = make_trainer(tmp_path, model=tiny_model("qwen3", seed=9), **settings)
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert rest.schedule.layers == (3,)

@@ -49,6 +49,7 @@ _OWNED = {
     "learning_rate": "learning_rate",
     "temperature": "temperature",
     "internal_layer": "internal_layer",
+    "internal_rule": "internal_rule",
     "internal_steps": "internal_steps",
     "internal_max_steps": "internal_max_steps",
     "internal_norm": "internal_norm",
@@ -123,6 +124,9 @@ class Recipe:
     learning_rate: float = key(1e-6, "of AdamW, constant", above=0)
 
     internal_layer: int | str | None = key(None, "l of the internal policy, 1 to L, or auto: the boundary layer")
+    internal_rule: Literal["boundary", "recommended"] = key(
+        "boundary", "the layer that auto takes: the paper's boundary layer, or what `bupo analyze` recommends"
+    )
     internal_steps: int | Literal["auto"] = key(
         0, "s_inter: rollout batches on the internal policy; 0: plain GRPO, auto: until the guard ends them", low=0
     )
@@ -189,6 +193,7 @@ class Recipe:
             "temperature": self.temperature,
             "learning_rate": self.learning_rate,
             "internal_layer": self.internal_layer,
+            "internal_rule": self.internal_rule,
             "internal_steps": self.internal_steps,
             "internal_max_steps": self.internal_max_steps,
             "internal_norm": self.internal_norm,
@@ -281,6 +286,8 @@ def _cross_problems(recipe: Recipe) -> list[str]:
     layer = recipe.internal_layer
     if isinstance(layer, str) and layer != "auto":
         problems.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
+    if recipe.internal_rule != "boundary" and layer != "auto":
+        problems.append("internal_rule goes with internal_layer auto")
     if isinstance(layer, int) and layer < 1:
         problems.append(f"internal_layer counts from 1, not {layer}")
     if recipe.internal_steps and layer is None:

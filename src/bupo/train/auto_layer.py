@@ -1,4 +1,4 @@
-"""``internal_layer: auto``: the boundary layer of a quick analysis on the first rollout batch."""
+"""``internal_layer: auto``: the layer that ``internal_rule`` names in a quick analysis of the first rollout batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bupo import choice
 from bupo.analysis import analyze_rollouts
 
 RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
@@ -31,13 +32,22 @@ class LayerChoice:
     analysis: dict[str, Any] = field(repr=False, default_factory=dict)
 
 
-def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], *, responses: int = RESPONSES) -> LayerChoice:
-    """Analyse some responses of a rollout batch (spread evenly over it) and name the boundary layer."""
+def choose_layer(
+    model: nn.Module, batch: Mapping[str, Tensor], *, rule: str = "boundary", responses: int = RESPONSES
+) -> LayerChoice:
+    """Analyse some responses of a rollout batch (spread evenly over it) and name the layer that a rule gives.
+
+    Args:
+        rule: ``boundary``, the paper's, or ``recommended`` (:func:`bupo.choice.choose_layer`).
+    """
     rollouts = unpad(batch)
     rows = torch.linspace(0, len(rollouts) - 1, min(responses, len(rollouts))).round().long().tolist()
     with torch.no_grad():
-        analysis = analyze_rollouts(model, [rollouts[i] for i in rows])
-    layer, reason = analysis["boundary_layer"], analysis["boundary_reason"]
+        chosen = [rollouts[i] for i in rows]
+        analysis = analyze_rollouts(model, chosen)
+        if rule == "recommended":
+            analysis["layer_choice"] = choice.choose_layer(model, chosen, analysis)
+    layer, reason = choice.chosen_layer(analysis, rule)
     if layer is not None:
         return LayerChoice(layer, reason, analysis)
     return LayerChoice(None, f"internal_layer auto: {reason}. {_alternatives(analysis)}", analysis)

@@ -111,7 +111,7 @@ def _run(
     finally:
         stop.restore()
         choice = getattr(trainer, "auto_layer", None)
-        if main and choice is not None:
+        if main and choice is not None and choice.analysis:
             write_json(folder / "auto_layer.json", choice.analysis)
     model = None
     if not stop.stopped:

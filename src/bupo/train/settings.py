@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from bupo.choice import RULES
 from bupo.errors import ConfigError
 from bupo.train import estimators, layerwise
 from bupo.train.critic import DEFAULTS as CRITIC
@@ -28,6 +29,12 @@ class BuPOSettings(_Parent):
 
     internal_layer: int | str | None = field(
         default=None, metadata={"help": "Layer l of the internal policy, 1 to L, or 'auto': the boundary layer."}
+    )
+    internal_rule: str = field(
+        default="boundary",
+        metadata={
+            "help": "Which layer 'auto' takes: 'boundary' (the paper's rule) or 'recommended'."
+        },
     )
     internal_steps: int | str = field(
         default=0,
@@ -152,6 +159,10 @@ class BuPOSettings(_Parent):
             found.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
         if self.internal_layer not in (None, "auto") and not _whole(self.internal_layer, 1):
             found.append(f"internal_layer must be a layer from 1 to L or auto, not {self.internal_layer!r}")
+        if self.internal_rule not in RULES:
+            found.append(f"internal_rule must be {' or '.join(RULES)}, not {self.internal_rule!r}")
+        elif self.internal_rule != "boundary" and self.internal_layer != "auto":
+            found.append("internal_rule goes with internal_layer auto")
         if self.internal_max_steps is not None and not (guarded and _whole(self.internal_max_steps, 1)):
             found.append("internal_max_steps is a whole number from 1 and goes with internal_steps auto")
         if guarded and self.internal_max_steps is None and self.max_steps <= 0:

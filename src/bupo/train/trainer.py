@@ -271,16 +271,15 @@ class BuPOTrainer(
                 batch[key], _ = self._score(batch)
 
     def _resolve_auto_layer(self, batch: dict[str, Any]) -> Stage:
-        """Replace ``auto`` by the boundary layer found on this rollout batch; the first process decides."""
+        """Replace ``auto`` by the layer that the rule finds on this rollout batch; the first process decides."""
         try:
-            found: list[Any] = [choose_layer(self.model, batch)]
+            found: list[Any] = [choose_layer(self.model, batch, rule=self.args.internal_rule)]
         except InputError as error:  # every process must reach the broadcast
             found = [LayerChoice(None, f"internal_layer auto: {error}")]
         broadcast_object_list(found, from_process=0)
-        choice = found[0]
+        self.auto_layer = choice = found[0]
         if choice.layer is None:
             raise TrainingStopped(choice.message)
-        self.auto_layer = choice
         self._set_layer(choice.layer)
         for problem in frozen_problems(self.args.frozen_layers, self.schedule):
             raise TrainingStopped(f"{choice.message}; {problem}")
