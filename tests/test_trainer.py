@@ -396,9 +396,7 @@ def test_auto_takes_the_layer_of_the_rule(tmp_path, monkeypatch, recommended):
     settings = {"internal_layer": "auto", "internal_steps": 1, "max_steps": 2, "internal_rule": "recommended"}
     trainer = make_trainer(tmp_path, **settings)
     if recommended is None:
-        with pytest.raises(
-            TrainingStopped, match=r"auto: a knee, or none\. Set internal_layer to a number"
-        ):
+        with pytest.raises(TrainingStopped, match=r"auto: a knee, or none\. Set internal_layer to a number"):
             trainer.train()
     else:
         trainer.train()

@@ -32,9 +32,7 @@ class BuPOSettings(_Parent):
     )
     internal_rule: str = field(
         default="boundary",
-        metadata={
-            "help": "Which layer 'auto' takes: 'boundary' (the paper's rule) or 'recommended'."
-        },
+        metadata={"help": "Which layer 'auto' takes: 'boundary' (the paper's rule) or 'recommended'."},
     )
     internal_steps: int | str = field(
         default=0,
