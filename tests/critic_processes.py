@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from test_critic import fixed_batch
+from test_critic import LINEAR, fixed_batch
 from training import make_trainer, weights
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    trainer = make_trainer(folder, estimator="ppo", critic_learning_rate=1e-2, per_device_train_batch_size=2)
+    trainer = make_trainer(folder, per_device_train_batch_size=2, **LINEAR)
     number, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
     assert count == 2
     whole, rewards = fixed_batch(trainer, fill=False)

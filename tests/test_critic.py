@@ -281,10 +281,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, settings):
         other.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{each}"))
 
 
+# with so large an epsilon a step is proportional to the gradient; else Adam would blow up its rounding errors
+LINEAR = {"estimator": "ppo", "critic_learning_rate": 0.1, "adam_epsilon": 1.0}
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
-    trainer = make_trainer(tmp_path, estimator="ppo", critic_learning_rate=1e-2)
+    trainer = make_trainer(tmp_path, **LINEAR)
     batch, rewards = fixed_batch(trainer, fill=False)
+    start = weights(trainer.critic)
     for _ in range(3):
         trainer._set_critic_advantages(batch, rewards)
         trainer._train_critic(batch)
@@ -294,7 +299,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
     for number in range(2):
         theirs = load_file(tmp_path / f"critic-{number}.safetensors")
         for name, value in weights(trainer.critic).items():
-            torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5, msg=name)
+            moved = (value - start[name]).abs().max().item()
+            assert moved > 0
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-3 * moved + 1e-6)
         mine = torch.tensor([i for i in range(16) if i % 4 // 2 == number])
         advantages = load_file(tmp_path / f"advantages-{number}.safetensors")["advantages"]
         torch.testing.assert_close(advantages, batch["advantages"][mine], rtol=1e-4, atol=1e-4)
