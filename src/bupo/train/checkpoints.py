@@ -7,7 +7,10 @@ holds the micro-batch counter, the schedule with its resolved layer, and the bat
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,42 @@ STATE_FILE = "bupo_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+def begin(checkpoint: str | Path) -> None:
+    """Remove what an earlier attempt left where a checkpoint is about to be written; its mark of completeness first."""
+    path = Path(checkpoint)
+    (path / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def write_state(checkpoint: str | Path, state: dict[str, Any]) -> None:
-    """Mark a checkpoint as complete."""
+    """Mark a checkpoint as complete, after everything else in it has reached the disk."""
+    for path in Path(checkpoint).rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     write_json(Path(checkpoint) / STATE_FILE, {"schema": 1, **state})
+
+
+def rotate(folder: str | Path, keep: int, protected: Collection[str] = ()) -> None:
+    """Remove all but the newest ``keep`` complete checkpoints, and incomplete ones older than the newest.
+
+    By number of updates, not by time stamp: removing a checkpoint that is killed half-way makes the folder look new. A
+    checkpoint loses its mark of completeness first, so that what is left of it is never picked up.
+
+    Args:
+        protected: paths that stay in any case.
+    """
+    found = _numbered(folder)
+    complete = [(number, path) for number, path in found if (path / STATE_FILE).is_file()]
+    if not complete:
+        return
+    stay = {path for _, path in complete[-keep:]} | {Path(path) for path in protected}
+    for number, path in found:
+        if number < complete[-1][0] and path not in stay:
+            begin(path)
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -41,12 +77,14 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The complete checkpoint with the most updates below ``folder``, or None."""
-    found = []
-    for path in Path(folder).glob("checkpoint-*"):
-        name = _NAME.fullmatch(path.name)
-        if name and (path / STATE_FILE).is_file():
-            found.append((int(name.group(1)), path))
-    return max(found)[1] if found else None
+    complete = [path for _, path in _numbered(folder) if (path / STATE_FILE).is_file()]
+    return complete[-1] if complete else None
+
+
+def _numbered(folder: str | Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders by number of updates, complete or not."""
+    names = ((_NAME.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint-*"))
+    return sorted((int(name.group(1)), path) for name, path in names if name)
 
 
 def check_resumable(checkpoint: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from bupo.train.checkpoints import check_resumable, read_state, write_state
+from bupo.errors import ConfigError
+from bupo.train.checkpoints import begin, check_resumable, read_state, rotate, write_state
 from bupo.train.critic import DEFAULTS as CRITIC_SETTINGS
 from bupo.train.schedule import Schedule, Stage
 
@@ -73,17 +74,31 @@ class ResumesBetweenRollouts(_Parent):
         }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        runs = Path(self._get_output_dir(trial=trial))
+        folder = runs / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_fsdp2:
+            fill_optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
+        keep, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        self._save_watch_tensors(folder)
+        self.accelerator.wait_for_everyone()  # every process writes files of its own
+        if self.args.should_save:
             state = {
                 "micro_batch": self._step,
                 "rollout": self._step // self.args.generate_every,
                 "between_rollouts": self.between_rollouts,
             }
-            self._save_watch_tensors(folder)
             self._save_critic(folder)
             write_state(folder, {**state, **self._watch_state(), **self._resume_settings()})
+            if keep:
+                best = self.state.best_model_checkpoint
+                rotate(runs, keep, protected=[best] if best else [])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -99,6 +114,32 @@ class ResumesBetweenRollouts(_Parent):
         self._load_watch(Path(checkpoint), state)
         self._load_critic(Path(checkpoint))
         self._step = int(state["micro_batch"])
+
+
+def fill_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters without optimizer state (those above an internal policy) the state before a first update: zeros.
+
+    FSDP2's checkpoints hold every parameter's state or cannot be loaded. For AdamW and SGD zeros are what the first
+    update would begin with, so that nothing else changes.
+
+    Raises:
+        ConfigError: the optimizer's state is not shaped as its parameters.
+    """
+    some = next(((p, s) for p, s in optimizer.state.items() if s), None)
+    if some is None:
+        return
+    parameter, state = some
+    if any(not isinstance(v, torch.Tensor) or v.shape not in ((), parameter.shape) for v in state.values()):
+        raise ConfigError(
+            f"under FSDP2 an internal phase needs AdamW or SGD: the state of {type(optimizer).__name__} cannot be saved "
+            "for layers that were not trained yet"
+        )
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state.get(p):
+                optimizer.state[p] = {
+                    name: torch.zeros_like(p.detach() if v.shape == parameter.shape else v) for name, v in state.items()
+                }
 
 
 class PassSampler(Sampler):

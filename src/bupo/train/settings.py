@@ -165,8 +165,9 @@ class BuPOSettings(_Parent):
             found.append("internal_max_steps is a whole number from 1 and goes with internal_steps auto")
         if guarded and self.internal_max_steps is None and self.max_steps <= 0:
             found.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
-        if guarded and (self.deepspeed is not None or self.fsdp):
-            found.append("internal_steps auto keeps whole weights, which FSDP and DeepSpeed split; give a number")
+        version = int((self.fsdp_config or {}).get("version", 2)) if self.fsdp else None
+        if guarded and (self.deepspeed is not None or version == 1):
+            found.append("internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread; use FSDP2, or a number")
         if self.internal_ladder is not None:
             found += ladder_problems(self.internal_ladder)
             if self.internal_steps or self.internal_layer is not None:

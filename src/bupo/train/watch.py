@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     _Parent = object
 
-TENSORS_FILE = "internal_phase.safetensors"
+TENSORS_FILE = "internal_phase_{}.safetensors"  # one for each process
 _KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 
 
@@ -114,7 +114,7 @@ class WatchesInternalPhase(_Parent):
         verdict: list[Any] = [self.guard.observe(signals)]
         broadcast_object_list(verdict, from_process=0)  # the same numbers everywhere, but never a different verdict
         if verdict[0].keep:
-            self._kept = {name: p.detach().to("cpu", copy=True) for name, p in self._trained().items()}
+            self._kept = {name: p.to("cpu", copy=True) for name, p in self._trained().items()}
         return verdict[0]
 
     def _reward_and_error(self) -> tuple[float, float]:
@@ -130,7 +130,10 @@ class WatchesInternalPhase(_Parent):
         return questions.mean().item(), error
 
     def _trained(self) -> dict[str, Tensor]:
-        """The parameters that an internal phase can change, by name."""
+        """The parameters that an internal phase can change, by name; under FSDP2 this process's part of each."""
+        return {name: _own(p) for name, p in self._trained_parameters().items()}
+
+    def _trained_parameters(self) -> dict[str, Tensor]:
         model = self.accelerator.unwrap_model(self.model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if any(stage.layer is not None and stage.weight < 1.0 for stage in self.schedule.stages):
@@ -158,9 +161,8 @@ class WatchesInternalPhase(_Parent):
         """Put the best weights back, with fresh optimizer state: its moments belong to the way that was left."""
         assert self._kept is not None
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        for name, parameter in self._trained().items():
-            with torch.no_grad():
-                parameter.copy_(self._kept[name])
+        for name, parameter in self._trained_parameters().items():
+            _own(parameter).copy_(self._kept[name])
             optimizer.state.pop(parameter, None)
         self._last_loaded_step = -1  # an engine that holds a copy of the weights must load them again
 
@@ -174,19 +176,30 @@ class WatchesInternalPhase(_Parent):
         return {"guard": None if self.guard is None else self.guard.state(), "phase_end": self.phase_end}
 
     def _save_watch_tensors(self, folder: Path) -> None:
-        groups = {"kept": self._kept or {}, "probed": self._probed or {}}
+        """Each process its own responses; the kept weights once, or under FSDP2 each process its parts."""
+        groups = {"probed": self._probed or {}}
+        if self.accelerator.is_fsdp2 or self.accelerator.is_main_process:
+            groups["kept"] = self._kept or {}
         tensors = {f"{group}/{name}": t.contiguous() for group, found in groups.items() for name, t in found.items()}
         if tensors:
-            save_file(tensors, folder / TENSORS_FILE)
+            save_file(tensors, folder / TENSORS_FILE.format(self.accelerator.process_index))
 
     def _load_watch(self, folder: Path, state: Mapping[str, Any]) -> None:
         if state.get("guard") is not None:
             self.guard = PhaseGuard.from_state(state["guard"])
         self.phase_end = state.get("phase_end")
-        path = folder / TENSORS_FILE
-        tensors = load_file(path) if path.exists() else {}
-        groups: dict[str, dict[str, Tensor]] = {"kept": {}, "probed": {}}
-        for name, tensor in tensors.items():
-            group, _, rest = name.partition("/")
-            groups[group][rest] = tensor if group == "kept" else tensor.to(self.accelerator.device)
-        self._kept, self._probed = groups["kept"] or None, groups["probed"] or None
+        rank = self.accelerator.process_index
+        kept = _read(folder, rank if self.accelerator.is_fsdp2 else 0, "kept")
+        probed = {name: t.to(self.accelerator.device) for name, t in _read(folder, rank, "probed").items()}
+        self._kept, self._probed = kept or None, probed or None
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process holds: all of it, but for FSDP2. Shares its memory."""
+    return cast(Any, parameter).to_local().detach() if hasattr(parameter, "to_local") else parameter.detach()
+
+
+def _read(folder: Path, rank: int, group: str) -> dict[str, Tensor]:
+    path = folder / TENSORS_FILE.format(rank)
+    tensors = load_file(path) if path.exists() else {}
+    return {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{group}/")}

@@ -1,0 +1,162 @@
+"""Training runs in two processes over gloo on the CPU, forked by `warm`; every process saves what it ended with.
+
+accelerate 1.15 turns FSDP2 on for accelerators only. `enable_fsdp2_on_cpu` lifts that one condition; everything behind
+it (wrapping, the optimizer's parameters, gradient clipping, checkpoints) is accelerate's and transformers' own code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+SECONDS = 150
+
+
+def launch(processes: int, job: str, folder: str, seconds: float = SECONDS, **arguments: Any) -> dict[str, Any]:
+    """Run ``job`` (a function of this module) in so many processes; their exit codes, -1 for one that hung.
+
+    What a process prints goes to ``folder/rank-N.txt``.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_fork(rank, processes, port, job, folder, arguments) for rank in range(processes)]
+    codes: dict[int, int] = {}
+    started = time.monotonic()
+    while len(codes) < processes:
+        for rank, child in enumerate(children):
+            if rank not in codes:
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+        late = time.monotonic() - started > seconds
+        if late or any(codes.values()):  # the others would wait for the one that failed
+            for rank, child in enumerate(children):
+                if rank not in codes:
+                    time.sleep(2)
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    codes[rank] = -1
+        time.sleep(0.01)
+    told = {rank: Path(folder, f"rank-{rank}.txt").read_text() for rank in range(processes)}
+    return {"codes": [codes[rank] for rank in range(processes)], "told": [told[r] for r in range(processes)]}
+
+
+def _fork(rank: int, processes: int, port: int, job: str, folder: str, arguments: dict[str, Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with open(Path(folder, f"rank-{rank}.txt"), "w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if processes > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            for name, value in (("RANK", rank), ("LOCAL_RANK", rank)):
+                os.environ[name] = str(value)
+            for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ[name] = str(processes)
+        globals()[job](folder=folder, rank=rank, **arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+
+
+def enable_fsdp2_on_cpu() -> None:
+    """Let accelerate use an FSDP plugin although its processes run on CPUs."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def engine_settings(engine: str) -> dict[str, Any]:
+    """What a configuration needs beside the others'."""
+    if engine == "fsdp2":
+        enable_fsdp2_on_cpu()
+        wrap = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", **wrap}}
+    if engine.startswith("zero"):
+        stage = {"stage": int(engine[-1])}
+        return {
+            "deepspeed": {
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "zero_optimization": stage,
+                "zero_force_ds_cpu_optimizer": False,
+            }
+        }
+    return {}
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+VARIETY = 5  # responses of one prompt that differ
+
+
+def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """The same responses for a prompt however the prompts are spread over processes: words that depend on it alone."""
+    ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
+    group = trainer.num_generations
+    made = []
+    for i, prompt in enumerate(ids):
+        start = sum(prompt) + 7 * (i % group) + 3 * trainer.state.global_step
+        made.append([3 + (start * (j + 2) + j * j) % 90 for j in range(3 + (start % VARIETY))])
+    return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
+
+
+def train(
+    folder: str,
+    rank: int,
+    engine: str = "ddp",
+    resume: str | None = None,
+    sampled: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """A whole run; losses, reported metrics and final weights of this process go to the folder."""
+    import torch
+    from safetensors.torch import save_file
+    from training import losses, make_trainer
+
+    torch.set_num_threads(1)
+    more = {} if sampled else {"rollout_func": responses}
+    trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
+    trainer.train(resume_from_checkpoint=resume)
+    found = {
+        name: whole(p).contiguous() for name, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
+    save_file(found, Path(folder, f"weights-{rank}.safetensors"))
+    kind = str(trainer.accelerator.distributed_type)
+    log = [{k: v for k, v in row.items() if "time" not in k} for row in trainer.state.log_history]
+    Path(folder, f"result-{rank}.json").write_text(json.dumps({"losses": losses(trainer), "kind": kind, "log": log}))
+
+
+def whole(tensor: Any) -> Any:
+    """All of a tensor that may be sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone().contiguous()
