@@ -80,7 +80,8 @@ class ResumesBetweenRollouts(_Parent):
             begin(folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_fsdp2:
-            fill_optimizer_state(getattr(self.optimizer, "optimizer", self.optimizer))
+            optimizer: Any = self.optimizer
+            fill_optimizer_state(getattr(optimizer, "optimizer", optimizer))
         keep, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is complete
         try:
             super()._save_checkpoint(model, trial)
@@ -131,8 +132,8 @@ def fill_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     parameter, state = some
     if any(not isinstance(v, torch.Tensor) or v.shape not in ((), parameter.shape) for v in state.values()):
         raise ConfigError(
-            f"under FSDP2 an internal phase needs AdamW or SGD: the state of {type(optimizer).__name__} cannot be saved "
-            "for layers that were not trained yet"
+            f"under FSDP2 an internal phase needs AdamW or SGD: the state of {type(optimizer).__name__} cannot be "
+            "saved for layers that were not trained yet"
         )
     for group in optimizer.param_groups:
         for p in group["params"]:

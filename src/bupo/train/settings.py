@@ -165,8 +165,8 @@ class BuPOSettings(_Parent):
             found.append("internal_max_steps is a whole number from 1 and goes with internal_steps auto")
         if guarded and self.internal_max_steps is None and self.max_steps <= 0:
             found.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
-        version = int((self.fsdp_config or {}).get("version", 2)) if self.fsdp else None
-        if guarded and (self.deepspeed is not None or version == 1):
+        version = cast(dict, self.fsdp_config or {}).get("version", 2) if self.fsdp else None
+        if guarded and (self.deepspeed is not None or int(version or 2) == 1):
             found.append("internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread; use FSDP2, or a number")
         if self.internal_ladder is not None:
             found += ladder_problems(self.internal_ladder)
