@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-SECONDS = 150
+SECONDS = 240
 
 
 def launch(processes: int, job: str, folder: str, seconds: float = SECONDS, **arguments: Any) -> dict[str, Any]:
@@ -95,6 +95,18 @@ def enable_fsdp2_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def enable_deepspeed_on_cpu() -> None:
+    """Let accelerate hand its processes to DeepSpeed over gloo although they run on CPUs."""
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    del os.environ["ACCELERATE_USE_CPU"]  # with it accelerate ignores DeepSpeed
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
 def engine_settings(engine: str) -> dict[str, Any]:
     """What a configuration needs beside the others'."""
     if engine == "fsdp2":
@@ -102,15 +114,17 @@ def engine_settings(engine: str) -> dict[str, Any]:
         wrap = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
         return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", **wrap}}
     if engine.startswith("zero"):
+        enable_deepspeed_on_cpu()
         stage = {"stage": int(engine[-1])}
         return {
+            "use_cpu": False,
             "deepspeed": {
                 "train_micro_batch_size_per_gpu": "auto",
                 "gradient_accumulation_steps": "auto",
                 "gradient_clipping": "auto",
                 "zero_optimization": stage,
                 "zero_force_ds_cpu_optimizer": False,
-            }
+            },
         }
     return {}
 
@@ -131,15 +145,66 @@ def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
 
 
+def scripted_guard(script: str) -> Any:
+    """A phase guard that says what it was told to: k keep, s switch, r restore, anything else go on."""
+    from bupo.train.guard import PhaseGuard, Verdict
+
+    class Scripted(PhaseGuard):
+        def observe(self, signals: Any) -> Any:
+            self.history.append(signals)
+            letter = script[len(self.history) - 1]
+            action: Any = {"s": "switch", "r": "restore"}.get(letter, "continue")
+            return Verdict(action, "as scripted" if action != "continue" else "", keep=letter == "k")
+
+    return Scripted()
+
+
+def watch_traffic(trainer: Any) -> list[list[int]]:
+    """Gradient elements that this process hands to DDP's all-reduce or FSDP2's reduce-scatter, update by update."""
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import TrainerCallback
+
+    updates: list[list[int]] = [[]]
+    original = dist.reduce_scatter_tensor
+
+    def counted(output: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+        updates[-1].append(given.numel())
+        return original(output, given, *args, **kwargs)
+
+    def hook(state: Any, bucket: Any) -> Any:
+        updates[-1].append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+
+    class Count(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            dist.reduce_scatter_tensor = counted
+            if isinstance(trainer.model_wrapped, DistributedDataParallel):
+                trainer.model_wrapped.register_comm_hook(None, hook)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            updates.append([])
+
+    trainer.add_callback(Count())
+    return updates
+
+
 def train(
     folder: str,
     rank: int,
     engine: str = "ddp",
     resume: str | None = None,
     sampled: bool = False,
+    script: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """A whole run; losses, reported metrics and final weights of this process go to the folder."""
+    """A whole run; losses, log, gradient traffic and final weights of this process go to the folder.
+
+    Args:
+        sampled: the model samples; else `responses`, the same for one process and for two.
+        script: of `scripted_guard`.
+    """
     import torch
     from safetensors.torch import save_file
     from training import losses, make_trainer
@@ -147,14 +212,39 @@ def train(
     torch.set_num_threads(1)
     more = {} if sampled else {"rollout_func": responses}
     trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
+    if script is not None:
+        trainer.guard = scripted_guard(script)
+    traffic = watch_traffic(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    found = {
-        name: whole(p).contiguous() for name, p in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-    }
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = {name: whole(p) for name, p in model.state_dict().items()}
     save_file(found, Path(folder, f"weights-{rank}.safetensors"))
-    kind = str(trainer.accelerator.distributed_type)
-    log = [{k: v for k, v in row.items() if "time" not in k} for row in trainer.state.log_history]
-    Path(folder, f"result-{rank}.json").write_text(json.dumps({"losses": losses(trainer), "kind": kind, "log": log}))
+    told = {
+        "losses": losses(trainer),
+        "kind": str(trainer.accelerator.distributed_type),
+        "log": [{k: v for k, v in row.items() if "time" not in k} for row in trainer.state.log_history],
+        "traffic": [sum(update) for update in traffic[:-1]],
+        "phase_end": trainer.phase_end,
+    }
+    Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
+
+
+def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp") -> None:
+    """`bupo train` as every process of a launcher runs it; engines come through the environment, as accelerate's do."""
+    if engine == "fsdp2":
+        enable_fsdp2_on_cpu()
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        }
+    from bupo.cli import main
+
+    code = main(["train", *arguments])
+    if code:
+        raise SystemExit(code)
 
 
 def whole(tensor: Any) -> Any:

@@ -246,7 +246,7 @@ def test_trouble_in_training_names_the_update(capsys, tmp_path, recipe):
     assert "in update 2 (rollout batch 1, internal phase, layer 2)" in err
     code, _, err = run(capsys, recipe(reward="training:no_memory"), "--output", tmp_path / "b")
     assert code == 2
-    assert "bupo: error: out of memory in update 1; lower micro_batch" in err
+    assert "bupo: error: out of accelerator memory in update 1 (rollout batch 1, internal phase, layer 2); lower" in err
 
 
 # -- variants ------------------------------------------------------------------------------------------------------

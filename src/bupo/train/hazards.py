@@ -7,18 +7,40 @@ that the loss sees are those of the internal policy, so every term built from th
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, Literal
 
 # loss types whose only use of log-probabilities is the ratio (cispo: also the score function of the same policy)
 RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 
 
-def hazards(args: Any, *, ddp: bool) -> list[str]:
-    """Problems of a `BuPOConfig` whose schedule has an internal phase; one line each.
+Engine = Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"]
 
-    Args:
-        ddp: several processes under DistributedDataParallel (not FSDP, not DeepSpeed).
-    """
+
+def engine(args: Any) -> Engine:
+    """What spreads the model: asked for in the settings, or by ``accelerate launch`` through its environment."""
+
+    def launched(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("1", "true")
+
+    if args.deepspeed is not None or launched("ACCELERATE_USE_DEEPSPEED"):
+        return "deepspeed"
+    if args.fsdp:
+        return "fsdp1" if int((args.fsdp_config or {}).get("version", 2)) == 1 else "fsdp2"
+    if launched("ACCELERATE_USE_FSDP"):
+        return "fsdp2" if os.environ.get("FSDP_VERSION", "1") == "2" else "fsdp1"
+    return "ddp" if args.world_size > 1 else "one"
+
+
+def guard_hazards(args: Any) -> list[str]:
+    """Problems of ``internal_steps: auto``, which keeps weights to go back to."""
+    if engine(args) not in ("deepspeed", "fsdp1"):
+        return []
+    return ["internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread; use FSDP2, or give a number"]
+
+
+def hazards(args: Any) -> list[str]:
+    """Problems of a `BuPOConfig` whose schedule has an internal phase; one line each."""
     found = []
     if args.beta != 0.0:
         found.append(
@@ -56,7 +78,16 @@ def hazards(args: Any, *, ddp: bool) -> list[str]:
         )
     if args.ddp_static_graph:
         found.append("ddp_static_graph cannot hold: the graph changes when the internal phase ends; leave it unset")
-    if ddp and args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if engine(args) == "deepspeed" and args.weight_decay != 0.0:
+        found.append(
+            f"weight_decay {args.weight_decay} would shrink the layers that the internal phase does not use, because "
+            "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP"
+        )
+    if (
+        engine(args) == "ddp"
+        and args.gradient_checkpointing
+        and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    ):
         found.append(
             "reentrant gradient checkpointing does not work with DDP and unused parameters (the internal phase has "
             "them); set use_reentrant to false in gradient_checkpointing_kwargs"

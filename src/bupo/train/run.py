@@ -106,8 +106,10 @@ def _run(
             trainer._load_from_checkpoint(str(checkpoint))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        raise _explain(error, trainer) from error
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error) is None:
+            raise
+        raise TrainingStopped(_memory_advice(error, trainer, recipe)) from error
     finally:
         stop.restore()
         choice = getattr(trainer, "auto_layer", None)
@@ -181,7 +183,12 @@ def _save_whole(trainer: BuPOTrainer, tokenizer: Any, target: Path) -> None:
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(temporary))
+    if trainer.is_fsdp_enabled:  # whole, although checkpoints are sharded
+        whole = trainer.accelerator.get_state_dict(trainer.model)
+        if main:
+            trainer._save(str(temporary), state_dict=whole)
+    else:
+        trainer.save_model(str(temporary))
     if main:
         tokenizer.save_pretrained(temporary)
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
@@ -208,15 +215,27 @@ def _remove_if_empty(*folders: Path | None) -> None:
             folder.rmdir()
 
 
-def _explain(error: Exception, trainer: BuPOTrainer) -> Exception:
+def out_of_memory(error: BaseException) -> str | None:
+    """``accelerator`` or ``host``: whose memory was exhausted; None if it was something else."""
     text = str(error).lower()
-    memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
-    if not memory:
-        return error
-    return TrainingStopped(
-        f"out of memory in update {trainer.state.global_step + 1}; lower micro_batch or max_completion_length, set "
-        "gradient_checkpointing to true, or use lora"
-    )
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+        return "accelerator"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "cannot allocate memory" in text:
+        return "host"
+    return None
+
+
+def _memory_advice(error: BaseException, trainer: BuPOTrainer, recipe: Recipe) -> str:
+    """What ran out, where, and what of this run's settings to change."""
+    advice = [f"max_completion_length ({recipe.max_completion_length})"]
+    if recipe.micro_batch > 1:
+        advice.insert(0, f"micro_batch ({recipe.micro_batch})")
+    if trainer.use_vllm and trainer.args.vllm_mode == "colocate":
+        advice.append(f"trl.vllm_gpu_memory_utilization ({trainer.args.vllm_gpu_memory_utilization})")
+    other = [] if recipe.gradient_checkpointing else ["set gradient_checkpointing to true"]
+    other += [] if recipe.lora is not None else ["use lora"]
+    parts = ", or ".join([f"lower {' or '.join(advice)}", *other])
+    return f"out of {out_of_memory(error)} memory in {trainer.position()}; {parts}. Checkpoints stay"
 
 
 def _rewards(path: Path) -> dict[str, float | None]:

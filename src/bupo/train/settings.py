@@ -14,7 +14,7 @@ from bupo.errors import ConfigError
 from bupo.train import estimators, layerwise
 from bupo.train.critic import DEFAULTS as CRITIC
 from bupo.train.critic import critic_problems
-from bupo.train.hazards import hazards
+from bupo.train.hazards import guard_hazards, hazards
 from bupo.train.schedule import Schedule, alignment_problems, ladder, ladder_problems, two_phase
 
 if TYPE_CHECKING:
@@ -165,9 +165,8 @@ class BuPOSettings(_Parent):
             found.append("internal_max_steps is a whole number from 1 and goes with internal_steps auto")
         if guarded and self.internal_max_steps is None and self.max_steps <= 0:
             found.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
-        version = cast(dict, self.fsdp_config or {}).get("version", 2) if self.fsdp else None
-        if guarded and (self.deepspeed is not None or int(version or 2) == 1):
-            found.append("internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread; use FSDP2, or a number")
+        if guarded:
+            found += guard_hazards(self)
         if self.internal_ladder is not None:
             found += ladder_problems(self.internal_ladder)
             if self.internal_steps or self.internal_layer is not None:
@@ -186,8 +185,7 @@ class BuPOSettings(_Parent):
         found += layerwise.problems_of_settings(self, None if found else self.schedule())
         if found or not self.schedule().switches:
             return found
-        ddp = self.world_size > 1 and self.deepspeed is None and not self.fsdp
-        found += hazards(self, ddp=ddp)
+        found += hazards(self)
         return found + alignment_problems(self.schedule(), self.generate_every, self.gradient_accumulation_steps)
 
 

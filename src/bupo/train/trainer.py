@@ -112,6 +112,13 @@ class BuPOTrainer(
                     check_site(n_layers(self.model), layer)
                 except ValueError as error:
                     problems.append(f"internal_layer: {error}")
+        cast_to = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        others = [p for p in self.model.parameters() if str(p.dtype) != f"torch.{cast_to}"]
+        if self.args.use_transformers_continuous_batching and cast_to is not None and others:
+            problems.append(
+                f"use_transformers_continuous_batching would turn the weights in training to {cast_to} for good (TRL "
+                f"casts the model to sample); load it with dtype {cast_to}, or set precision float32"
+            )
         if self.micro_batches_per_epoch is not None:
             if self.micro_batches_per_epoch == 0:
                 problems.append(
@@ -326,11 +333,15 @@ class BuPOTrainer(
             raise TrainingStopped(self._not_finite("gradient"))  # before the weights are touched
         return norm
 
-    def _not_finite(self, what: str) -> str:
+    def position(self) -> str:
+        """Where training is, for messages: update and rollout batch from 1, phase and layer."""
         rollout = self._step // self.args.generate_every
         stage = self.schedule.at(rollout)
         where = f"{stage.phase} phase" + (f", layer {stage.layer}" if stage.layer else "")
+        return f"update {self.state.global_step + 1} (rollout batch {rollout + 1}, {where})"
+
+    def _not_finite(self, what: str) -> str:
         return (
-            f"non-finite {what} in update {self.state.global_step + 1} (rollout batch {rollout + 1}, {where}); the "
-            "weights were not updated with it. Lower learning_rate or internal_steps and start from the last checkpoint"
+            f"non-finite {what} in {self.position()}; the weights were not updated with it. Lower learning_rate or "
+            "internal_steps and start from the last checkpoint"
         )
