@@ -6,6 +6,7 @@ it (wrapping, the optimizer's parameters, gradient clipping, checkpoints) is acc
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -102,6 +103,7 @@ def enable_deepspeed_on_cpu() -> None:
     from accelerate.utils import DistributedType
 
     os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # would compile an extension
     del os.environ["ACCELERATE_USE_CPU"]  # with it accelerate ignores DeepSpeed
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
@@ -124,6 +126,7 @@ def engine_settings(engine: str) -> dict[str, Any]:
                 "gradient_clipping": "auto",
                 "zero_optimization": stage,
                 "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
             },
         }
     return {}
@@ -167,19 +170,19 @@ def watch_traffic(trainer: Any) -> list[list[int]]:
     from transformers import TrainerCallback
 
     updates: list[list[int]] = [[]]
-    original = dist.reduce_scatter_tensor
+    original = dist.reduce_scatter_single
 
-    def counted(output: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
-        updates[-1].append(given.numel())
-        return original(output, given, *args, **kwargs)
+    def counted(**kwargs: Any) -> Any:
+        updates[-1].append(kwargs["input"].numel())
+        return original(**kwargs)
 
-    def hook(state: Any, bucket: Any) -> Any:
+    def hook(state, bucket):  # DDP checks annotations, and takes none but its own
         updates[-1].append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)
 
     class Count(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            dist.reduce_scatter_tensor = counted
+            dist.reduce_scatter_single = counted
             if isinstance(trainer.model_wrapped, DistributedDataParallel):
                 trainer.model_wrapped.register_comm_hook(None, hook)
 
@@ -217,7 +220,13 @@ def train(
     traffic = watch_traffic(trainer)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    found = {name: whole(p) for name, p in model.state_dict().items()}
+    if engine == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            found = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    else:
+        found = {name: whole(p) for name, p in model.state_dict().items()}
     save_file(found, Path(folder, f"weights-{rank}.safetensors"))
     told = {
         "losses": losses(trainer),

