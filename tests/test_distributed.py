@@ -55,8 +55,13 @@ def alone(warm, tmp_path_factory):
     return results[0], weights[0]
 
 
+SAVED = [pytest.param(2, id="internal"), pytest.param(6, id="full", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("step", SAVED)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine):
+def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine, step):
+    """Over the switch, and again after a resume from a checkpoint saved in the internal or in the full phase."""
     wanted, weights = alone
     results, found = run(warm, tmp_path / "two", 2, TWO, engine=engine)
     assert [r["kind"] for r in results] == [
@@ -75,14 +80,13 @@ def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine):
     unused = [name for name in sizes if name == "model.norm.weight" or re.search(r"layers\.[23]\.", name)]
     assert full == {sum(sizes.values())}
     assert internal == {sum(sizes.values()) - (sum(sizes[n] for n in unused) if engine == "fsdp2" else 0)}
-    for step in (2, 6):  # saved in the internal and in the full phase
-        rest = tmp_path / f"rest-{step}"
-        checkpoint = str(tmp_path / "two" / f"checkpoint-{step}")
-        again, resumed = run(warm, rest, 2, TWO, engine=engine, resume=checkpoint)
-        assert again[0]["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
-        close(weights, resumed[0])
+    checkpoint = str(tmp_path / "two" / f"checkpoint-{step}")
+    again, resumed = run(warm, tmp_path / "rest", 2, TWO, engine=engine, resume=checkpoint)
+    assert again[0]["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
+    close(weights, resumed[0])
 
 
+@pytest.mark.slow
 def test_the_guard_under_fsdp2_keeps_and_restores_what_one_process_does(warm, tmp_path):
     guarded = {"internal_steps": "auto", "internal_max_steps": 3, "save_strategy": "no"}
     ones, weights = run(warm, tmp_path / "one", 1, {**ONE, **guarded, "probe_samples": 8}, script=".kr.")

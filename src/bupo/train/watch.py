@@ -136,6 +136,9 @@ class WatchesInternalPhase(_Parent):
 
     def _trained_parameters(self) -> dict[str, Tensor]:
         model = self.accelerator.unwrap_model(self.model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what is still gathered from the last forward are copies
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if any(stage.layer is not None and stage.weight < 1.0 for stage in self.schedule.stages):
             return trainable
@@ -165,9 +168,6 @@ class WatchesInternalPhase(_Parent):
         for name, parameter in self._trained_parameters().items():
             _own(parameter).copy_(self._kept[name])
             optimizer.state.pop(parameter, None)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what is still gathered from the last forward holds the old weights
         self._last_loaded_step = -1  # an engine that holds a copy of the weights must load them again
 
     def _leave_internal_phase(self) -> None:
