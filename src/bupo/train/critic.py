@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bupo.errors import BupoError, ConfigError
 from bupo.model.anatomy import dissect
 from bupo.train.gae import clipped_value_loss, gae, outcome_rewards
+from bupo.train.hazards import engine
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Parent
@@ -76,7 +77,7 @@ def critic_problems(args: Any) -> list[str]:
     for name in ("gae_gamma", "gae_lambda"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             found.append(f"{name} must be from 0 to 1, not {getattr(args, name)}")
-    if args.deepspeed is not None or args.fsdp:
+    if engine(args) not in ("one", "ddp"):
         found.append("estimator ppo holds a whole critic in every process, which FSDP and DeepSpeed would not split")
     if args.fp16:
         found.append("estimator ppo does not scale the critic's loss as fp16 needs; use bfloat16 or float32")
