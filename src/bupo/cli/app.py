@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 # One file a command; a file registers itself through `register(app)`.
-COMMANDS = ("analyze", "train", "eval", "compare", "report", "demo")
+COMMANDS = ("analyze", "plan", "train", "eval", "compare", "report", "demo")
 
 
 def _version(value: bool) -> None:

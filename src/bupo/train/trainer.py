@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head  # for whoever times the head
 
 from bupo.errors import BupoError, ConfigError, InputError
 from bupo.model.early_exit import check_site, internal_policy, n_layers

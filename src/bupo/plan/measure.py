@@ -1,0 +1,143 @@
+"""How fast this machine runs a recipe's model: one and three of its layers are timed, the rest is a straight line.
+
+Random weights of the model's own shape; an update is the trainer's (tiled head, checkpointing, precision), a generation
+transformers' own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bupo.plan.shape import Shape, cut
+from bupo.plan.simulate import Settings, prepare
+
+FEW, MORE = 1, 3
+STEPS = (2, 8)  # tokens generated in the two timed generations
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a straight line over the number of layers."""
+
+    start: float
+    layer: float
+
+    def at(self, layers: int) -> float:
+        return max(self.start + self.layer * layers, 0.0)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds on this machine: of one micro-batch's update and scoring, one generated token of the whole local rollout
+    batch, and AdamW a parameter."""
+
+    update: Line
+    scoring: Line
+    token: Line
+    optimizer: float
+    flops: float  # achieved by the update's products
+
+    def rollout_batch(
+        self, shape: Shape, batch: dict[str, int], depth: int, layers: int, *, internal: bool
+    ) -> dict[str, float]:
+        """Seconds of one rollout batch whose ratio reads layer ``depth`` of ``layers``, by part."""
+        passes = batch["samples_a_process"] // batch["micro_batch"]
+        trained = shape.total if not internal else shape.total - sum(shape.layers[depth:])
+        scoring = passes * self.scoring.at(depth)
+        if internal:  # the probe: an eighth of the responses, full twice and internal once
+            some = max(1.0, passes / 8)
+            scoring += some * (2 * self.scoring.at(layers) + self.scoring.at(depth))
+        prefill = passes * self.scoring.at(layers) * batch["prompt"] / batch["length"]
+        return {
+            "generation": prefill + batch["response"] * self.token.at(layers),
+            "scoring": scoring,
+            "updates": batch["passes"] * passes * self.update.at(depth) + batch["updates"] * trained * self.optimizer,
+        }
+
+
+def measure(shape: Shape, settings: Settings, *, device: str, repeats: int = 3) -> Speeds:
+    """Time the model's layers here; the least of ``repeats`` counts (others only take time away)."""
+    few, more = min(FEW, len(shape.layers)), min(MORE, len(shape.layers))
+    found = {n: _time(shape, settings, n, device, repeats) for n in (few, more)}
+    lines = {}
+    for name in ("update", "scoring", "token"):
+        slope = (found[more][name] - found[few][name]) / (more - few) if more > few else 0.0
+        slope = max(slope, 0.0)
+        lines[name] = Line(found[few][name] - slope * few, slope)
+    tokens = settings.batch * (settings.prompt + settings.response)
+    again = 4 if settings.checkpointing else 3
+    work = 2.0 * tokens * again * sum(shape.matrix[few:more])
+    gone = found[more]["update"] - found[few]["update"]
+    return Speeds(
+        lines["update"], lines["scoring"], lines["token"], found[more]["optimizer"], work / gone if gone > 0 else 0.0
+    )
+
+
+def _time(shape: Shape, settings: Settings, layers: int, device: str, repeats: int) -> dict[str, float]:
+    from transformers import AutoModelForCausalLM
+
+    from bupo.train.trainer import add_fused_lm_head
+
+    config = cut(shape.config, layers)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=settings.dtype).to(device)
+    model.generation_config.eos_token_id = None
+    seconds = {"token": _time_token(model, settings, device, repeats)}
+    add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
+    model = prepare(model, settings).to(device)
+    ids = torch.randint(0, shape.vocabulary, (settings.batch, settings.prompt + settings.response), device=device)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, : settings.prompt] = -100
+
+    def score() -> torch.Tensor:
+        low = settings.compute != torch.float32
+        with torch.autocast(torch.device(device).type, dtype=settings.compute) if low else nullcontext():
+            return model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+
+    def update() -> None:
+        now = score()
+        (now - now.detach()).exp().sum().backward()
+
+    with torch.no_grad():
+        seconds["scoring"] = _least(score, device, repeats)
+    seconds["update"] = _least(update, device, repeats)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], lr=1e-6, fused=True)
+    size = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    seconds["optimizer"] = _least(lambda: optimizer.step(), device, repeats) / size
+    return seconds
+
+
+def _time_token(model: nn.Module, settings: Settings, device: str, repeats: int) -> float:
+    """Of one token of every response, where half of the response is there."""
+    context = settings.prompt + settings.response // 2
+    ids = torch.zeros(settings.rollout, context, dtype=torch.long, device=device)
+    low = settings.compute != torch.float32
+    spent = []
+    for steps in STEPS:
+
+        def generate(steps: int = steps) -> None:
+            with torch.autocast(torch.device(device).type, dtype=settings.compute) if low else nullcontext():
+                model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=steps,
+                    min_new_tokens=steps, pad_token_id=0,
+                )  # fmt: skip
+
+        spent.append(_least(generate, device, repeats))
+    return max(spent[1] - spent[0], 0.0) / (STEPS[1] - STEPS[0])
+
+
+def _least(run: Callable[[], Any], device: str, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):  # the first warms up
+        started = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
