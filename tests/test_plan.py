@@ -135,7 +135,7 @@ def test_a_straight_line_over_the_layers_is_what_all_layers_take(monkeypatch):
     monkeypatch.setattr(simulate, "PROBED", (2, 6))
     exact = simulate_update(config, 6, SETTINGS, whole=True), simulate_rollout(config, 6, SETTINGS)
     assert line[0].peak == pytest.approx(exact[0].peak, rel=0.02)
-    assert line[1] == exact[1]
+    assert (line[1].cache, line[1].last, line[1].peak) == (exact[1].cache, exact[1].last, exact[1].peak)
     assert (line[0].kept, line[0].gradients, line[0].scoring) == (
         exact[0].kept,
         exact[0].gradients,

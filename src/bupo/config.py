@@ -32,6 +32,7 @@ Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "oct
 Estimator = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "reinforce++-baseline", "ppo"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
 # trainer settings that a recipe has its own key for
 _OWNED = {
     "output_dir": "--output",
@@ -74,6 +75,7 @@ _OWNED = {
     "eval_strategy": "eval.every",
     "eval_steps": "eval.every",
     "model_init_kwargs": "model, dtype, revision",
+    "report_to": "report_to",
     "resume_from_checkpoint": "--resume",
 }
 
@@ -160,6 +162,10 @@ class Recipe:
     save_every: int = key(10, "rollout batches between two checkpoints", low=1)
     keep_checkpoints: int | None = key(2, "newest checkpoints kept; null keeps all", low=2)
     eval: Evaluation | None = key(None, "evaluate during training")
+    report_to: list = key([], "trackers that get every metric: tensorboard, trackio, wandb")
+    flow_every: int = key(
+        0, "rollout batches between two entropy-flow figures of the model in training; 0: none", low=0
+    )
     trl: dict = key({}, "anything else of BuPOConfig, passed on as it is")
 
     # -- arithmetic ------------------------------------------------------------------------------------------------
@@ -213,7 +219,7 @@ class Recipe:
             "save_strategy": "steps",
             "save_steps": self.save_every * self.total_updates() // self.rollouts,
             "save_total_limit": self.keep_checkpoints,
-            "report_to": [],
+            "report_to": list(self.report_to),
         }
         if self.eval is not None:
             samples = self.eval.samples
@@ -316,6 +322,8 @@ def _cross_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{name} {steps} is more than rollouts {recipe.rollouts}")
     if recipe.internal_max_steps is not None and recipe.internal_steps != "auto":
         problems.append("internal_max_steps goes with internal_steps auto")
+    unknown = [name for name in recipe.report_to if name not in TRACKERS]
+    problems += [f"report_to: unknown tracker {name!r}; one of {either(list(TRACKERS))}" for name in unknown]
     if recipe.reward != "answer" and not re.fullmatch(r"[\w.]+:\w+", recipe.reward):
         problems.append(f"reward must be answer or module:function, not {recipe.reward!r}")
     for name in recipe.trl:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,10 +85,18 @@ def train(
         if main:
             print(text, file=sys.stderr, flush=True)
 
-    summary = run(asked, output, resume=resume, overwrite=overwrite, say=say)
+    summary = run(asked, output, resume=resume, overwrite=overwrite, say=say, draw=_draw_flow)
     if main:
         print(json.dumps(summary) if as_json else _text(summary))
     return 130 if summary["interrupted"] else 0
+
+
+def _draw_flow(analysis: Mapping[str, Any], folder: Path, name: str) -> Path:
+    """Draw an analysis; the trainer itself knows no figures."""
+    from bupo.report.figures import entropy_flow
+    from bupo.report.style import save
+
+    return save(entropy_flow(analysis), folder, name)[0]
 
 
 def _number_or_text(given: str | None) -> int | str | None:

@@ -81,19 +81,20 @@ class _TiledHead(torch.autograd.Function):
         hidden, weight, *_ = ctx.saved_tensors
         grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32)
         grad_weight = weight.new_empty(weight.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        _tiles(hidden, weight, ctx.compute, 0 if ctx.triton else 8)
+        _tiles(hidden, weight, ctx.compute, 0 if ctx.triton else 7)
         return grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _tiles(hidden: Tensor, weight: Tensor, compute: torch.dtype, temporaries: int) -> list[Tensor]:
-    """One tile of logits, a slice of the weights in the products' precision, and float32 tiles beside it."""
+    """One tile of logits, a slice of the weights in the products' precision, float32 tiles beside it and a mask."""
     n, v = min(len(hidden), TILE_TOKENS), min(len(weight), TILE_WORDS)
     # without Triton only the pages of the buffer that a narrow vocabulary touches become real
     wide = TILE_WORDS if temporaries == 0 else min(TILE_WORDS, -(-v // 1024) * 1024)
     made = [hidden.new_empty(n, wide, dtype=compute)]
     if compute != weight.dtype:
         made.append(weight.new_empty(v, weight.shape[1], dtype=compute))
-    return made + [hidden.new_empty(n, v, dtype=torch.float32) for _ in range(temporaries)]
+    made += [hidden.new_empty(n, v, dtype=torch.float32) for _ in range(temporaries)]
+    return [*made, hidden.new_empty(n, v, dtype=torch.bool)] if temporaries else made
 
 
 @dataclass(frozen=True)

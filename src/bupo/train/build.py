@@ -19,6 +19,7 @@ from bupo.errors import BupoError, ConfigError
 from bupo.model.load import load_model
 from bupo.schema import nearest
 from bupo.train.lora import four_bit, lora_config
+from bupo.train.panels import check_trackers
 from bupo.train.prompts import training_rows
 from bupo.train.rewards import make_reward
 from bupo.train.trainer import BuPOConfig, BuPOTrainer
@@ -32,6 +33,7 @@ def build(
     Raises:
         InputError, ConfigError: the recipe does not fit the model, the data or this machine.
     """
+    check_trackers(recipe.report_to)
     settings = _settings(recipe, folder)
     problems = _problems(recipe)
     model, tokenizer = load_model(

@@ -1,7 +1,8 @@
 """A whole training run from a recipe: data, model, trainer, log, checkpoints, the final model.
 
 The output folder holds ``run.json`` (what was asked and with what), ``log.jsonl``, ``checkpoints/``, ``model/`` (the
-final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it) and, for ``internal_layer: auto``, the
+final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it), with ``flow_every`` the entropy flows in
+``flow/``, and, for ``internal_layer: auto``, the
 analysis it rests on in ``auto_layer.json``.
 """
 
@@ -24,11 +25,12 @@ from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
 from bupo.train.checkpoints import last_checkpoint, read_state, rotate, saved_recipe
 from bupo.train.lora import merged
+from bupo.train.panels import Draw, add_panels
 from bupo.train.rewards import AnswerReward
 from bupo.train.trainer import BuPOTrainer, TrainingStopped
 
 LOG_FILE = "log.jsonl"
-_FREE_TO_CHANGE = ("save_every", "keep_checkpoints")  # of a resumed run
+_FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every")  # of a resumed run
 
 
 def train(
@@ -38,6 +40,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, and return a summary.
 
@@ -45,6 +48,8 @@ def train(
         resume: go on from the last complete checkpoint in ``output``.
         overwrite: replace a run that ``output`` holds.
         say: is given one line a rollout batch, and whatever else a person should know.
+        draw: draws the entropy flow that ``flow_every`` asks for, see `bupo.train.panels`; without it only its JSON is
+            saved.
 
     Returns:
         ``{"output", "model" (None if interrupted), "interrupted", "rollouts", "updates", "seconds", "internal_layer",
@@ -68,7 +73,7 @@ def train(
         _remove_if_empty(folder / "checkpoints", folder if not there else None)
         raise
     try:
-        return _run(recipe, folder, trainer, tokenizer, checkpoint, overwrite, say, started)
+        return _run(recipe, folder, trainer, tokenizer, checkpoint, overwrite, say, started, draw)
     finally:
         if isinstance(reward, AnswerReward):
             reward.close()
@@ -83,6 +88,7 @@ def _run(
     overwrite: bool,
     say: Callable[[str], None],
     started: float,
+    draw: Draw | None,
 ) -> dict[str, Any]:
     main = trainer.accelerator.is_main_process
     run = describe_run(
@@ -99,6 +105,8 @@ def _run(
         write_json(folder / RUN_FILE, run)
     log = LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts)
     stop = StopOnSignal(trainer, say)
+    trackers = bool(recipe.report_to)
+    add_panels(trainer, folder, trackers=trackers, flow_every=recipe.flow_every, say=say, draw=draw)
     trainer.add_callback(log)
     trainer.add_callback(stop)
     try:
@@ -205,7 +213,7 @@ def _replace(temporary: Path, target: Path) -> None:
 def _remove_old(folder: Path) -> None:
     for name in (RUN_FILE, LOG_FILE, "auto_layer.json"):  # without the first, what is left cannot be resumed
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model", "adapter"):
+    for name in ("checkpoints", "model", "adapter", "flow", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
 

@@ -9,7 +9,7 @@ clipped surrogate is that of the internal policy ``softmax(H^l E_u^T)`` (IPA, Eq
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -95,6 +95,8 @@ class BuPOTrainer(
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self._reading: Stage | None = None  # the internal policy that scoring reads, None: the full policy
         self.schedule = args.schedule()
+        self.on_rollout: list[Callable[[dict[str, Any], int], None]] = []  # called with each batch and its number
+        self.unclipped_norm: Any = None  # of the last update's gradient
         self.guard = PhaseGuard() if args.internal_steps == "auto" else None
         super().__init__(model, reward_funcs, args, **kwargs)
         self._check_model_and_data()
@@ -216,6 +218,8 @@ class BuPOTrainer(
                 batch = self._as_full(batch, inputs, restore=verdict.action == "restore", metrics=before)
         self._train_critic(batch)
         batch["stage"] = torch.tensor(self.schedule.index(rollout))  # 0-d, so that shuffling and splitting keep it
+        for look in self.on_rollout:
+            look(batch, rollout)
         metrics = self._metrics["train"]
         metrics["rollout"], metrics["phase"] = [float(rollout + 1)], [float(stage.number)]
         if stage.temperature != 1.0:
@@ -332,6 +336,7 @@ class BuPOTrainer(
         norm = super()._clip_grad_norm(model)
         if norm is not None and not self.args.fp16 and not bool(torch.as_tensor(norm).isfinite()):
             raise TrainingStopped(self._not_finite("gradient"))  # before the weights are touched
+        self.unclipped_norm = norm
         return norm
 
     def position(self) -> str:

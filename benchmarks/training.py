@@ -1,0 +1,390 @@
+"""What training costs beside the alternatives, paired in one run (A B A B ...).
+
+Command: ``make smollm2 && python benchmarks/training.py --out benchmarks/results/training.json``
+(on a GPU: ``--device cuda --dtype bfloat16``; not run there)
+
+- ``phase2``: a rollout batch (sampling, scoring, four updates) of `BuPOTrainer` after its internal phase against TRL's
+  `GRPOTrainer`, whole training loops with the same settings and seeds on the shipped model. Both sample the same
+  responses and end with the same weights, which is checked.
+- ``phase1``: one internal update (old log-probabilities, forward, clipped surrogate, backward, AdamW) by early exit
+  against the *full* way of the authors' released code: the whole network runs, the logits of the chosen layer and of
+  the last one are both made whole, and the loss takes the former. The prediction counts what each really does: early
+  exit's tiled head makes its logits again in the backward pass instead of keeping them: a fifth product.
+- ``memory``: the most memory of such an update above the loaded model, with a vocabulary of 151,936, a fresh process
+  each; and the same counted on tensors without numbers for an accelerator, whose kernel needs no float32 copies of a
+  tile (`bupo.plan.simulate`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SECTIONS = ("phase2", "phase1", "memory")
+LAYERS = (6, 15, 27)
+
+
+# -- phase 2 -----------------------------------------------------------------------------------------------------------
+
+
+def share_of_digits(completions, **_):
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+class Turns:
+    """Two training loops in two threads, one rollout batch each in turn; each keeps its own random numbers."""
+
+    def __init__(self, names: tuple[str, str], updates: int):
+        self.names, self.updates = names, updates
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self._turn = {name: threading.Semaphore(int(name == names[0])) for name in names}
+        self._random: dict[str, Tensor] = {}
+
+    def callback(self, name: str):
+        from transformers import TrainerCallback
+
+        turns, other = self, self.names[1 - self.names.index(name)]
+
+        class Turn(TrainerCallback):
+            started = 0.0
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step % turns.updates == 0:
+                    turns._turn[name].acquire()
+                    if name in turns._random:
+                        torch.set_rng_state(turns._random[name])
+                    else:
+                        torch.manual_seed(args.seed)
+                    self.started = time.perf_counter()
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step % turns.updates == 0:
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    turns.seconds[name].append(time.perf_counter() - self.started)
+                    turns._random[name] = torch.get_rng_state()
+                    turns._turn[other].release()
+
+        return Turn()
+
+
+def phase2(args) -> dict:
+    """Alternate rollout batches of both trainers."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from bupo import load_model
+    from bupo.data.problems import load_problems
+    from bupo.train.trainer import BuPOConfig, BuPOTrainer
+
+    rounds, updates = args.rounds_phase2, 4
+    problems = load_problems("arithmetic", split="train", limit=16 * (rounds + 1), seed=args.seed)
+    data = Dataset.from_list([{"prompt": p.prompt} for p in problems])
+    same = {
+        "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "num_generations": 8,
+        "max_completion_length": 40, "learning_rate": 3e-5, "max_steps": (rounds + 1) * updates,
+        "lr_scheduler_type": "constant", "logging_steps": updates, "save_strategy": "no", "report_to": [],
+        "gradient_checkpointing": False, "bf16": args.dtype == "bfloat16", "use_cpu": args.device == "cpu",
+        "disable_tqdm": True, "seed": args.seed,
+    }  # fmt: skip
+    turns = Turns(("trl", "bupo"), updates)
+    trainers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in turns.names:
+            model, tokenizer = load_model("small", device="cpu")
+            tokenizer.padding_side = "left"
+            if name == "trl":
+                settings = GRPOConfig(output_dir=f"{folder}/{name}", steps_per_generation=updates, **same)
+            else:
+                settings = BuPOConfig(output_dir=f"{folder}/{name}", updates_per_rollout=updates, **same)
+            kind = GRPOTrainer if name == "trl" else BuPOTrainer
+            trainer = kind(
+                model=model, reward_funcs=share_of_digits, args=settings, train_dataset=data, processing_class=tokenizer
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(turns.callback(name))
+            trainers[name] = trainer
+        threads = [threading.Thread(target=trainer.train) for trainer in trainers.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    weights = [trainer.model.state_dict() for trainer in trainers.values()]
+    equal = all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+    seconds = {name: found[1:] for name, found in turns.seconds.items()}  # the first warms up
+    pairs = sorted(b / t for t, b in zip(seconds["trl"], seconds["bupo"], strict=True))
+    ratio = statistics.median(seconds["bupo"]) / statistics.median(seconds["trl"])
+    return {
+        "rounds": rounds,
+        "seconds": {name: [round(s, 4) for s in found] for name, found in seconds.items()},
+        "ratio_of_medians": round(ratio, 4),
+        "median_of_pairs": round(statistics.median(pairs), 4),
+        "half_of_the_pairs": [round(pairs[len(pairs) // 4], 4), round(pairs[-1 - len(pairs) // 4], 4)],
+        "same_weights_at_the_end": equal,
+        "at_most_1_percent_slower": ratio <= 1.01,
+    }
+
+
+# -- phase 1 -----------------------------------------------------------------------------------------------------------
+
+
+def surrogate(logps: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """Clipped surrogate (Eq. 9 of arXiv 2512.19673), token mean, clip 0.2."""
+    ratio = (logps - old).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+
+class EarlyExit:
+    """Log-probs of pi^l as the trainer computes them."""
+
+    def __init__(self, model):
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
+        self.model = model
+
+    def log_probs(self, ids: Tensor, layer: int) -> Tensor:
+        from bupo import internal_policy
+
+        with internal_policy(self.model, layer):
+            return self.model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs
+
+
+class FullForward:
+    """Log-probs of pi^l beside the full policy's logits: every layer, two vocabulary projections, both made whole."""
+
+    def __init__(self, model):
+        from bupo.model.anatomy import dissect
+
+        self.model, self.anatomy = model, dissect(model)
+
+    @contextmanager
+    def _state(self, layer: int):
+        found: list[Tensor] = []
+        hook = self.anatomy.layers[layer - 1].register_forward_hook(lambda m, i, o: found.append(o))
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    def log_probs(self, ids: Tensor, layer: int) -> Tensor:
+        with self._state(layer) as state:
+            full = self.model(input_ids=ids, use_cache=False).logits
+        internal = self.model.lm_head(state.pop())
+        assert full.shape == internal.shape
+        return internal[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+WAYS = {"early_exit": EarlyExit, "full_forward": FullForward}
+
+
+def update(way, ids: Tensor, layer: int, advantages: Tensor, optimizer, low) -> float:
+    """Seconds of one whole update."""
+    started = time.perf_counter()
+    with low():
+        with torch.no_grad():
+            old = way.log_probs(ids, layer)
+        loss = surrogate(way.log_probs(ids, layer), old, advantages)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def predicted(model, layer: int, length: int) -> dict[str, float]:
+    """Multiply-adds a token of both ways.
+
+    Backward is twice the forward of the layers that the loss depends on, in both ways. Heads: early exit makes its
+    logits for the old log-probabilities, in the forward and again in the backward pass, which has two products of its
+    own: 5. The full way makes two logits twice and has two products in the backward pass: 6.
+    """
+    from bupo.model.anatomy import dissect
+
+    anatomy, text = dissect(model), model.config.get_text_config()
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    sizes = [sum(p.numel() for p in m.parameters() if p.ndim == 2) + 2 * length * width for m in anatomy.layers]
+    head = anatomy.unembedding.weight.numel()
+    below, whole = sum(sizes[:layer]), sum(sizes)
+    return {"early_exit": 4 * below + 5 * head, "full_forward": 2 * whole + 2 * below + 6 * head}
+
+
+def precision(args):
+    low = args.dtype == "bfloat16"
+    return (lambda: torch.autocast(args.device, dtype=torch.bfloat16)) if low else nullcontext
+
+
+def phase1(args) -> dict:
+    """Alternate updates of both ways at several layers, on one model."""
+    from bupo import load_model
+
+    torch.manual_seed(args.seed)
+    model, _ = load_model(args.model, dtype="float32", device=args.device)
+    model.train()
+    ways = {name: make(model) for name, make in WAYS.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    ids = torch.randint(3, 40_000, (args.batch, args.length), generator=torch.Generator().manual_seed(args.seed))
+    ids = ids.to(model.device) % model.config.vocab_size
+    advantages = torch.randn(args.batch, 1).to(model.device)
+    result: dict = {"tokens": args.batch * args.length, "model": args.model, "layers": {}}
+    for layer in (int(n) for n in args.layers.split(",")):
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(args.rounds_phase1 + 1):
+            for name, way in ways.items():
+                spent = update(way, ids, layer, advantages, optimizer, precision(args))
+                if turn:  # the first warms up
+                    seconds[name].append(spent)
+        counts = predicted(model, layer, args.length)
+        wanted = counts["full_forward"] / counts["early_exit"]
+        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        ratio = medians["full_forward"] / medians["early_exit"]
+        pairs = [f / e for f, e in zip(seconds["full_forward"], seconds["early_exit"], strict=True)]
+        result["layers"][str(layer)] = {
+            "seconds": {name: [round(s, 3) for s in found] for name, found in seconds.items()},
+            "time_ratio": round(ratio, 3),
+            "time_ratio_range": [round(min(pairs), 3), round(max(pairs), 3)],
+            "predicted_time_ratio": round(wanted, 3),
+            "share_of_prediction": round(ratio / wanted, 3),
+        }
+        print(f"  layer {layer}: {ratio:.3f} times as fast, {ratio / wanted:.1%} of {wanted:.3f}", flush=True)
+    result["at_least_90_percent"] = all(row["share_of_prediction"] >= 0.9 for row in result["layers"].values())
+    return result
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def large_vocabulary(layers: int):
+    """A Qwen2.5-0.5B with fewer layers: 151,936 words of width 896, tied."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        "qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
+    )  # fmt: skip
+
+
+def peak_of(name: str, args) -> int:
+    """Bytes of one update above what the loaded model, its gradients and AdamW's moments take; in this process."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(args.seed)
+    model = AutoModelForCausalLM.from_config(large_vocabulary(args.memory_layers)).to(args.device).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # gradients accumulate, as in a run
+    ids = torch.randint(3, 40_000, (args.memory_tokens // 512, 512)).to(args.device)
+    way = WAYS[name](model)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.add_(1.0)  # zeros are not in memory until they are written
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+    with precision(args)():
+        way.log_probs(ids, 6).sum().backward()
+    return (torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")) - before
+
+
+def resident(kind: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(kind)).split()[1]) * 1024
+
+
+def counted(name: str, tokens: int, layers: int, *, triton: bool) -> int:
+    """The same by counting tensors without numbers."""
+    from bupo.plan.shape import fake_model
+    from bupo.plan.simulate import LiveBytes, Settings, simulate_update
+
+    config = large_vocabulary(layers)
+    if name == "early_exit":
+        settings = Settings(torch.float32, torch.float32, tokens // 512, 0, 512, 1, False, True, triton)
+        found = simulate_update(config, 6, settings, whole=False)
+        return found.peak - found.gradients
+    with fake_model(config) as model:
+        ids = torch.zeros(tokens // 512, 512, dtype=torch.long)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        track = LiveBytes()
+        track.ignore(*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), ids)
+        with track:
+            FullForward(model).log_probs(ids, 6).sum().backward()
+        return track.peak
+
+
+def memory(args) -> dict:
+    """Peaks of both ways."""
+    tokens, layers = args.memory_tokens, args.memory_layers
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of"]
+    peaks = {
+        name: json.loads(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
+        for name in WAYS
+    }
+    result: dict = {"vocabulary": 151_936, "layers": layers, "tokens": tokens, "peak_above_loaded": peaks}
+    result["ratio"] = round(peaks["early_exit"] / peaks["full_forward"], 3)
+    for kind, triton, many in (
+        ("cpu", False, tokens),
+        ("accelerator", True, tokens),
+        ("accelerator_16k", True, 16_384),
+    ):
+        both = {name: counted(name, many, layers, triton=triton) for name in WAYS}
+        result[f"counted_{kind}"] = {**both, "ratio": round(both["early_exit"] / both["full_forward"], 3)}
+    result["at_most_a_quarter"] = {
+        "measured": result["ratio"] <= 0.25,
+        "counted_accelerator": result["counted_accelerator"]["ratio"] <= 0.25,
+    }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--model", default="models/smollm2", help="of phase1")
+    parser.add_argument("--layers", default=",".join(map(str, LAYERS)), help="of phase1")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds-phase1", type=int, default=4)
+    parser.add_argument("--rounds-phase2", type=int, default=24)
+    parser.add_argument("--memory-tokens", type=int, default=2048)
+    parser.add_argument("--memory-layers", type=int, default=8)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the products")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_of:
+        print(json.dumps(peak_of(args.peak_of, args)))
+        return
+    from bupo.rundir import describe_run, write_json
+
+    config = {key: str(value) for key, value in vars(args).items() if key not in ("out", "peak_of")}
+    result = {**describe_run("training", config), "threads": torch.get_num_threads()}
+    run = {"phase2": phase2, "phase1": phase1, "memory": memory}
+    for section in args.sections.split(","):
+        started = time.perf_counter()
+        print(f"{section} ...", flush=True)
+        result[section] = run[section](args)
+        print(json.dumps({k: v for k, v in result[section].items() if k not in ("seconds", "layers")}))
+        print(f"  {time.perf_counter() - started:.0f} s", flush=True)
+        if args.out:
+            write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
