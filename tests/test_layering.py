@@ -66,7 +66,9 @@ def test_only_the_trainer_touches_trl():
     assert touching == {"train/trainer.py"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["analyze", "--help"], ["train", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["analyze", "--help"], ["plan", "--help"], ["train", "--help"], ["eval", "--help"]]
+)
 def test_help_needs_nothing_heavy(arguments):
     code = (
         "import sys; from bupo.cli import main; main(sys.argv[1:]); "

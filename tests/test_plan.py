@@ -16,10 +16,11 @@ from bupo.config import parse, read_recipe
 from bupo.errors import ConfigError, InputError
 from bupo.plan import simulate
 from bupo.plan.devices import find_device
-from bupo.plan.estimate import Question, forward_flops, make_plan
+from bupo.plan.estimate import Question, make_plan
 from bupo.plan.measure import measure
 from bupo.plan.shape import read_config, read_shape
 from bupo.plan.simulate import LiveBytes, Settings, simulate_rollout, simulate_update
+from bupo.plan.work import forward_flops
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 F32 = torch.float32
@@ -182,6 +183,10 @@ def test_the_plan_of_a_recipe_adds_up():
     assert plain["phase1"] is None
     assert "internal" not in plain["memory"]
     assert plain["memory"]["full"] == made["memory"]["full"]
+    joint = make_plan(parse({**RECIPE, "internal_weight": 0.5}), shape, Question(find_device("cpu")))
+    both = made["flops"]["updates_internal"] + made["flops"]["updates_full"]
+    assert joint["flops"]["updates_internal"] == both
+    assert joint["memory"]["internal"]["update"] > made["memory"]["full"]["update"]
     faster = make_plan(recipe, shape, Question(find_device("cpu", flops=1e15)))
     assert faster["seconds"]["full"]["updates"] < seconds["full"]["updates"]
 
@@ -241,6 +246,7 @@ def test_the_text_says_what_is_needed_and_why(capsys, tiny_folder, tmp_path):
         (["--device", "tpu"], "unknown device 'tpu'; one of cpu, a100"),
         (["--sharding", "fsdp2"], "--sharding needs --processes 2 or more"),
         (["--measure", "--flops", "1e12"], "leave --flops and --processes out"),
+        (["--measure", "--set", "trl.use_vllm=true"], "add --set trl.use_vllm=false"),
         (["--flops", "0"], "--flops must be above 0"),
         (["--explain", "--json"], "either --explain or --json"),
         (["--set", "internal_layer=9"], "layer 9 does not exist: this model has layers 1 to 4"),

@@ -62,6 +62,9 @@ def plan(
     if explain and as_json:
         raise ConfigError("give either --explain or --json")
 
+    if measure and asked.trl.get("use_vllm"):
+        raise ConfigError("--measure times generation by transformers; add --set trl.use_vllm=false to plan with that")
+
     import torch
 
     from bupo.plan.estimate import Question, make_plan, settings_of

@@ -17,10 +17,9 @@ from bupo.plan.devices import Device
 from bupo.plan.measure import Speeds
 from bupo.plan.shape import Shape
 from bupo.plan.simulate import RolloutBytes, Settings, UpdateBytes, simulate_rollout, simulate_update
+from bupo.plan.work import batch_flops, run_tokens, savings, seconds_of
 
-GIB = 2**30
 SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")
-PROBE_SHARE = 8  # an eighth of the responses is scored anew in an internal phase
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,10 @@ def make_plan(recipe: Recipe, shape: Shape, asked: Question, speeds: Speeds | No
     settings = settings_of(recipe, asked)
     full = simulate_update(shape.config, len(shape.layers), settings, whole=True)
     internal = None if layer is None else simulate_update(shape.config, layer, settings, whole=False)
+    if internal is not None and recipe.internal_weight < 1.0:
+        internal = _joint(internal, full)
     rollout = None if _vllm(recipe) else simulate_rollout(shape.config, len(shape.layers), settings)
-    flops = _flops(recipe, shape, batch, layer, settings)
+    flops = batch_flops(recipe, shape, batch, layer, settings)
     memory = _memory(recipe, shape, asked, settings, full, internal, rollout)
     return {
         "model": _model(shape, layer, full),
@@ -65,10 +66,23 @@ def make_plan(recipe: Recipe, shape: Shape, asked: Question, speeds: Speeds | No
         "sharding": asked.sharding if asked.processes > 1 else None,
         "memory": memory,
         "flops": flops,
-        "tokens": {"rollout": batch["samples"] * batch["response"], "run": _run_tokens(recipe, batch)},
-        "seconds": _seconds(recipe, shape, asked, batch, layer, flops, settings, speeds, memory["rollout"]),
-        "phase1": None if internal is None else _savings(flops, full, internal),
+        "tokens": {"rollout": batch["samples"] * batch["response"], "run": run_tokens(recipe, batch)},
+        "seconds": seconds_of(recipe, shape, asked, batch, layer, flops, settings, speeds, memory["rollout"]),
+        "phase1": None if internal is None else savings(flops, full, internal),
     }
+
+
+def _joint(internal: UpdateBytes, full: UpdateBytes) -> UpdateBytes:
+    """Both surrogates' graphs at once: the internal one waits while the full one is made, and both go together."""
+    return UpdateBytes(
+        kept=internal.kept + full.kept,
+        gradients=full.gradients,
+        trained=full.trained,
+        scoring=max(internal.scoring, full.scoring),
+        forward=internal.kept + full.forward,
+        head=internal.kept + full.head,
+        backward=internal.kept + full.backward,
+    )
 
 
 # -- the batch ---------------------------------------------------------------------------------------------------------
@@ -246,110 +260,3 @@ def _rollout_memory(recipe: Recipe, shape: Shape, asked: Question, rollout: Roll
         found["reserved"] = int(share * asked.device.memory)
         found["cache_tokens"] = max(0, found["reserved"] - shape.total * 2 // tensor_parallel) // per_token
     return found
-
-
-# -- work --------------------------------------------------------------------------------------------------------------
-
-
-def forward_flops(shape: Shape, layers: int, tokens: int) -> float:
-    """Of one sequence through the first ``layers`` layers: a multiply and an add for each matrix entry and token, and
-    scores and values of every pair of positions (kernels with a padding mask do not skip the future)."""
-    return 2.0 * tokens * sum(shape.matrix[:layers]) + 4.0 * tokens**2 * shape.attention_width * layers
-
-
-def _flops(
-    recipe: Recipe, shape: Shape, batch: dict[str, int], layer: int | None, settings: Settings
-) -> dict[str, float]:
-    """Of one rollout batch, in all processes."""
-    samples, length = batch["samples"], batch["length"]
-    head = 2.0 * shape.vocabulary * shape.width * (batch["response"] if settings.triton else length)
-    backward, head_backward = (1, 2) if recipe.lora else (2, 3)  # adapters: no gradient of the frozen matrices
-    found: dict[str, float] = {}
-    for name, depth in (("internal", layer), ("full", len(shape.layers))):
-        if depth is None:
-            continue
-        body = forward_flops(shape, depth, length)
-        again = 1 if recipe.gradient_checkpointing else 0
-        found[f"scoring_{name}"] = samples * (body + head)
-        found[f"updates_{name}"] = (
-            batch["passes"] * samples * (body * (1 + backward + again) + head * (1 + head_backward))
-        )
-    if layer is not None:
-        share = max(batch["micro_batch"] * (samples // batch["samples_a_process"]), samples // PROBE_SHARE) / samples
-        probe = share * (2 * found["scoring_full"] + found["scoring_internal"])
-        corrected = _vllm(recipe) and recipe.trl.get("vllm_importance_sampling_correction", True)
-        found["probe_internal"] = probe + (found["scoring_full"] if corrected else 0.0)
-    pairs = 2.0 * length**2 * shape.attention_width * len(shape.layers)  # half of all: a token reads its past
-    words = 2.0 * batch["response"] * shape.vocabulary * shape.width
-    found["generation"] = samples * (2.0 * length * sum(shape.matrix) + pairs + words)
-    return found
-
-
-def _savings(flops: dict[str, float], full: UpdateBytes, internal: UpdateBytes) -> dict[str, float]:
-    return {
-        "update_flops": flops["updates_internal"] / flops["updates_full"],
-        "training_flops": (flops["updates_internal"] + flops["scoring_internal"] + flops["probe_internal"])
-        / (flops["updates_full"] + flops["scoring_full"]),
-        "update_memory": (internal.peak + 2 * internal.gradients) / (full.peak + 2 * full.gradients),
-    }
-
-
-def _run_tokens(recipe: Recipe, batch: dict[str, int]) -> int:
-    return batch["samples"] * batch["response"] * recipe.rollouts
-
-
-# -- time --------------------------------------------------------------------------------------------------------------
-
-
-def _seconds(
-    recipe: Recipe,
-    shape: Shape,
-    asked: Question,
-    batch: dict[str, int],
-    layer: int | None,
-    flops: dict[str, float],
-    settings: Settings,
-    speeds: Speeds | None,
-    rollout: dict[str, Any],
-) -> dict[str, Any]:
-    parts = {}
-    for name in ("internal", "full"):
-        depth = layer if name == "internal" else len(shape.layers)
-        if depth is None:
-            continue
-        if speeds is not None:
-            parts[name] = speeds.rollout_batch(shape, batch, depth, len(shape.layers), internal=name == "internal")
-        else:
-            rate = asked.device.flops * asked.processes
-            parts[name] = {
-                "generation": _generation_seconds(shape, asked, batch, flops, settings, rollout),
-                "scoring": (flops[f"scoring_{name}"] + flops.get("probe_internal", 0.0) * (name == "internal")) / rate,
-                "updates": flops[f"updates_{name}"] / rate,
-            }
-        parts[name]["rollout_batch"] = sum(parts[name].values())
-        parts[name]["update"] = parts[name]["updates"] / batch["updates"]
-    first = batch["internal_rollouts"] if layer is not None else 0
-    run = (recipe.rollouts - first) * parts["full"]["rollout_batch"]
-    run += first * parts["internal"]["rollout_batch"] if first else 0.0
-    return {**parts, "run": run, "measured": speeds is not None}
-
-
-def _generation_seconds(
-    shape: Shape,
-    asked: Question,
-    batch: dict[str, int],
-    flops: dict[str, float],
-    settings: Settings,
-    rollout: dict[str, Any],
-) -> float:
-    """Every step reads the weights and the cache, and computes: whichever takes longer. Where vLLM's cache holds fewer
-    responses than there are, they come in waves that read the weights anew."""
-    size = settings.compute.itemsize
-    text = shape.config.get_text_config()
-    ratio = getattr(text, "num_key_value_heads", text.num_attention_heads) / text.num_attention_heads
-    cache = 2 * shape.attention_width * ratio * len(shape.layers) * size * (batch["prompt"] + batch["response"] / 2)
-    room = rollout.get("cache_tokens")
-    wanted = batch["samples_a_process"] * (batch["prompt"] + batch["response"] / 2)
-    waves = max(1.0, wanted / room) if room else 1.0
-    read = batch["response"] * (shape.total * size * waves + batch["samples_a_process"] * cache)
-    return max(flops["generation"] / asked.processes / asked.device.flops, read / asked.device.bandwidth)

@@ -45,12 +45,15 @@ class Speeds:
     flops: float  # achieved by the update's products
 
     def rollout_batch(
-        self, shape: Shape, batch: dict[str, int], depth: int, layers: int, *, internal: bool
+        self, shape: Shape, batch: dict[str, int], depth: int, *, internal: bool, joint: bool = False
     ) -> dict[str, float]:
-        """Seconds of one rollout batch whose ratio reads layer ``depth`` of ``layers``, by part."""
+        """Seconds of one rollout batch whose ratio reads layer ``depth``, by part; joint: and the full policy's."""
+        layers = len(shape.layers)
         passes = batch["samples_a_process"] // batch["micro_batch"]
-        trained = shape.total if not internal else shape.total - sum(shape.layers[depth:])
-        scoring = passes * self.scoring.at(depth)
+        joint = joint and internal
+        trained = shape.total - sum(shape.layers[depth:]) if internal and not joint else shape.total
+        scoring = passes * (self.scoring.at(depth) + (self.scoring.at(layers) if joint else 0.0))
+        update = self.update.at(depth) + (self.update.at(layers) if joint else 0.0)
         if internal:  # the probe: an eighth of the responses, full twice and internal once
             some = max(1.0, passes / 8)
             scoring += some * (2 * self.scoring.at(layers) + self.scoring.at(depth))
@@ -58,7 +61,7 @@ class Speeds:
         return {
             "generation": prefill + batch["response"] * self.token.at(layers),
             "scoring": scoring,
-            "updates": batch["passes"] * passes * self.update.at(depth) + batch["updates"] * trained * self.optimizer,
+            "updates": batch["passes"] * passes * update + batch["updates"] * trained * self.optimizer,
         }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-GIB = 2**30
-
 
 def size(value: float) -> str:
     """Bytes with a unit."""
@@ -74,7 +72,7 @@ def _summary(plan: dict[str, Any]) -> Iterator[str]:
     if plan["phase1"] is not None:
         saved = plan["phase1"]
         yield (
-            f"internal phase       an update takes {saved['update_flops']:.0%} of a full one's operations and "
+            f"internal phase       its update takes {saved['update_flops']:.0%} of a full one's operations and "
             f"{saved['update_memory']:.0%} of its memory beside the weights"
         )
 
