@@ -10,9 +10,9 @@ Command: ``make smollm2 && python benchmarks/training.py --out benchmarks/result
   against the *full* way of the authors' released code: the whole network runs, the logits of the chosen layer and of
   the last one are both made whole, and the loss takes the former. The prediction counts what each really does: early
   exit's tiled head makes its logits again in the backward pass instead of keeping them: a fifth product.
-- ``memory``: the most memory of such a forward and backward pass (layers checkpointed) above weights and gradients, with
-  a vocabulary of 151,936, a fresh process each; and the same counted on tensors without numbers for an accelerator,
-  whose kernel needs no float32 copies of a tile (`bupo.plan.simulate`), at three numbers of tokens.
+- ``memory``: the most memory of such a forward and backward pass (layers checkpointed) above weights and gradients,
+  with a vocabulary of 151,936, a fresh process each; and the same counted on tensors without numbers for an
+  accelerator, whose kernel needs no float32 copies of a tile (`bupo.plan.simulate`), at three numbers of tokens.
 """
 
 from __future__ import annotations

@@ -187,6 +187,9 @@ def test_the_plan_of_a_recipe_adds_up():
     both = made["flops"]["updates_internal"] + made["flops"]["updates_full"]
     assert joint["flops"]["updates_internal"] == both
     assert joint["memory"]["internal"]["update"] > made["memory"]["full"]["update"]
+    assert made["notes"] == []
+    for change, word in (({"estimator": "ppo"}, "critic"), ({"internal_steps": "auto"}, "host's memory")):
+        assert word in make_plan(parse({**RECIPE, **change}), shape, Question(find_device("cpu")))["notes"][0]
     faster = make_plan(recipe, shape, Question(find_device("cpu", flops=1e15)))
     assert faster["seconds"]["full"]["updates"] < seconds["full"]["updates"]
 

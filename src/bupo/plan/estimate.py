@@ -19,6 +19,7 @@ from bupo.plan.shape import Shape
 from bupo.plan.simulate import RolloutBytes, Settings, UpdateBytes, simulate_rollout, simulate_update
 from bupo.plan.work import batch_flops, run_tokens, savings, seconds_of
 
+NF4 = 4.127 / 8  # bytes a weight in 4 bits, with its share of the twice quantised scales
 SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")
 
 
@@ -68,8 +69,25 @@ def make_plan(recipe: Recipe, shape: Shape, asked: Question, speeds: Speeds | No
         "flops": flops,
         "tokens": {"rollout": batch["samples"] * batch["response"], "run": run_tokens(recipe, batch)},
         "seconds": seconds_of(recipe, shape, asked, batch, layer, flops, settings, speeds, memory["rollout"]),
+        "notes": _notes(recipe),
         "phase1": None if internal is None else savings(flops, full, internal),
     }
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    """What the figures leave out."""
+    notes = []
+    if recipe.estimator == "ppo":
+        notes.append("the critic of ppo, a model of its own, is not counted: neither its memory nor its updates")
+    if recipe.frozen_layers:
+        notes.append("frozen_layers are counted as if they were trained: the figures are too high")
+    if recipe.internal_steps == "auto":
+        notes.append(
+            "internal_steps auto keeps a copy of the trained weights in the host's memory; its phase may end early"
+        )
+    if recipe.internal_layer == "auto":
+        notes.append("internal_layer auto: a sixth of the depth is assumed")
+    return notes
 
 
 def _joint(internal: UpdateBytes, full: UpdateBytes) -> UpdateBytes:
@@ -192,6 +210,9 @@ def _memory(
     n, mode = asked.processes, asked.sharding if asked.processes > 1 else "one"
     held = 2 if recipe.dtype != "float32" else 4
     whole = shape.total * held
+    if recipe.lora is not None and recipe.lora.four_bit:
+        packed = sum(shape.matrix)
+        whole = int((shape.total - packed) * held + packed * NF4)
     weights = whole // n if mode in ("fsdp2", "zero3") else whole
     gathered = 0
     if mode in ("fsdp2", "zero3"):  # two layers, and embedding and head, are whole at a time

@@ -75,6 +75,8 @@ def _summary(plan: dict[str, Any]) -> Iterator[str]:
             f"internal phase       its update takes {saved['update_flops']:.0%} of a full one's operations and "
             f"{saved['update_memory']:.0%} of its memory beside the weights"
         )
+    for note in plan["notes"]:
+        yield f"note: {note}"
 
 
 def _rollouts(rollout: dict[str, Any]) -> str:
