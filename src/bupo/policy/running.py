@@ -17,6 +17,7 @@ from torch import Tensor
 
 NAMES = ("logprob", "rank", "varentropy", "kl", "top")
 _LN2 = math.log(2)
+_LEAST = -100.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Running:
         if self._kept:
             self._keep_top(logits, start)
         maximum = torch.maximum(self.maximum, logits.amax(-1))
-        logits.sub_(maximum.unsqueeze(-1))
+        # below 2^-100 nothing adds to the sums, and numbers too small for float32's normal range cost many times as much
+        logits.sub_(maximum.unsqueeze(-1)).clamp_(min=_LEAST)
         torch.exp2(logits, out=scratch)
         total = scratch.sum(-1)
         cross = None if reference is None else torch.linalg.vecdot(scratch, reference)
