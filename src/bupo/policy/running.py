@@ -97,7 +97,7 @@ class Running:
         if self._kept:
             self._keep_top(logits, start)
         maximum = torch.maximum(self.maximum, logits.amax(-1))
-        # below 2^-100 nothing adds to the sums, and numbers too small for float32's normal range cost many times as much
+        # shares below 2^-100 add nothing, and numbers below float32's normal range cost many times as much
         logits.sub_(maximum.unsqueeze(-1)).clamp_(min=_LEAST)
         torch.exp2(logits, out=scratch)
         total = scratch.sum(-1)
