@@ -1,7 +1,9 @@
 """How well grading agrees with the world: gold answers rewritten (must be accepted) and changed (must be rejected).
 
 Every answer of MATH500 is written in each equivalent form that applies to it, and perturbed in several ways; the
-table says how many of each were accepted. Run: ``python experiments/grading_agreement.py [--data FILE] [--show]``.
+table says how many of each were accepted.
+
+Run: ``python experiments/grading_agreement.py [--data FILE] [--show] [--output experiments/results/FILE.json]``.
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from bupo import rundir
 from bupo.data.grading import Grader
 from bupo.data.problems import Problem, load_problems
 
@@ -116,9 +120,9 @@ def more_spaces(gold: str) -> str | None:
 
 
 def thin_spaces(gold: str) -> str | None:
-    return (
-        re.sub(r",\s*(?!\\!)", r",\\,", gold) if "," in gold and "\\text" not in gold and ",\\!" not in gold else None
-    )
+    if "," not in gold or "\\text" in gold or THOUSANDS.search(gold):
+        return None
+    return re.sub(r",\s*", r",\\,", gold)
 
 
 def sized_brackets(gold: str) -> str | None:
@@ -213,6 +217,14 @@ def bold_words(gold: str) -> str | None:
     return gold.replace("\\text{", "\\textbf{") if re.fullmatch(r"\\text\{[^{}]*\}", gold) else None
 
 
+def full_stop(gold: str) -> str | None:
+    return f"{gold}."
+
+
+def displaystyle(gold: str) -> str | None:
+    return None if "\\text" in gold else f"\\displaystyle {gold}"
+
+
 def in_braces(gold: str) -> str | None:
     return f"{{{gold}}}"
 
@@ -221,7 +233,8 @@ EQUIVALENT: tuple[Callable[[str], str | None], ...] = (
     other_fraction_command, small_fraction_command, slash_fraction, decimal, fraction_of_decimal, unreduced_fraction,
     thousands, no_spaces, more_spaces, thin_spaces, sized_brackets, dollars, with_unit, with_unit_squared, without_unit,
     degrees, degrees_in_words, no_degrees, reversed_set, set_braces, both_signs, reversed_union, reversed_sum,
-    as_assignment, without_variable, words_unwrapped, bold_words, in_braces,
+    as_assignment, without_variable, words_unwrapped, bold_words, in_braces, full_stop,
+    displaystyle,
 )  # fmt: skip
 
 
@@ -282,6 +295,7 @@ def main() -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--show", action="store_true", help="list every disagreement")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
     problems = load_problems(str(options.data))
     chance = random.Random(0)
@@ -298,6 +312,7 @@ def main() -> tuple[float, float]:
         grades = grader.grade([f"Thus \\boxed{{{text}}}." for _, _, text, _ in cases], [c[3] for c in cases])
     print(f"{'form':<24} {'cases':>6} {'accepted':>9}")
     shares = []
+    table: dict[str, dict[str, dict[str, int]]] = {"equivalent": {}, "perturbed": {}}
     for expected in (True, False):
         names = [f.__name__ for f in (EQUIVALENT if expected else PERTURBED)]
         all_accepted = all_cases = 0
@@ -305,12 +320,28 @@ def main() -> tuple[float, float]:
             chosen = [grade.status == "correct" for case, grade in zip(cases, grades, strict=True) if case[0] == name]
             all_accepted, all_cases = all_accepted + sum(chosen), all_cases + len(chosen)
             if chosen:
+                table["equivalent" if expected else "perturbed"][name] = {"cases": len(chosen), "accepted": sum(chosen)}
                 print(f"{name:<24} {len(chosen):>6} {100 * sum(chosen) / len(chosen):>8.2f}%")
         label = "EQUIVALENT" if expected else "PERTURBED"
         print(f"{label:<24} {all_cases:>6} {100 * all_accepted / all_cases:>8.2f}%\n")
         shares.append(all_accepted / all_cases)
     unusable = {case[3].answer for case, grade in zip(cases, grades, strict=True) if grade.status == "bad_gold"}
     print(f"gold answers that cannot be read: {len(unusable)}")
+    forms = Counter(id(problem) for _, expected, _, problem in cases if expected)
+    fewest, mean = min(forms[id(p)] for p in problems), sum(forms.values()) / len(problems)
+    print(f"equivalent forms of an answer: at least {fewest}, {mean:.1f} on average")
+    if options.output:
+        figures = {
+            "answers": len(problems),
+            "equivalent_accepted": shares[0],
+            "perturbed_rejected": 1 - shares[1],
+            "gold_unreadable": len(unusable),
+            "forms_fewest": fewest,
+            "forms_mean": mean,
+            "table": table,
+            "versions": rundir.versions(),
+        }
+        rundir.write_json(options.output, figures)
     if options.show:
         for (name, expected, text, problem), grade in zip(cases, grades, strict=True):
             if (grade.status == "correct") != expected:

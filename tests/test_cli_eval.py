@@ -66,7 +66,9 @@ def test_internal_layer(tiny_folder, questions, tmp_path):
         (["--max-new-tokens", "600"], "context of 512"),
         (["--top-p", "2"], "top_p must lie in"),
         (["--dtype", "int3"], "int3"),
-        (["--regrade", "x"], "--regrade takes no --model"),
+        (["--regrade", "x"], "--regrade takes no --k, --max-new-tokens, --model, --n, --output, --tasks"),
+        (["--unsafe-code"], "without --harness takes no --unsafe-code"),
+        (["--batch-size", "0"], "batch size must be at least 1"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(tiny_folder, questions, tmp_path, capsys, change, message):

@@ -206,8 +206,9 @@ def test_wrong_sampling_settings():
         Sampling(0, temperature=-1, top_p=2)
     with pytest.raises(InputError, match="unknown engine"):
         choose_engine("vlm")
-    with pytest.raises(InputError, match="cannot sample from an internal policy"):
-        choose_engine("vllm", internal_layer=3)
+    for name in ("vllm", "continuous"):
+        with pytest.raises(InputError, match="cannot sample from an internal policy"):
+            choose_engine(name, internal_layer=3)
 
 
 def test_non_finite_probabilities_are_one_clear_line(tiny_folder):
@@ -376,3 +377,35 @@ def test_every_task_of_the_paper_loads_from_a_folder(shared_data):
     assert {name: TASKS[name].k for name in sizes} == {"math500": 16, "amc23": 16, "aime24": 32, "aime25": 32}
     with pytest.raises(InputError, match=r"task minerva: .*not in .* either.*minerva.parquet"):
         task_problems(TASKS["minerva"], data_dir=shared_data)
+
+
+def test_hub_benchmarks_are_read_by_their_columns(monkeypatch):
+    """No hub here: rows with the columns of the real datasets, under the task's own name."""
+    import datasets
+
+    from bupo.evaluate.tasks import TASKS, task_problems
+
+    rows = {
+        "HuggingFaceH4/MATH-500": {
+            "problem": "1+1?",
+            "solution": "so \\boxed{2}",
+            "answer": "2",
+            "unique_id": "a/1.json",
+        },
+        "math-ai/amc23": {"id": 0, "question": "1+1?", "answer": "2.0", "url": "u"},
+        "math-ai/aime24": {"id": 60, "problem": "1+1?", "solution": "\\boxed{002}", "url": "u"},
+        "math-ai/aime25": {"problem": "1+1?", "answer": "2", "id": "0"},
+        "math-ai/minervamath": {"question": "1+1?", "answer": "2"},
+        "math-ai/olympiadbench": {"id": 1606, "question": "1+1?", "solution": ["..."], "final_answer": ["2", "3"]},
+    }
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test"])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list([rows[name]], split=split)
+    )
+    found = {name: task_problems(task)[0] for name, task in TASKS.items() if task.hub}
+    assert {name: problem.answer for name, problem in found.items()} == {
+        "math500": "2", "amc23": "2.0", "aime24": "002", "aime25": "2", "minerva": "2", "olympiadbench": "2, 3",
+    }  # fmt: skip
+    assert found["math500"].id == "math500/a/1.json"
+    assert found["aime24"].id == "aime24/60"
+    assert all(problem.prompt[-1]["content"] == "1+1?" for problem in found.values())

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bupo.data import grading_pool
 from bupo.data.grading import Grader, equal_at_sight, extract_answer
 from bupo.data.grading_worker import bare, gold_is_usable, grade_math, is_words, plain_text
 from bupo.data.problems import Problem, load_problems
@@ -117,7 +118,8 @@ def test_hostile_answers():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_hostile_answer_takes_less_than_two_seconds():
+def test_every_hostile_answer_is_rejected_in_bounded_time():
+    """`benchmarks/grading.py` measures the time on a quiet machine; here others may have the processor."""
     before = set(family(os.getpid()))
     with Grader(workers=2) as grader:
         status(grader, "4", "x^2")
@@ -127,7 +129,7 @@ def test_every_hostile_answer_takes_less_than_two_seconds():
             for text in texts:
                 start = time.monotonic()
                 (grade,) = grader.grade([text], [problem(hostile.GOLD)])
-                assert time.monotonic() - start < 2, (kind, text[:100])
+                assert time.monotonic() - start < 1.6 * grading_pool._LOAD_PATIENCE + 1, (kind, text[:100])
                 assert grade.status != "correct", (kind, text[:100])
         mine = [p for p in family(os.getpid()) if p not in before]
         assert len(mine) <= 3  # the source and two workers, however many were killed
@@ -268,3 +270,24 @@ def test_workers_die_with_a_killed_parent_and_need_no_torch():
     parent.kill()
     parent.wait()
     assert gone(children)
+
+
+def test_time_spent_waiting_for_a_processor_is_given_back(monkeypatch):
+    assert grading_pool.waited(os.getpid()) >= 0
+    assert grading_pool.waited(2**22 + 1) == 0
+    now = time.monotonic()
+    worker = grading_pool._Worker(None, 1, set(), 0, deadline=now - 1, last=now + 500, waited=3.0)
+    monkeypatch.setattr(grading_pool, "waited", lambda pid: 3.5)
+    assert not grading_pool._extend(worker)  # half a second back is not enough
+    monkeypatch.setattr(grading_pool, "waited", lambda pid: 103.5)
+    assert grading_pool._extend(worker)
+    assert worker.deadline == pytest.approx(now + 99.5)
+    monkeypatch.setattr(grading_pool, "waited", lambda pid: 1003.5)
+    assert grading_pool._extend(worker)
+    assert worker.deadline == worker.last  # but not for ever
+
+
+def test_a_gold_answer_gets_more_time_than_a_models():
+    pool = grading_pool.Pool("math", 1, 2.0, 512)
+    assert pool._seconds({"kind": "gold"}) == 2.0 * grading_pool.GOLD_PATIENCE
+    assert pool._seconds({"kind": "math"}) == 2.0

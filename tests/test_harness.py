@@ -21,8 +21,10 @@ def test_without_the_harness_there_is_a_clear_line(tiny_folder, tmp_path, capsys
 
 def test_settings_that_do_not_go_together(tiny_folder, tmp_path, capsys):
     command = ["eval", "--model", str(tiny_folder), "--harness", "arc", "--output", str(tmp_path / "out")]
-    assert main([*command, "--tasks", "math500"]) == 2
-    assert "--harness takes no --tasks" in capsys.readouterr().err
+    assert main([*command, "--tasks", "math500", "--k", "4", "--temperature", "0.5"]) == 2
+    assert "--harness takes no --k, --tasks, --temperature" in capsys.readouterr().err
+    assert main([*command, "--template", "qwen-math"]) == 2
+    assert "--harness takes no --template qwen-math" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not installed, reason="lm-evaluation-harness is not installed")

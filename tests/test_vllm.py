@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import engines_agree
 
 MODEL = Path(__file__).parents[1] / "models" / "smollm2"
 pytestmark = [
@@ -20,26 +23,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"problem": f"What is {a} + {a + 1}?", "answer": str(2 * a + 1)} for a in range(1, 9)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def engines(questions):
-    from bupo.evaluate.load import load_engine
-    from bupo.evaluate.run import EvalConfig
-
-    made = {}
-    for name in ("vllm", "transformers"):
-        config = EvalConfig(
-            model=str(MODEL), tasks=(str(questions),), n=4, max_new_tokens=24, dtype="float32", engine=name
-        )
-        engine, tokenizer, _ = load_engine(config, device=None if name == "vllm" else "cpu")
-        made[name] = (config, engine, tokenizer)
-    return made
+def engines(tmp_path_factory):
+    questions = engines_agree.write_questions(tmp_path_factory.mktemp("data"), 8)
+    names = ("vllm", "transformers", "continuous")
+    return {name: engines_agree.load(name, str(MODEL), questions, 8, 24) for name in names}
 
 
 def test_first_tokens_come_from_the_models_distribution(engines):
@@ -72,27 +59,17 @@ def test_first_tokens_come_from_the_models_distribution(engines):
 
 def test_the_engines_agree(engines, tmp_path):
     """The same prompt token ids, and accuracies that differ by no more than sampling explains."""
-    import pyarrow.parquet
-
     from bupo.evaluate.metrics import compare
-    from bupo.evaluate.run import evaluate
 
     shares, prompts = {}, {}
-    for name, (config, engine, tokenizer) in engines.items():
-        results = evaluate(config, engine, tokenizer, tmp_path / name)
-        rows = pyarrow.parquet.read_table(tmp_path / name / "responses.parquet").to_pylist()
-        prompts[name] = [row["prompt_ids"] for row in rows]
-        # a model this small seldom boxes its answer: right here means that the sum stands anywhere in the response
-        right = [re.search(rf"(?<!\d){row['answer']}(?!\d)", row["response"]) is not None for row in rows]
-        shares[name] = np.asarray(right, dtype=float).reshape(-1, config.n).mean(axis=1)
+    for name, loaded in engines.items():
+        prompts[name], shares[name], results = engines_agree.measure(loaded, tmp_path / name)
         assert results["engine"] == name
-        assert all(
-            row["response_ids"] and row["finished"] == (row["response_ids"][-1] in engine.end_ids) for row in rows
-        )
-    assert prompts["vllm"] == prompts["transformers"]
     assert 0 < np.mean(shares["transformers"]) < 1
-    found = compare(shares["transformers"], shares["vllm"])
-    assert found.p_value > 0.001, found
+    for name in ("vllm", "continuous"):
+        assert prompts[name] == prompts["transformers"]
+        found = compare(shares["transformers"], shares[name])
+        assert found.p_value > 0.001, (name, found)
 
 
 # -- as the sampler of a training run --------------------------------------------------------------------------------

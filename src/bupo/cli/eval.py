@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Hub id, model folder, or 'small' (shipped).")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", "--dataset", help="Tasks, separated by commas.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results and responses.")] = None,
@@ -50,7 +51,9 @@ def evaluate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling, and of generated problems.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Responses made at a time (belongs to the seed).")] = 64,
-    engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), transformers or vllm.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="auto (vLLM where it is installed), transformers, continuous or vllm.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; the accelerator if there is one.")] = None,
     internal_layer: Annotated[
@@ -76,15 +79,20 @@ def evaluate(
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if regrade is not None:
-        if model or tasks or output:
-            raise ConfigError("--regrade takes no --model, --tasks or --output: it grades the kept responses in place")
+        _refuse(given - {"regrade", "json_output"}, "--regrade", "it grades the kept responses in place")
         from bupo.evaluate.run import regrade as grade_again
 
         _show(grade_again(regrade, say=say), regrade, json_output)
         return
-    if harness is not None and (tasks or internal_layer is not None):
-        raise ConfigError("--harness takes no --tasks and no --internal-layer")
+    if harness is not None:
+        _refuse(given - _WITH_HARNESS, "--harness", "the harness has its own prompts and way to sample")
+        if template not in (None, "auto", "chat", "raw"):
+            raise ConfigError(f"--harness takes no --template {template}; raw or chat, the model's own")
+    else:
+        _refuse(given & {"harness_tasks", "unsafe_code"}, "an evaluation without --harness", "")
     wanted = (("--model", model), ("--tasks", tasks or harness), ("--output", output))
     missing = [name for name, value in wanted if not value]
     if missing:
@@ -107,6 +115,7 @@ def evaluate(
             task_folder=harness_tasks,
             unsafe_code=unsafe_code,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             overwrite=overwrite,
         )
         _show_harness(found, output, json_output)
@@ -119,6 +128,9 @@ def evaluate(
     from bupo.evaluate.store import fingerprint
     from bupo.model.load import resolve_model
 
+    chosen = choose_engine(engine, internal_layer=internal_layer)
+    if chosen == "vllm":
+        _refuse(given & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
     path = resolve_model(model)
     config = EvalConfig(
         model=model,
@@ -133,7 +145,7 @@ def evaluate(
         top_p=top_p,
         seed=seed,
         batch_size=batch_size,
-        engine=choose_engine(engine, internal_layer=internal_layer),
+        engine=chosen,
         dtype=dtype,
         internal_layer=internal_layer,
         internal_norm=internal_norm,
@@ -150,6 +162,21 @@ def evaluate(
             config, made, tokenizer, output, overwrite=overwrite, describe=describe, say=say, track=progress.track
         )
     _show(results, output, json_output)
+
+
+_WITH_HARNESS = {
+    "model", "output", "harness", "harness_tasks", "unsafe_code", "limit", "batch_size", "dtype", "device", "seed",
+    "template", "revision", "trust_remote_code", "overwrite", "json_output",
+}  # fmt: skip
+
+
+def _refuse(names: set[str], what: str, because: str) -> None:
+    """Options that would have no effect are an error."""
+    from bupo.errors import ConfigError
+
+    if names:
+        shown = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+        raise ConfigError(f"{what} takes no {shown}" + (f": {because}" if because else ""))
 
 
 class _Progress:

@@ -89,8 +89,9 @@ class Grader:
 
     Args:
         workers: worker processes (default: the processors, at most 8).
-        seconds: wall-clock limit an answer, after which its worker is killed. Processor time is limited to 60 % of
-            it, by which most answers that take too long end without a kill.
+        seconds: wall-clock limit an answer, after which its worker is killed; time in which the worker waited for a
+            processor is not counted (up to eight times the limit), so that a busy machine gives the same verdicts.
+            Processor time is limited to 60 % of it, by which most answers that take too long end without a kill.
         memory: MiB of address space a worker.
     """
 

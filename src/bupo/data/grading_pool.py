@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _START_SECONDS = 120.0  # for a worker to come up: imports only
+GOLD_PATIENCE = 8  # a gold answer is no model's; it may take so many times as long before its problem is left out
+_LOAD_PATIENCE = 8  # on a busy machine an answer may take so many times as long by the clock
 
 
 @dataclass
@@ -27,6 +29,8 @@ class _Worker:
     prepared: set[str]
     index: int | None = None  # of the request it works on
     deadline: float = 0.0
+    last: float = 0.0  # the deadline is never moved beyond this
+    waited: float = 0.0  # for a processor, in its life, as last looked up
 
 
 class Pool:
@@ -51,7 +55,10 @@ class Pool:
             while queue and (worker := self._idle()) is not None:
                 if self._send(worker, queue[-1], requests[queue[-1]]):
                     index = queue.pop()
-                    worker.deadline = time.monotonic() + rests.get(index, self.seconds)
+                    seconds = rests.get(index, self._seconds(requests[index]))
+                    worker.deadline = time.monotonic() + seconds
+                    worker.last = time.monotonic() + _LOAD_PATIENCE * seconds
+                    worker.waited = waited(worker.pid)
             busy = {worker.connection: worker for worker in self.workers if worker.index is not None}
             rest = max(0.0, min(worker.deadline for worker in busy.values()) - time.monotonic())
             for ready in wait(list(busy), timeout=rest):
@@ -69,10 +76,13 @@ class Pool:
                         rests[index] = worker.deadline - time.monotonic()
                         queue.append(index)
             for worker in list(self.workers):
-                if worker.index is not None and time.monotonic() >= worker.deadline:
+                if worker.index is not None and time.monotonic() >= worker.deadline and not _extend(worker):
                     results[worker.index] = timed_out()
                     self._replace(worker)
         return [results[index] for index in range(len(requests))]
+
+    def _seconds(self, request: dict[str, Any]) -> float:
+        return self.seconds * (GOLD_PATIENCE if request["kind"] == "gold" else 1)
 
     def _send(self, worker: _Worker, index: int, request: dict[str, Any]) -> bool:
         try:
@@ -100,6 +110,7 @@ class Pool:
         worker = self._fork()
         for other in self.workers:  # nobody watched them meanwhile
             other.deadline += time.monotonic() - before
+            other.last += time.monotonic() - before
         self.workers.append(worker)
         return worker
 
@@ -168,6 +179,23 @@ class Pool:
         if self.errors is not None:
             self.errors.close()
         self.control, self.process, self.errors, self._finish = None, None, None, None
+
+
+def waited(pid: int) -> float:
+    """Seconds that a process has stood in line for a processor since it began; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as stream:
+            return int(stream.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _extend(worker: _Worker) -> bool:
+    """Give back the time in which others had the processor: a verdict must not depend on what else runs here."""
+    now = waited(worker.pid)
+    lost, worker.waited = now - worker.waited, now
+    worker.deadline = min(worker.deadline + lost, worker.last)
+    return worker.deadline > time.monotonic()
 
 
 def _end(process: subprocess.Popen[bytes], control: socket.socket, owner: int) -> None:

@@ -22,6 +22,7 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bupo.data.grading_pool import GOLD_PATIENCE
 from bupo.data.problems import last_boxed, unpack
 
 CORRECT_SCORE = 0.99  # a reasoning-gym score from here on counts as solved
@@ -225,7 +226,7 @@ def serve(connection: Connection, *, memory: int, seconds: float) -> None:
             os._exit(0)
         try:
             if request["kind"] != "prepare":
-                signal.setitimer(signal.ITIMER_PROF, seconds)
+                signal.setitimer(signal.ITIMER_PROF, seconds * (GOLD_PATIENCE if request["kind"] == "gold" else 1))
             try:
                 result = answer_request(request)
             finally:

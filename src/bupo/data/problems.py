@@ -113,7 +113,8 @@ def problems_from_rows(rows: Iterable[Mapping[str, Any]], *, name: str, source: 
 
     A prompt is ``prompt`` or ``messages`` (used as it is), or ``problem`` or ``question`` (asked as a chat with the
     instruction to box the answer). An answer is ``answer``, ``final_answer``, ``ground_truth``,
-    ``reward_model.ground_truth`` or ``solution`` (its last ``\\boxed{}``, or what follows ``####``).
+    ``reward_model.ground_truth`` or ``solution`` (its last ``\\boxed{}``, or what follows ``####``); a list of answers
+    is joined by commas.
     """
     problems: list[Problem] = []
     for index, row in enumerate(rows):
@@ -185,8 +186,8 @@ def _answer(row: Mapping[str, Any]) -> str | None:
         return str(nested["ground_truth"])
     for column in _ANSWER_COLUMNS:
         value = row.get(column)
-        if isinstance(value, list) and len(value) == 1:  # OlympiadBench keeps its answer in a list of one
-            value = value[0]
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            value = ", ".join(value)  # OlympiadBench keeps its answer in a list, mostly of one
         if value is None or isinstance(value, list | Mapping):
             continue
         text = str(value)

@@ -57,7 +57,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, template: str = "auto") -> list[i
     """
     text = render_prompt(prompt, tokenizer, template)
     templated = template == "chat" or (template == "auto" and bool(getattr(tokenizer, "chat_template", None)))
-    ids = list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"])
     if not ids:
         raise InputError("a prompt has no tokens; remove it or choose another template")
     return ids

@@ -55,18 +55,14 @@ class TransformersEngine:
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         rows = [list(prompts[problem]) for problem, _ in batch.items]
         width = max(map(len, rows))
-        if self.context is not None and width + sampling.max_new_tokens > self.context:
-            raise InputError(
-                f"a prompt of {width} tokens and {sampling.max_new_tokens} new ones exceed the model's context of "
-                f"{self.context}; lower --max-new-tokens"
-            )
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids, default=0)
+        self.check_length(width, sampling)
+        pad = self._pad_id()
         device = next(self.model.parameters()).device
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         with (
-            _seeded(batch.seed, device),
-            _own_generation_config(self.model, sampling, self.end_ids, pad),
+            seeded(batch.seed, device),
+            _own_generation_config(self.model, self.generation_config(sampling)),
             self._policy(),
         ):
             try:
@@ -110,6 +106,32 @@ class TransformersEngine:
                 cache.batch_select_indices(chosen)
             rows = [rows[position] for position in going]
         return responses
+
+    def check_length(self, prompt: int, sampling: Sampling) -> None:
+        """Raise InputError where a prompt of so many tokens and the new ones exceed the model's context."""
+        if self.context is not None and prompt + sampling.max_new_tokens > self.context:
+            raise InputError(
+                f"a prompt of {prompt} tokens and {sampling.max_new_tokens} new ones exceed the model's context of "
+                f"{self.context}; lower --max-new-tokens"
+            )
+
+    def generation_config(self, sampling: Sampling) -> Any:
+        """How to sample from the model's distribution and nothing else, as transformers takes it."""
+        from transformers import GenerationConfig
+
+        greedy = sampling.temperature == 0
+        drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.end_ids) or None,
+            pad_token_id=self._pad_id(),
+            **drawing,
+        )
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else min(self.end_ids, default=0)
 
     def _policy(self) -> Any:
         if self.internal_layer is None:
@@ -173,7 +195,7 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a seed of our own and give the caller's random state back."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -182,24 +204,13 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _own_generation_config(model: Any, sampling: Sampling, end_ids: frozenset[int], pad: int) -> Iterator[None]:
-    """Sample from the model's distribution and nothing else.
+def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
+    """Exchange a model's generation config for the time of a call.
 
-    Many checkpoints bring a top-k, a top-p or a repetition penalty in their generation config, which `generate` mixes
-    into whatever it is passed; so the whole config is exchanged for the time of the call.
+    Many checkpoints bring a top-k, a top-p or a repetition penalty in it, which `generate` mixes into whatever it is
+    passed.
     """
-    from transformers import GenerationConfig
-
-    greedy = sampling.temperature == 0
-    drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    before = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=not greedy,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sorted(end_ids) or None,
-        pad_token_id=pad,
-        **drawing,
-    )
+    before, model.generation_config = model.generation_config, config
     try:
         yield
     finally:

