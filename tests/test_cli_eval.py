@@ -32,6 +32,7 @@ def test_a_whole_evaluation(tiny_folder, questions, tmp_path, capsys):
     assert results["tasks"]["sums"]["n_problems"] == 4
     assert results["engine"] == "transformers"
     assert results["revision"]
+    assert results["dtype"] == "float32"
     assert main(["eval", "--regrade", str(output)]) == 0
     assert "sums" in capsys.readouterr().out
     assert json.loads((output / "results.json").read_text()) == results

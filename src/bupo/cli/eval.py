@@ -54,7 +54,9 @@ def evaluate(
     engine: Annotated[
         str, typer.Option(help="auto (vLLM where it is installed), transformers, continuous or vllm.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored; float32 on a CPU without 16-bit units), float32, bfloat16 or float16.")
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="Torch device; the accelerator if there is one.")] = None,
     internal_layer: Annotated[
         int | None, typer.Option(help="Sample from this layer's internal policy (counted from 1).")

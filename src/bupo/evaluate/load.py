@@ -12,7 +12,7 @@ from bupo.evaluate.run import EvalConfig
 def load_engine(
     config: EvalConfig, *, device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Engine, Any, dict[str, Any]]:
-    """The engine, its tokenizer, and what is worth keeping about them (model revision, device).
+    """The engine, its tokenizer, and what is worth keeping about them (model revision, device, dtype).
 
     Raises:
         InputError: no such model, or a layer that it does not have.
@@ -22,8 +22,9 @@ def load_engine(
     from bupo.evaluate.engine_transformers import TransformersEngine
     from bupo.model.load import load_model, model_revision
 
+    dtype = "fitting" if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(
-        config.model, dtype=config.dtype, device=device, revision=config.revision, trust_remote_code=trust_remote_code
+        config.model, dtype=dtype, device=device, revision=config.revision, trust_remote_code=trust_remote_code
     )
     engine: TransformersEngine
     if config.engine == "continuous":
@@ -38,8 +39,12 @@ def load_engine(
             internal_layer=config.internal_layer,
             norm=config.internal_norm,
         )
-    device_name = str(next(model.parameters()).device)
-    return engine, tokenizer, {"revision": model_revision(model) or config.fingerprint, "device": device_name}
+    describe = {
+        "revision": model_revision(model) or config.fingerprint,
+        "device": str(next(model.parameters()).device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return engine, tokenizer, describe
 
 
 def _load_vllm(config: EvalConfig, trust_remote_code: bool) -> tuple[Engine, Any, dict[str, Any]]:
@@ -70,4 +75,4 @@ def _load_vllm(config: EvalConfig, trust_remote_code: bool) -> tuple[Engine, Any
         trust_remote_code=trust_remote_code,
     )
     commit = getattr(model_config, "_commit_hash", None) or config.fingerprint
-    return engine, tokenizer, {"revision": commit, "device": "vllm"}
+    return engine, tokenizer, {"revision": commit, "device": "vllm", "dtype": config.dtype}

@@ -64,7 +64,9 @@ def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) ->
 
 def summary_lines(results: Mapping[str, Any]) -> list[str]:
     """A small table for the terminal."""
-    lines = [f"{'task':<28} {'problems':>8} {'Avg@K':>26} {'Pass@K':>22} {'length':>8} {'cut off':>8}"]
+    lines = [
+        f"{'task':<28} {'problems':>8} {'Avg@K':>26} {'Pass@K':>22} {'length':>8} {'cut off':>8} {'no answer':>10}"
+    ]
     for name, task in results["tasks"].items():
         if not task["n_samples"]:
             lines.append(f"{name:<28} {0:>8}  {task['reason']}")
@@ -75,7 +77,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         best = f"@{last['k']} {100 * last['mean']:.2f}"
         lines.append(
             f"{name:<28} {task['n_problems']:>8} {value:>26} {best:>22} {task['mean_length']:>8.0f} "
-            f"{100 * task['truncation_rate']:>7.1f}%"
+            f"{100 * task['truncation_rate']:>7.1f}% {100 * task['unparsable_rate']:>9.1f}%"
         )
         if task["left_out"]:
             shown = ", ".join(task["left_out"][:5]) + (", ..." if len(task["left_out"]) > 5 else "")
