@@ -16,7 +16,7 @@ class Tokenizer:
     def __init__(self, chat: bool):
         self.chat_template = "x" if chat else None
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": [257] * add_special_tokens + list(text.encode())}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
@@ -82,7 +82,7 @@ class Empty(Tokenizer):
     def __init__(self):
         super().__init__(False)
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": []}
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1 / math.log(2)
+WARPS = 8  # with 4 the kernel spills registers on A100 and H100 (`benchmarks/kernel_build.py`)
 SITES = 5  # a layer's new ones; the site of a group without layers is the state itself
 
 
@@ -133,8 +134,8 @@ def _read(
             _fold(stream, maxima, sums, weighted, home, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
         for layer in range(LAYERS):
             for site in tl.static_range(4):
-                base = states + (layer * 4 + site) * tokens * width
-                made = _product(base, weight, rows64, at, row_mask, column_mask, width, PRECISE, UPCAST, WIDTH_TILE)
+                own = rows64 + (layer * 4 + site) * tokens
+                made = _product(states, weight, own, at, row_mask, column_mask, width, PRECISE, UPCAST, WIDTH_TILE)
                 place = home + (layer * 5 + site) * tokens
                 _fold(made, maxima, sums, weighted, place, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
                 if site % 2 == 1:
@@ -202,6 +203,7 @@ def read(
         ROWS=rows,
         TILE=tile,
         WIDTH_TILE=width_tile,
+        num_warps=WARPS,
     )
     entropy, lse = _join(maxima.double(), sums.double(), weighted.double())
     return (entropy[0], lse[0]) if states is None else (entropy.view(layers, SITES, n), lse.view(layers, SITES, n))
