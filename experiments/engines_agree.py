@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(REPOSITORY / "models" / "smollm2"))
     parser.add_argument("--engines", default="transformers,continuous,vllm")
-    parser.add_argument("--questions", type=int, default=40)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     prompts, shares, found = {}, {}, {}

