@@ -264,8 +264,9 @@ def test_phase_1_runs_no_upper_layer_but_for_sampling_and_the_probe(tmp_path):
             lambda m, i, o, where=where: calls.__setitem__(where, calls[where] + (not sampling))
         )
     trainer.train()
-    # a rollout batch: 4 micro-batches of old log-probabilities, 4 of the loss, and 1 probe by each policy
-    assert calls == {"lower": 2 * (4 + 4 + 2), "upper": 2 * 1}
+    # a rollout batch: 4 micro-batches of old log-probabilities, 4 of the loss, and 1 probe by each policy; before the
+    # second one also the full policy on the first one's probe, for the transfer
+    assert calls == {"lower": 2 * (4 + 4 + 2) + 1, "upper": 2 * 1 + 1}
 
 
 def test_metrics_carry_the_name_of_the_policy_they_are_of(tmp_path):

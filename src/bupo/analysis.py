@@ -20,7 +20,7 @@ from bupo.model.anatomy import dissect, unwrap
 from bupo.model.logits import logit_rule
 from bupo.model.states import read_stream
 from bupo.policy.boundary import find_boundary
-from bupo.policy.readout import GROUP_SITES, LayerStates, Unembedding, read_group, read_states
+from bupo.policy.readout import GROUP_SITES, LayerStates, Unembedding, read_first_group, read_group, read_states
 from bupo.policy.running import Extras
 from bupo.policy.sampling import Progress, TokenDraw, judge
 from bupo.policy.statistics import ClusterMeans, round_list
@@ -94,8 +94,10 @@ def _read_batch(
 
     def consume(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
         if not found:
-            found.append({k: v[None] for k, v in read_states(before[None], rule, extras).items()})
-        read = read_group(before, layers, rule, extras)
+            first, read = read_first_group(before, layers, rule, extras)
+            found.append({name: values[None] for name, values in first.items()})
+        else:
+            read = read_group(before, layers, rule, extras)
         finite = torch.isfinite(read["entropy"])
         if not bool(finite.all()):
             bad = (~finite).any(-1).nonzero()[0].tolist()

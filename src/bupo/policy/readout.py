@@ -175,13 +175,34 @@ def read_group(
     Returns:
         The statistics by name, each (G, 5, N) float64 in nats, sites in the order of ``GROUP_SITES``.
     """
+    return _read_group(before, layers, unembedding, extras, tile, rows, begin_too=False)[1]
+
+
+def read_first_group(
+    before: Tensor, layers: Sequence[LayerStates], unembedding: Unembedding, extras: Extras | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The statistics of ``before`` itself, each (1, N), and those of :func:`read_group`, for no product more."""
+    return _read_group(before, layers, unembedding, extras, None, None, begin_too=True)
+
+
+def _read_group(
+    before: Tensor,
+    layers: Sequence[LayerStates],
+    unembedding: Unembedding,
+    extras: Extras | None,
+    tile: int | None,
+    rows: int | None,
+    *,
+    begin_too: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     kernel = _kernel(before.device) if _only_entropy(extras) else None
     if kernel is not None:
         e, dtype = unembedding, unembedding.weight.dtype
         states = torch.stack([layer.every.to(dtype) for layer in layers])
         entropies, lse = kernel.read(before.to(dtype), states, e.weight, e.bias, e.scale, e.softcap)
-        return {"entropy": entropies, "lse": lse}
-    found = []
+        first = read_states(before[None], unembedding, extras) if begin_too else {}
+        return first, {"entropy": entropies, "lse": lse}
+    found, first_found = [], []
     tiling = Tiling.of(before.device, rows, tile)
     for part, wanted in _rows(len(before), extras, tiling.rows):
         work = _Work(unembedding, wanted, tiling)
@@ -189,12 +210,17 @@ def read_group(
         begin = work.prepare(before[part])
         n = len(begin)
         running = work.running((5,), flat, begin)
+        first_sums = work.running((1,), [begin])[0] if begin_too else None
         stream = begin.new_empty(n * work.tile, dtype=torch.float32)
         for start, weight in work.tiles():
             size = len(weight)
             tile_of_stream = stream[: n * size].view(n, size)
             work.product(begin, weight, tile_of_stream)
             reference = work.reference_tile(weight, start)
+            if first_sums is not None:
+                logits, scratch = work.buffers(1, size)
+                logits[0].copy_(tile_of_stream)
+                work.fold(first_sums, logits, scratch, start, reference)
             for states, sums in zip(flat, running, strict=True):
                 logits, scratch = work.buffers(5, size)
                 work.product(states, weight, logits[:4].flatten(0, 1))
@@ -202,8 +228,10 @@ def read_group(
                 logits[4].copy_(tile_of_stream)
                 work.fold(sums, logits, scratch, start, reference)
         found.append([sums.statistics() for sums in running])
+        if first_sums is not None:
+            first_found.append(first_sums.statistics())
     grouped = [{name: torch.stack([one[name] for one in part]) for name in part[0]} for part in found]
-    return _join(grouped)
+    return _join(first_found) if begin_too else {}, _join(grouped)
 
 
 def group_entropies(
@@ -293,7 +321,7 @@ class _Work:
         """Two tensors (sites, n, size), the same memory each time."""
         n = self.extras.tokens
         whole = sites * n * self.tile
-        if self._space is None:
+        if self._space is None or len(self._space) < 2 * whole:
             self._space = torch.empty(2 * whole, dtype=torch.float32, device=self.unembedding.weight.device)
         used = sites * n * size
         return self._space[:used].view(sites, n, size), self._space[whole : whole + used].view(sites, n, size)

@@ -146,6 +146,7 @@ def pass_curves(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure 
             axes.set_xticks(ks, [str(k) for k in ks])
             axes.set_xlabel("K samples a problem")
             axes.set_ylabel("Pass@K (%)")
+            axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # nothing solved is no reason for a negative axis
             axes.set_title(task)
         for axes in panels[len(groups) :]:
             axes.remove()
