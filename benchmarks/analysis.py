@@ -231,11 +231,11 @@ def measure_memory(name: str, args: argparse.Namespace) -> dict:
 
 def share(args: argparse.Namespace) -> None:
     """One of the processes of `measure_processes`; the first prints."""
-    from accelerate import PartialState
+    from bupo.processes import join_processes
 
     model = make_model("smollm2", args)
     rollouts = responses(model, 8, args.tokens // 4)
-    state = PartialState()
+    state = join_processes()
     analyze_rollouts(model, rollouts[:2], share=True)
     state.wait_for_everyone()
     started = time.perf_counter()
@@ -308,6 +308,9 @@ def main() -> None:
         result["processes"] = measure_processes(args)
     print(json.dumps({part: result[part] for part in parts}, indent=1))
     if args.out:
+        if args.out.exists():  # parts that were measured in another run stay
+            before = json.loads(args.out.read_text())
+            result |= {part: before[part] for part in PARTS if part not in parts and part in before}
         write_json(args.out, result)
     return None
 

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,10 @@ def test_two_tokens_are_the_least(monkeypatch):
     assert result["sampling"]["tokens_used"] == 3
 
 
+def _note(read, chosen, *_):
+    read.extend(chosen)
+
+
 def _one_of_two(rank: int, port: int, folder: str) -> None:
     """A process of an accelerate launch, forked from a warm one."""
     os.environ |= {
@@ -182,8 +187,10 @@ def _one_of_two(rank: int, port: int, folder: str) -> None:
     }
     PartialState._reset_state()
     for name, more in KINDS.items():
-        result = analyze_rollouts(tiny_model(spread=3.0), long_pairs(5), share=True, **more)
-        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
+        read: list[int] = []
+        sink = partial(_note, read)
+        result = analyze_rollouts(tiny_model(spread=3.0), long_pairs(5), share=True, sink=sink, **more)
+        Path(folder, f"{name}-{rank}.json").write_text(json.dumps({**result, "read here": sorted(set(read))}))
 
 
 KINDS = {"all": {}, "some": {"tolerance": 0.3, "seed": 1, "statistics": ["kl", "rank"]}}
@@ -203,8 +210,10 @@ def test_two_processes_give_one_process_s_result(tmp_path, monkeypatch):
         assert process.exitcode == 0
     for name, more in KINDS.items():
         alone = analyze_rollouts(tiny_model(spread=3.0), long_pairs(5), **more)
-        for rank in range(2):
-            found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+        both = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+        assert all(found["read here"] for found in both)
+        assert sorted(both[0]["read here"] + both[1]["read here"]) == list(range(5))  # each response once
+        for found in both:
             assert found["tokens"] == alone["tokens"]
             for group in ("sites", "standard_errors"):
                 for site in SITES:

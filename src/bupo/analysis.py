@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from bupo.policy.readout import GROUP_SITES, LayerStates, Unembedding, read_firs
 from bupo.policy.running import Extras
 from bupo.policy.sampling import Progress, TokenDraw, judge
 from bupo.policy.statistics import ClusterMeans, round_list
+from bupo.processes import join_processes
 
 __all__ = ["SITES", "TokenPair", "analyze_rollouts", "batches", "check_rollouts", "context_length", "logit_rule"]
 
@@ -206,7 +206,7 @@ class _Run:
         self.layers = dissect(model).n_layers
         self.lengths = [len(r.response_ids) for r in rollouts]
         self.quantities = (len(SITES) * (1 + len(wanted.columns())) + len(CHANGES) + len(COSINES)) * self.layers + 1
-        self.state = PartialState() if share else None
+        self.state = join_processes() if share else None
         processes = self.state.num_processes if self.state else 1
         self._mine = shares(self.lengths, processes)[self.state.process_index if self.state else 0]
         self._own = ClusterMeans(self.quantities)

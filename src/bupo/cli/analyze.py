@@ -205,11 +205,11 @@ def analyze(
 
 def _device(asked: str | None, processes: int) -> str | None:
     """The device of this process, where a launcher started several."""
-    if asked is not None or processes == 1:
+    if processes == 1:
         return asked
-    from accelerate import PartialState
+    from bupo.processes import join_processes
 
-    return str(PartialState().device)
+    return asked or str(join_processes().device)
 
 
 _IMPORTED = {"claim", "describe_run", "write_json"}
