@@ -210,8 +210,8 @@ def memory_kib(name: str) -> int:
 
 
 def measure_memory(name: str, args: argparse.Namespace) -> dict:
-    """In a fresh process; the wide model with four layers, since its peak does not depend on how many follow."""
-    layers = 4 if name == "wide" else None
+    """In a fresh process; the wide model with two layers, one group: how many groups follow does not change its peak."""
+    layers = 2 if name == "wide" else None
     model = make_model(name, args, layers)
     analyze_rollouts(model, responses(model, 1, 4))  # what is made once: probes, libraries' work space
     gc.collect()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,15 @@ def main() -> None:
     parser.add_argument("--responses", type=Path, required=True)
     parser.add_argument("--model", default="models/smollm2")
     parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--first-tokens", type=int, help="cut every response after so many (default: whole)")
     parser.add_argument("--tolerances", default="0.02,0.05,0.1,0.2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("experiments/results/tolerance.json"))
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, dtype="float32")
     rollouts = read_responses(args.responses, tokenizer, "auto")[: args.limit]
+    if args.first_tokens:
+        rollouts = [replace(r, response_ids=r.response_ids[: args.first_tokens]) for r in rollouts]
     analyze_rollouts(model, rollouts[:1], tolerance=10.0)  # what is made once
 
     def timed(tolerance: float | None) -> tuple[dict[str, Any], float]:
