@@ -210,7 +210,7 @@ def memory_kib(name: str) -> int:
 
 
 def measure_memory(name: str, args: argparse.Namespace) -> dict:
-    """In a fresh process; the wide model with two layers, one group: how many groups follow does not change its peak."""
+    """In a fresh process; the wide model with two layers, one group: more groups would not change its peak."""
     layers = 2 if name == "wide" else None
     model = make_model(name, args, layers)
     analyze_rollouts(model, responses(model, 1, 4))  # what is made once: probes, libraries' work space
