@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 clean
+.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 figures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,9 @@ test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without
 
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2
 	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
+
+figures: $(STAMP)         ## the figures of docs/evidence.md from the results in experiments/results
+	$(BIN)/python experiments/figures.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info

@@ -1,10 +1,13 @@
 """Tables from the lines of `experiments/grid.py`: means over seeds, and differences paired by seed with 95 % intervals.
 
-Command: ``python experiments/summary.py guard`` (or another name of `TABLES`), written to ``experiments/results/``
+Command: ``python experiments/summary.py`` (all tables whose lines are there; or names of `TABLES`), written to
+``experiments/results/NAME.json``
 
 A difference is taken seed by seed (the same prompts, order and held-out problems in both arms); its interval is
 Student's over seeds, so that it speaks of other seeds, not of other problems. Intervals of few seeds are wide: that is
-what few seeds are worth. The best fixed schedule is chosen by its mean over the same seeds, which favours it.
+what few seeds are worth. Beside it stands the interval over problems (bootstrap of each problem's mean over the seeds
+that both arms have), which speaks of other problems of these seeds. Neither alone covers both. In the table ``guard``
+the baseline is the best fixed schedule by its mean over the same seeds, which favours it.
 """
 
 from __future__ import annotations
@@ -15,92 +18,142 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bupo.evaluate.metrics import bootstrap, pass_at_k
 from bupo.rundir import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Student's 97.5 % quantile by degrees of freedom
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+SMALL, SMOLLM2 = "small.jsonl", "smollm2.jsonl"
+STEPS = ["steps4", "bupo", "steps16", "steps30", "steps45"]
 TABLES: dict[str, dict[str, Any]] = {
-    "guard": {
-        "fixed": ["grpo", "steps4", "bupo", "steps16", "steps30", "steps45"],
-        "others": ["auto45"],
-        "seeds": [0, 1, 2],
-    },
+    "main": {"rows": SMALL, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 5},
+    "main_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 3},
+    "tuning": {"rows": SMALL, "arms": ["grpo", "rate1e-5", "rate6e-5", "rate1e-4"], "seeds": 1},
+    "guard": {"rows": SMALL, "arms": ["grpo", *STEPS, "auto45"], "seeds": 3, "best_of": ["grpo", *STEPS]},
+    "layers": {"rows": SMALL, "arms": ["grpo", "layer2", "bupo", "layer6", "layer8"], "seeds": 3},
+    "reading": {"rows": SMALL, "arms": ["grpo", "bupo", "norm", "temperature"], "seeds": 3},
+    "rates": {"rows": SMALL, "arms": ["grpo", "bupo", "frozen4", "upper0.1"], "seeds": 3},
 }
+Rows = dict[str, dict[int, dict[str, Any]]]
 
 
-def read(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
+def read(path: Path) -> Rows:
     """Rows by arm and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    found: Rows = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.setdefault(row["arm"], {})[row["seed"]] = row
     return found
 
 
-def interval(values: list[float]) -> dict[str, Any]:
+def values(row: dict[str, Any], task: str) -> dict[str, list[float]]:
+    """Of every problem: the share of right samples (Avg@K), and whether one of all of them is right (Pass@K)."""
+    samples = row["tasks"][task]["samples"]
+    correct = [int(c) for c in row["tasks"][task]["correct"].split()]
+    return {
+        f"avg@{samples}": [c / samples for c in correct],
+        f"pass@{samples}": [pass_at_k(samples, c, samples) for c in correct],
+    }
+
+
+def interval(found: list[float]) -> dict[str, Any]:
     """Mean and Student's 95 % interval, in points of percent."""
-    mean = statistics.fmean(values)
-    found: dict[str, Any] = {"mean": round(100 * mean, 2), "seeds": len(values)}
-    if len(values) > 1:
-        half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-        found["ci95"] = [round(100 * (mean - half), 2), round(100 * (mean + half), 2)]
-    return found
+    mean = statistics.fmean(found)
+    result: dict[str, Any] = {"mean": round(100 * mean, 2), "seeds": len(found)}
+    if len(found) > 1:
+        half = STUDENT[len(found) - 1] * statistics.stdev(found) / len(found) ** 0.5
+        result["ci95"] = [round(100 * (mean - half), 2), round(100 * (mean + half), 2)]
+    return result
 
 
-def difference(one: dict[int, dict], other: dict[int, dict], task: str, seeds: list[int]) -> dict[str, Any]:
-    """``one`` minus ``other``, paired by seed, in points."""
+def difference(
+    one: dict[int, dict], other: dict[int, dict], task: str, metric: str, seeds: list[int]
+) -> dict[str, Any]:
+    """``one`` minus ``other`` in points: paired by seed, and by problem."""
     both = [seed for seed in seeds if seed in one and seed in other]
-    values = [one[s]["tasks"][task]["avg"] - other[s]["tasks"][task]["avg"] for s in both]
-    return {**interval(values), "each": {str(s): round(100 * v, 2) for s, v in zip(both, values, strict=True)}}
+    pairs = [(values(one[s], task)[metric], values(other[s], task)[metric]) for s in both]
+    each = [statistics.fmean(a) - statistics.fmean(b) for a, b in pairs]
+    by_problem = [statistics.fmean(a[i] - b[i] for a, b in pairs) for i in range(len(pairs[0][0]))]
+    over = bootstrap(by_problem)
+    return {
+        **interval(each),
+        "ci95_problems": [round(100 * over.low, 2), round(100 * over.high, 2)],
+        "each": {str(s): round(100 * v, 2) for s, v in zip(both, each, strict=True)},
+    }
 
 
-def table(rows: dict[str, dict[int, dict]], wanted: dict[str, Any], task: str) -> dict[str, Any]:
-    """Means of all arms, the best fixed one, and the others' differences from it."""
-    seeds = wanted["seeds"]
+def table(rows: Rows, wanted: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
+    """Means of all arms that are there, and their differences from the baseline: the first, or the best of some."""
+    seeds = list(range(wanted["seeds"]))
     arms = {}
-    for name in [*wanted["fixed"], *wanted["others"]]:
+    for name in wanted["arms"]:
         have = [seed for seed in seeds if seed in rows.get(name, {})]
         if not have:
             continue
+        means = {seed: statistics.fmean(values(rows[name][seed], task)[metric]) for seed in have}
         arms[name] = {
             "changes": rows[name][have[0]]["changes"],
-            **interval([rows[name][seed]["tasks"][task]["avg"] for seed in have]),
-            "each": {str(s): round(100 * rows[name][s]["tasks"][task]["avg"], 2) for s in have},
-            "phase_end": {str(s): rows[name][s].get("phase_end") for s in have if rows[name][s].get("phase_end")},
+            **interval(list(means.values())),
+            "each": {str(s): round(100 * v, 2) for s, v in means.items()},
+            "mean_length": round(statistics.fmean(rows[name][s]["tasks"][task]["mean_length"] for s in have), 2),
         }
-    whole = {name: arm for name, arm in arms.items() if arm["seeds"] == len(seeds) and name in wanted["fixed"]}
-    best = max(whole, key=lambda name: whole[name]["mean"]) if whole else None
-    found: dict[str, Any] = {"task": task, "arms": arms, "best_fixed": best}
-    if best is not None:
-        found["minus_best_fixed"] = {
-            name: difference(rows[name], rows[best], task, seeds) for name in arms if name != best
+        ended = {str(s): rows[name][s]["phase_end"] for s in have if rows[name][s].get("phase_end")}
+        if ended:
+            arms[name]["phase_end"] = ended
+    whole = [name for name, arm in arms.items() if arm["seeds"] == len(seeds)]
+    choices = [name for name in wanted.get("best_of", wanted["arms"][:1]) if name in whole]
+    baseline = max(choices, key=lambda name: arms[name]["mean"], default=None)
+    found: dict[str, Any] = {"arms": arms, "baseline": baseline}
+    if baseline is not None:
+        found["minus_baseline"] = {
+            name: difference(rows[name], rows[baseline], task, metric, seeds) for name in arms if name != baseline
         }
     return found
+
+
+def make(name: str) -> dict[str, Any] | None:
+    """A table's content, or None where its lines are not there."""
+    wanted = TABLES[name]
+    path = RESULTS / wanted["rows"]
+    rows = read(path) if path.exists() else {}
+    if "start" not in rows or not any(arm in rows for arm in wanted["arms"]):
+        return None
+    start = rows["start"][0]
+    tasks = {}
+    for task in start["tasks"]:
+        metrics = values(start, task)
+        tasks[task] = {
+            metric: {"start": round(100 * statistics.fmean(found), 2), **table(rows, wanted, task, metric)}
+            for metric, found in metrics.items()
+        }
+    seconds = [row["seconds"] for arm in wanted["arms"] for row in rows.get(arm, {}).values()]
+    return {
+        "schema": 1,
+        "table": name,
+        "rows": wanted["rows"],
+        "problems": len(next(iter(values(start, next(iter(start["tasks"]))).values()))),
+        "seconds_a_run": {"median": statistics.median(seconds), "most": max(seconds)},
+        "tasks": tasks,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(TABLES))
-    parser.add_argument("--rows", type=Path, default=RESULTS / "small.jsonl")
+    parser.add_argument("names", nargs="*", choices=[[], *TABLES], default=[])
     args = parser.parse_args()
-    rows = read(args.rows)
-    result = {
-        "schema": 1,
-        "table": args.name,
-        "rows": args.rows.name,
-        "start": {name: round(100 * task["avg"], 2) for name, task in rows["start"][0]["tasks"].items()},
-        "tasks": {task: table(rows, TABLES[args.name], task) for task in rows["start"][0]["tasks"]},
-    }
-    write_json(RESULTS / f"{args.name}.json", result)
-    for task, found in result["tasks"].items():
-        print(f"{task}: start {result['start'][task]} %")
-        for name, arm in found["arms"].items():
-            away = found.get("minus_best_fixed", {}).get(name)
-            print(
-                f"  {name:8} {arm['mean']:6.2f} {arm['each']}",
-                "" if away is None else f"{away['mean']:+.2f} {away['each']}",
-            )
+    for name in args.names or TABLES:
+        result = make(name)
+        if result is None:
+            continue
+        write_json(RESULTS / f"{name}.json", result)
+        for task, metrics in result["tasks"].items():
+            for metric, found in metrics.items():
+                print(f"{name}, {task}, {metric}: start {found['start']} %")
+                for arm, row in found["arms"].items():
+                    away = found.get("minus_baseline", {}).get(arm)
+                    far = "" if away is None else f"{away['mean']:+.2f} {away.get('ci95', '')}"
+                    print(f"  {arm:12} {row['mean']:6.2f} {row.get('ci95', '')} {far}")
 
 
 if __name__ == "__main__":

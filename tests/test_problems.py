@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -94,6 +95,20 @@ def test_unreachable_hub_and_unknown_names():
         load_problems("reasoning_gym/gsm_symbolik")
     with pytest.raises(InputError, match="limit must be at least 1"):
         load_problems("arithmetic", limit=0)
+
+
+def test_options_of_a_reasoning_gym_task():
+    spec = "reasoning_gym/chain_sum/min_terms=5/max_terms=5/max_digits=1"
+    found = load_problems(spec, limit=4)
+    for problem in found:
+        terms = re.findall(r"\d+", problem.prompt[1]["content"].split("\n")[-1])
+        assert [len(term) for term in terms] == [1] * 5
+        assert problem.id.startswith(spec)
+        assert problem.metadata["reasoning_gym"]["task"] == "chain_sum"
+    with pytest.raises(InputError, match=r"has no option 'terms=3'; write /key=value with one of .*max_terms"):
+        load_problems("reasoning_gym/chain_sum/terms=3")
+    with pytest.raises(InputError, match="refuses these options"):
+        load_problems("reasoning_gym/chain_sum/min_terms=5/max_terms=2")
 
 
 def test_reasoning_gym_problems_repeat_and_splits_differ():

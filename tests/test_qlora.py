@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,10 +99,17 @@ def test_without_bitsandbytes_one_line_says_what_to_do(tmp_path, recipe, monkeyp
         build(recipe(), tmp_path / "run", lambda line: None)
 
 
-def test_split_weights_are_refused(tmp_path, recipe, monkeypatch):
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_split_weights_are_refused(recipe, monkeypatch, launcher):
+    """Also where the launcher splits them, and the recipe says nothing of it."""
     monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: True)
+    alone = SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None, world_size=1)
+    assert lora.four_bit(recipe(), alone)["quantization_config"].load_in_4bit
     with pytest.raises(ConfigError, match="FSDP and DeepSpeed"):
-        lora.four_bit(recipe(trl={"fsdp": "full_shard"}))
+        lora.four_bit(recipe(), SimpleNamespace(**{**vars(alone), "fsdp": "full_shard"}))
+    monkeypatch.setenv(launcher, "true")
+    with pytest.raises(ConfigError, match="FSDP and DeepSpeed"):
+        lora.four_bit(recipe(), alone)
 
 
 def test_only_adapters_over_packed_weights_are_widened():

@@ -6,15 +6,17 @@ reasoning-gym problems carry the entry which their own scorer needs (``metadata[
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bupo.errors import InputError
+from bupo.schema import load_yaml
 
 Prompt = str | list[dict[str, str]]
 
@@ -45,8 +47,9 @@ def load_problems(spec: str, *, split: str | None = None, limit: int | None = No
     """Load problems by name.
 
     Args:
-        spec: ``arithmetic`` or ``arithmetic-hard`` (built in), ``reasoning_gym/NAME``, a local ``.jsonl``,
-            ``.json`` or ``.parquet`` file, or a hub dataset ``org/name`` (``org/name:config`` for a configuration).
+        spec: ``arithmetic`` or ``arithmetic-hard`` (built in), ``reasoning_gym/NAME`` (options of the task follow as
+            ``/key=value``), a local ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset ``org/name``
+            (``org/name:config`` for a configuration).
         split: hub split (default: ``test`` if there is one, else ``train``); for generated problems ``train`` or
             ``test`` (default), which never overlap. Local files have one split, so it does not apply to them.
         limit: at most so many problems: the first of a file or hub split, or the number to generate
@@ -221,17 +224,21 @@ def _arithmetic(spec: str, split: str, limit: int, seed: int) -> list[Problem]:
 def _reasoning_gym(spec: str, split: str, limit: int, seed: int) -> list[Problem]:
     import reasoning_gym
 
-    name = spec.split("/", 1)[1]
+    name, *changes = spec.split("/")[1:]
     known = sorted(set(reasoning_gym.factory.DATASETS) - {"composite"})
     if name not in known:
         import difflib
 
         near = difflib.get_close_matches(name, known, n=3) or known[:3]
         raise InputError(f"reasoning_gym has no task {name!r}; did you mean {', '.join(near)}? ({len(known)} tasks)")
+    options = _task_options(name, changes)
     state = random.getstate()  # some tasks draw from the global generator
     try:
         random.seed(_generated_seed(seed, split))
-        data = reasoning_gym.create_dataset(name, size=limit, seed=_generated_seed(seed, split))
+        try:
+            data = reasoning_gym.create_dataset(name, size=limit, seed=_generated_seed(seed, split), **options)
+        except (AssertionError, ValueError, TypeError) as error:  # the task's own checks
+            raise InputError(f"{spec}: the task refuses these options ({' '.join(str(error).split())})") from error
         entries = [data[index] for index in range(limit)]
     finally:
         random.setstate(state)
@@ -248,6 +255,21 @@ def _reasoning_gym(spec: str, split: str, limit: int, seed: int) -> list[Problem
         )
         for index, entry in enumerate(entries)
     ]
+
+
+def _task_options(name: str, changes: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` parts of a spec as options of a reasoning-gym task."""
+    from reasoning_gym.factory import DATASETS
+
+    known = {f.name for f in dataclasses.fields(DATASETS[name][1])} - {"size", "seed"}
+    options = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or key not in known:
+            valid = ", ".join(sorted(known))
+            raise InputError(f"reasoning_gym/{name} has no option {change!r}; write /key=value with one of {valid}")
+        options[key] = load_yaml(value, f"option {key}")
+    return options
 
 
 def _hub(spec: str, split: str | None, limit: int | None) -> list[Problem]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from bupo.plan.shape import Shape, cut
 from bupo.plan.simulate import Settings, prepare
+from bupo.train.tiles import narrow_tiles
 
 FEW, MORE = 1, 3
 STEPS = (2, 8)  # tokens generated in the two timed generations
@@ -35,11 +37,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Seconds on this machine: of one micro-batch's update and scoring, one generated token of the whole local rollout
-    batch, and AdamW a parameter."""
+    """Seconds on this machine: of one micro-batch's update and scoring (through the full policy's head, and through the
+    internal one's, whose tiles may be narrower), one generated token of the whole local rollout batch, and AdamW a
+    parameter."""
 
     update: Line
     scoring: Line
+    internal_update: Line
+    internal_scoring: Line
     token: Line
     optimizer: float
     flops: float  # achieved by the update's products
@@ -52,11 +57,14 @@ class Speeds:
         passes = batch["samples_a_process"] // batch["micro_batch"]
         joint = joint and internal
         trained = shape.total - sum(shape.layers[depth:]) if internal and not joint else shape.total
-        scoring = passes * (self.scoring.at(depth) + (self.scoring.at(layers) if joint else 0.0))
-        update = self.update.at(depth) + (self.update.at(layers) if joint else 0.0)
-        if internal:  # the probe: an eighth of the responses, full twice and internal once
-            some = max(1.0, passes / 8)
-            scoring += some * (2 * self.scoring.at(layers) + self.scoring.at(depth))
+        score, update = self.scoring.at(layers), self.update.at(layers)
+        scoring = passes * score
+        if internal:
+            inner = self.internal_scoring.at(depth)
+            update = self.internal_update.at(depth) + (update if joint else 0.0)
+            scoring = passes * (inner + (score if joint else 0.0))
+            # the probe: an eighth of the responses, full twice and internal once
+            scoring += max(1.0, passes / 8) * (2 * score + inner)
         prefill = passes * self.scoring.at(layers) * batch["prompt"] / batch["length"]
         return {
             "generation": prefill + batch["response"] * self.token.at(layers),
@@ -70,7 +78,7 @@ def measure(shape: Shape, settings: Settings, *, device: str, repeats: int = 3) 
     few, more = min(FEW, len(shape.layers)), min(MORE, len(shape.layers))
     found = {n: _time(shape, settings, n, device, repeats) for n in (few, more)}
     lines = {}
-    for name in ("update", "scoring", "token"):
+    for name in ("update", "scoring", "internal_update", "internal_scoring", "token"):
         slope = (found[more][name] - found[few][name]) / (more - few) if more > few else 0.0
         slope = max(slope, 0.0)
         lines[name] = Line(found[few][name] - slope * few, slope)
@@ -78,15 +86,13 @@ def measure(shape: Shape, settings: Settings, *, device: str, repeats: int = 3) 
     again = 4 if settings.checkpointing else 3
     work = 2.0 * tokens * again * sum(shape.matrix[few:more])
     gone = found[more]["update"] - found[few]["update"]
-    return Speeds(
-        lines["update"], lines["scoring"], lines["token"], found[more]["optimizer"], work / gone if gone > 0 else 0.0
-    )
+    return Speeds(**lines, optimizer=found[more]["optimizer"], flops=work / gone if gone > 0 else 0.0)
 
 
 def _time(shape: Shape, settings: Settings, layers: int, device: str, repeats: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
-    from bupo.train.trainer import add_fused_lm_head
+    from bupo.train.trainer import add_fused_lm_head, trl_utils
 
     config = cut(shape.config, layers)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=settings.dtype).to(device)
@@ -107,9 +113,11 @@ def _time(shape: Shape, settings: Settings, layers: int, device: str, repeats: i
         now = score()
         (now - now.detach()).exp().sum().backward()
 
-    with torch.no_grad():
-        seconds["scoring"] = _least(score, device, repeats)
-    seconds["update"] = _least(update, device, repeats)
+    for name, tiles in (("", nullcontext), ("internal_", partial(narrow_tiles, trl_utils, ids.device, ids.numel()))):
+        with tiles():
+            with torch.no_grad():
+                seconds[f"{name}scoring"] = _least(score, device, repeats)
+            seconds[f"{name}update"] = _least(update, device, repeats)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], lr=1e-6, fused=True)
     size = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     seconds["optimizer"] = _least(lambda: optimizer.step(), device, repeats) / size

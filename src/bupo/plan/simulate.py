@@ -2,8 +2,8 @@
 
 The forward and backward pass of one micro-batch, with the trainer's checkpointing and precision, and a generation's
 prefill and last step are carried out on fake tensors while `LiveBytes` adds up what lives. The tiled head of the
-trainer (which makes 4,096 x 32,768 logits at a time and makes them again in the backward pass) is replaced by one that
-allocates the same.
+trainer, which makes tiles of logits (`bupo.train.tiles`) and makes them again in the backward pass, is replaced by one
+that allocates the same.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from bupo.model.anatomy import dissect
 from bupo.plan.shape import cut, fake_model
+from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_words
 
-TILE_TOKENS, TILE_WORDS = 4096, 32768  # of the trainer's head
 PROBED = (4, 8)  # layers of the two runs that a deeper model's figures are drawn from
 _Found = TypeVar("_Found")
 
@@ -70,10 +70,10 @@ class _TiledHead(torch.autograd.Function):
     """Log-probabilities (N,) from states (N, d) and the unembedding (V, d): only what is allocated on the way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, compute: torch.dtype, triton: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, compute: torch.dtype, triton: bool, words: int) -> Tensor:
         ctx.save_for_backward(hidden, weight, *(hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2)))
-        ctx.compute, ctx.triton = compute, triton
-        _tiles(hidden, weight, compute, 0 if triton else 3)
+        ctx.compute, ctx.triton, ctx.words = compute, triton, words
+        _tiles(hidden, weight, compute, 0 if triton else 3, words)
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
@@ -81,15 +81,16 @@ class _TiledHead(torch.autograd.Function):
         hidden, weight, *_ = ctx.saved_tensors
         grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32)
         grad_weight = weight.new_empty(weight.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        _tiles(hidden, weight, ctx.compute, 0 if ctx.triton else 7)
-        return grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        _tiles(hidden, weight, ctx.compute, 0 if ctx.triton else 7, ctx.words)
+        grad = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden.to(hidden.dtype), grad, None, None, None
 
 
-def _tiles(hidden: Tensor, weight: Tensor, compute: torch.dtype, temporaries: int) -> list[Tensor]:
+def _tiles(hidden: Tensor, weight: Tensor, compute: torch.dtype, temporaries: int, words: int) -> list[Tensor]:
     """One tile of logits, a slice of the weights in the products' precision, float32 tiles beside it and a mask."""
-    n, v = min(len(hidden), TILE_TOKENS), min(len(weight), TILE_WORDS)
+    n, v = min(len(hidden), TILE_TOKENS), min(len(weight), words)
     # without Triton only the pages of the buffer that a narrow vocabulary touches become real
-    wide = TILE_WORDS if temporaries == 0 else min(TILE_WORDS, -(-v // 1024) * 1024)
+    wide = words if temporaries == 0 else min(words, -(-v // 1024) * 1024)
     made = [hidden.new_empty(n, wide, dtype=compute)]
     if compute != weight.dtype:
         made.append(weight.new_empty(v, weight.shape[1], dtype=compute))
@@ -203,14 +204,14 @@ def _update(config: Any, layers: int, settings: Settings, whole: bool) -> Update
         track.ignore(*model.parameters(), *model.buffers(), ids, mask)
         with track:
             with torch.no_grad():
-                _score(anatomy, ids, mask, settings)
+                _score(anatomy, ids, mask, settings, whole)
             scoring = track.peak
             if settings.accumulates:
                 for parameter in used:
                     parameter.grad = torch.empty_like(parameter)
             before = track.peak = track.now
             marks = []
-            loss = _score(anatomy, ids, mask, settings, lambda: marks.append(track.restart())).sum()
+            loss = _score(anatomy, ids, mask, settings, whole, lambda: marks.append(track.restart())).sum()
             kept = track.now - before
             loss.backward()
             backward = track.peak
@@ -267,7 +268,7 @@ class _Adapted(nn.Module):
 
 
 def _score(
-    anatomy: Any, ids: Tensor, mask: Tensor, settings: Settings, mark: Callable[[], None] = lambda: None
+    anatomy: Any, ids: Tensor, mask: Tensor, settings: Settings, whole: bool, mark: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Log-probabilities of the responses; ``mark`` is called after the layers, and when the head's backward is done."""
     with settings.autocast():
@@ -277,7 +278,8 @@ def _score(
         flat = states.reshape(-1, states.shape[-1])
         if flat.requires_grad:
             flat.register_hook(lambda grad: mark())
-        return _TiledHead.apply(flat, anatomy.unembedding.weight, settings.compute, settings.triton)
+        words = WIDEST if whole or settings.triton else tile_words(ids.numel())
+        return _TiledHead.apply(flat, anatomy.unembedding.weight, settings.compute, settings.triton, words)
 
 
 def _rollout(config: Any, layers: int, settings: Settings) -> RolloutBytes:

@@ -42,7 +42,7 @@ def build(
         device="cpu",  # the trainer places it
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
-        **(four_bit(recipe) if recipe.lora is not None and recipe.lora.four_bit else {}),
+        **(four_bit(recipe, settings) if recipe.lora is not None and recipe.lora.four_bit else {}),
     )
     tokenizer.padding_side = "left"
     room = context_length(model)

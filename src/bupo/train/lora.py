@@ -12,6 +12,7 @@ from torch import nn
 
 from bupo.config import Recipe
 from bupo.errors import ConfigError
+from bupo.train.hazards import engine
 
 
 def lora_config(recipe: Recipe) -> Any:
@@ -30,18 +31,21 @@ def lora_config(recipe: Recipe) -> Any:
     )
 
 
-def four_bit(recipe: Recipe) -> dict[str, Any]:
+def four_bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that hold the layers' linear weights in 4 bits: nf4, scales quantised too.
 
     The unembedding, the embedding and the norms keep the recipe's ``dtype``; products are in bfloat16 where training
     is. A quantised model cannot be moved, so every process loads it where it will train.
+
+    Args:
+        settings: the trainer's, which know what spreads the model (a launcher may say so, not the recipe).
 
     Raises:
         ConfigError: bitsandbytes is not installed, or the run is split by FSDP or DeepSpeed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("lora.four_bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if recipe.trl.get("fsdp") or recipe.trl.get("deepspeed"):
+    if engine(settings) not in ("one", "ddp"):
         raise ConfigError("lora.four_bit is for one process or DDP: FSDP and DeepSpeed would split packed weights")
     from transformers import BitsAndBytesConfig
 

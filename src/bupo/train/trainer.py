@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head as add_fused_lm_head  # for whoever times the head
+from trl.trainer import utils as trl_utils
 
 from bupo.errors import BupoError, ConfigError, InputError
 from bupo.model.early_exit import check_site, internal_policy, n_layers
@@ -34,8 +34,10 @@ from bupo.train.lora import keep_adapters_precise
 from bupo.train.resume import ResumesBetweenRollouts
 from bupo.train.schedule import Schedule, Stage, alignment_problems
 from bupo.train.settings import BuPOSettings
+from bupo.train.tiles import narrow_tiles
 from bupo.train.watch import WatchesInternalPhase
 
+add_fused_lm_head = trl_utils.add_fused_lm_head  # for whoever times the head
 _FULL = Stage()
 _RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss that belong to the policy in the ratio
 
@@ -166,13 +168,18 @@ class BuPOTrainer(
         finally:
             self._reading = None
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        score = super()._get_per_token_logps_and_entropies
         if self._reading is None:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            return score(model, input_ids, *args, **kwargs)
         inner = self.accelerator.unwrap_model(model)
         layer, temperature = cast(int, self._reading.layer), cast(float, self._reading.temperature)
-        with internal_policy(inner, layer, norm=self.args.internal_norm, temperature=temperature):
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
+        with (
+            internal_policy(inner, layer, norm=self.args.internal_norm, temperature=temperature),
+            narrow_tiles(trl_utils, input_ids.device, tokens),
+        ):
+            return score(model, input_ids, *args, **kwargs)
 
     def _score(self, batch: dict[str, Any], *, compute_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (B, T) and entropies (B, T) of a batch's responses, without gradient."""

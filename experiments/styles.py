@@ -1,0 +1,191 @@
+"""The small model pretrained in Qwen3 and in Llama style, tied and untied, and what its layers' entropies look like.
+
+Command: ``python experiments/styles.py`` (resumable: models that have a line are left out; about five minutes a model
+on one core), lines in ``experiments/results/styles.jsonl`` and their summary in ``styles.json``.
+
+All models see the same texts in the same order for a seed (`experiments/pretrain_small.py`), have the same width, depth
+and number of updates, and differ in architecture (``qwen3`` norms queries and keys, ``llama`` does not), in whether the
+unembedding is the embedding (``tied``), and in the data (``worked``: 65 % of longer problems show their working;
+``bare``: none does). Read with `bupo.analysis.analyze_rollouts` on the model's own responses to the same held-out
+problems, raw (Eq. 5-13 of arXiv 2512.19673), and with the final norm by layer (`bupo.choice`'s criteria).
+
+How abrupt a model is: *late share*, the part of the fall of the layer policy's entropy from layer 1 to L that its last
+quarter of layers makes. A model that sharpens evenly has about 0.25; one that decides at the end about 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bupo.rundir import write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "experiments" / "results"
+ARCHITECTURES = ("qwen3", "llama")
+LEFT_OUT = {"worked": 0.35, "bare": 1.0}
+UPDATES, PROBLEMS = 500, 128
+# all four architectures on the worked data; the other data for both architectures, untied
+CELLS = [(a, t, "worked") for t, a in itertools.product((False, True), ARCHITECTURES)]
+CELLS += [(a, False, "bare") for a in ARCHITECTURES]
+KEPT = ("layers", "tokens", "samples", "boundary_layer", "boundary_reason", "sites", "entropy_change", "final_entropy")
+
+
+def one(arch: str, tied: bool, data: str, seed: int, updates: int) -> dict[str, Any]:
+    """Pretrain, sample, read."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        model, out = Path(temporary) / "model", Path(temporary) / "analysis"
+        _run(
+            REPOSITORY / "experiments" / "pretrain_small.py", "--out", model, "--arch", arch,
+            *(["--tied"] if tied else []), "--left-out", LEFT_OUT[data], "--seed", seed, "--updates", updates,
+        )  # fmt: skip
+        trained = json.loads((model / "pretraining.json").read_text())
+        _run(
+            "-m", "bupo", "analyze", "--model", model, "--dataset", "arithmetic", "--split", "test",
+            "--limit", PROBLEMS, "--max-new-tokens", 40, "--output", out, "--json",
+        )  # fmt: skip
+        found = json.loads((out / "analysis.json").read_text())
+    return {
+        "arch": arch,
+        "tied": tied,
+        "data": data,
+        "seed": seed,
+        "updates": updates,
+        "parameters": trained["parameters"],
+        "solved": trained["test_solved"],
+        "loss": trained["history"][-1]["loss"],
+        **{name: found[name] for name in KEPT},
+        "curves": {
+            reading: {name: found["layer_choice"]["curves"][reading][name] for name in ("entropy", "change", "kl")}
+            for reading in ("raw", "norm", "norm_fitted")
+        },
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def _run(*arguments: Any) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+
+
+# -- what they show ----------------------------------------------------------------------------------------------------
+
+
+def measures(row: dict[str, Any]) -> dict[str, float]:
+    """Scalars of one model: how late its layer policies' entropy falls, and what its FFNs do to it."""
+    late = max(1, row["layers"] // 4)
+    found = {}
+    for name, curve in (("raw", row["sites"]["layer_out"]), ("norm", row["curves"]["norm"]["entropy"])):
+        fall = curve[0] - curve[-1]
+        found[f"entropy_first_{name}"], found[f"entropy_last_{name}"] = curve[0], curve[-1]
+        found[f"largest_fall_{name}"] = max(a - b for a, b in itertools.pairwise(curve)) / fall if fall > 0.1 else None
+        found[f"late_share_{name}"] = (curve[-1 - late] - curve[-1]) / fall if fall > 0.1 else None
+    ffn, attention = row["entropy_change"]["ffn"], row["entropy_change"]["attn"]
+    found["ffn_positive_layers"] = sum(c > 0 for c in ffn)
+    found["attention_positive_layers"] = sum(c > 0 for c in attention)
+    found["solved"] = row["solved"]
+    return {name: value if value is None else round(value, 4) for name, value in found.items()}
+
+
+def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Differences of every measure, ``one`` minus ``other``, paired by seed, with Student's 95 % interval."""
+    from summary import STUDENT
+
+    def cell(wanted: dict[str, Any]) -> dict[int, dict[str, float]]:
+        return {r["seed"]: measures(r) for r in rows if all(r[k] == v for k, v in wanted.items())}
+
+    first, second = cell(one), cell(other)
+    seeds = sorted(first.keys() & second.keys())
+    found: dict[str, Any] = {"one": one, "other": other, "seeds": seeds, "differences": {}}
+    for name in first[seeds[0]] if seeds else ():
+        values = [first[s][name] - second[s][name] for s in seeds if None not in (first[s][name], second[s][name])]
+        if len(values) < 2:
+            continue
+        mean, half = statistics.fmean(values), STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+        found["differences"][name] = {
+            "mean": round(mean, 4),
+            "ci95": [round(mean - half, 4), round(mean + half, 4)],
+            "seeds": len(values),
+        }
+    return found
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Measures of every cell, and the contrasts that tell architecture, tying and data apart."""
+    cells = []
+    for arch, tied, data in CELLS:
+        mine = [r for r in rows if (r["arch"], r["tied"], r["data"]) == (arch, tied, data)]
+        if not mine:
+            continue
+        each = [measures(r) for r in mine]
+        means = {}
+        for name in each[0]:
+            known = [e[name] for e in each if e[name] is not None]
+            means[name] = {"mean": round(statistics.fmean(known), 4), "each": known} if known else None
+        layers = mine[0]["layers"]
+        entropy = [round(statistics.fmean(r["sites"]["layer_out"][i] for r in mine), 4) for i in range(layers)]
+        cells.append(
+            {
+                "arch": arch,
+                "tied": tied,
+                "data": data,
+                "seeds": [r["seed"] for r in mine],
+                "parameters": mine[0]["parameters"],
+                "boundary_layers": [r["boundary_layer"] for r in mine],
+                "entropy": entropy,
+                "ffn_change": [
+                    round(statistics.fmean(r["entropy_change"]["ffn"][i] for r in mine), 4) for i in range(layers)
+                ],
+                "measures": means,
+            }
+        )
+    plain = {"tied": False, "data": "worked"}
+    return {
+        "schema": 1,
+        "cells": cells,
+        "contrasts": {
+            "architecture, untied": contrast(rows, {"arch": "llama", **plain}, {"arch": "qwen3", **plain}),
+            "architecture, tied": contrast(
+                rows, {"arch": "llama", **plain, "tied": True}, {"arch": "qwen3", **plain, "tied": True}
+            ),
+            "tying, qwen3": contrast(rows, {"arch": "qwen3", **plain, "tied": True}, {"arch": "qwen3", **plain}),
+            "tying, llama": contrast(rows, {"arch": "llama", **plain, "tied": True}, {"arch": "llama", **plain}),
+            "data, qwen3": contrast(rows, {"arch": "qwen3", **plain, "data": "bare"}, {"arch": "qwen3", **plain}),
+            "data, llama": contrast(rows, {"arch": "llama", **plain, "data": "bare"}, {"arch": "llama", **plain}),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--updates", type=int, default=UPDATES)
+    parser.add_argument("--out", type=Path, default=RESULTS / "styles.jsonl")
+    parser.add_argument("--summary", action="store_true", help="only write styles.json from the lines that are there")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    if not args.summary:
+        done = {(r["arch"], r["tied"], r["data"], r["seed"]) for r in rows}
+        wanted = [(*cell, int(seed)) for seed in args.seeds.split(",") for cell in CELLS]
+        wanted = [run for run in wanted if run not in done]
+        for number, run in enumerate(wanted, start=1):
+            row = one(*run, args.updates)
+            rows.append(row)
+            with args.out.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row, separators=(",", ":")) + "\n")
+            print(f"{number}/{len(wanted)} {run}: {measures(row)} in {row['seconds']} s", flush=True)
+    write_json(args.out.with_suffix(".json"), summarise(rows))
+
+
+if __name__ == "__main__":
+    main()
