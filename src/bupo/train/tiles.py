@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 TILE_TOKENS = 4096  # TRL's `TOKEN_CHUNK_SIZE`
-TILE_BYTES = 16 * 2**20  # of one float32 tile: below it malloc reuses memory instead of returning it
-NARROWEST, WIDEST = 1024, 32_768
+TILE_BYTES = 4 * 2**20  # of one float32 tile: about what stays in a cache (docs/decisions.md)
+NARROWEST, WIDEST = 1024, 32_768  # narrower products are slow
 _WIDTH = "_CHUNKED_LOGPROB_CHUNK_SIZE"
 
 
