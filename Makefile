@@ -55,8 +55,10 @@ test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2
 	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
 
-figures: $(STAMP)         ## the figures of docs/evidence.md from the results in experiments/results
+figures: $(STAMP)         ## the figures and tables of docs/evidence.md and README.md, from experiments/results
+	$(BIN)/python experiments/summary.py > /dev/null
 	$(BIN)/python experiments/figures.py
+	$(BIN)/python experiments/tables.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info
