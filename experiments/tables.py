@@ -1,0 +1,111 @@
+"""Tables of README.md and docs/evidence.md, written into them from the result files.
+
+Command: ``make figures``, or after `experiments/summary.py` ``python experiments/tables.py``; ``--check`` only says
+whether a page differs from the files, with exit code 1 where one does.
+
+A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
+`experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "experiments" / "results"
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "evidence.md")
+NAMES = {
+    "grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO (layer 4, 8 batches)",
+    "norm": "BuPO through the final norm", "temperature": "BuPO at a fitted temperature",
+    "frozen4": "GRPO, layers 1-4 frozen", "upper0.1": "GRPO, 0.1x learning rate above layer 4",
+    "layer2": "BuPO, layer 2", "layer6": "BuPO, layer 6", "layer8": "BuPO, layer 8", "steps4": "4", "steps16": "16",
+    "steps30": "30", "steps45": "45, the whole run", "auto45": "guarded, at most 45", "rate1e-5": "GRPO, 1e-5",
+    "rate6e-5": "GRPO, 6e-5", "rate1e-4": "GRPO, 1e-4",
+}  # fmt: skip
+OWN = {"guard": {"grpo": "0 (GRPO)", "bupo": "8"}, "tuning": {"grpo": "GRPO, 3e-5"}}
+MARK = re.compile(r"(<!-- table (?P<what>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
+
+
+def markdown(what: str) -> str:
+    """One table.
+
+    Raises:
+        FileNotFoundError: its results are not there, or not all of the baseline's.
+    """
+    name, *rest = what.split()
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return _styles(found) if name == "styles" else _comparison(name, found, *rest)
+
+
+def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
+    metric, table = next((m, t) for m, t in found["tasks"][task].items() if m.startswith(kind))
+    names = {**NAMES, **OWN.get(name, {})}
+    base = table["baseline"]
+    if base is None:
+        raise FileNotFoundError(f"{name}: the baseline has not been run with all seeds")
+    rows = [f"| | {metric.capitalize()}, % | seeds | minus {names[base]}, points [95 % over seeds] [over problems] |"]
+    rows += ["| --- | --- | --- | --- |", f"| before training | {table['start']:.1f} | | |"]
+    for arm, row in table["arms"].items():
+        away = table["minus_baseline"].get(arm)
+        far = "" if away is None else f"{away['mean']:+.1f} {_span(away.get('ci95'))} {_span(away['ci95_problems'])}"
+        rows.append(f"| {names[arm]} | {row['mean']:.1f} | {row['seeds']} | {far} |")
+    return "\n".join(rows)
+
+
+def _span(ends: list[float] | None) -> str:
+    return "[one seed]" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]"
+
+
+def _styles(found: dict[str, Any]) -> str:
+    measures = {
+        "late_share_raw": "late share of the fall, raw",
+        "late_share_norm": "late share, final norm",
+        "ffn_positive_layers": "layers with FFN change above 0",
+        "solved": "held-out problems solved",
+    }
+    rows = [f"| contrast | {' | '.join(measures.values())} |", "| --- |" + " --- |" * len(measures)]
+    for name, contrast in found["contrasts"].items():
+        cells = []
+        for key in measures:
+            away = contrast["differences"].get(key)
+            cells.append(
+                "" if away is None else f"{away['mean']:+.2f} [{away['ci95'][0]:+.2f}, {away['ci95'][1]:+.2f}]"
+            )
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def render(text: str) -> str:
+    """A page with its tables made anew; a table without results says so."""
+
+    def one(found: re.Match[str]) -> str:
+        try:
+            table = markdown(found["what"])
+        except FileNotFoundError:
+            table = "*not run yet*"
+        return f"{found[1]}{table}\n{found[3]}"
+
+    return MARK.sub(one, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    args = parser.parse_args()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = render(text)
+        if made != text and args.check:
+            sys.exit(f"{page.name} differs from the results; run `make figures`")
+        if not args.check and made != text:
+            page.write_text(made, encoding="utf-8")
+            print(f"{page.name}: tables written")
+
+
+if __name__ == "__main__":
+    main()
