@@ -1,0 +1,69 @@
+"""The evidence's arithmetic, and that its pages say what its result files say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import styles  # noqa: E402
+import summary  # noqa: E402
+import tables  # noqa: E402
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_pages_say_what_the_result_files_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.render(text) == text
+
+
+@pytest.mark.parametrize("name", [n for n in summary.TABLES if (summary.RESULTS / f"{n}.json").exists()])
+def test_tables_are_made_from_the_lines(name):
+    import json
+
+    made = json.loads(json.dumps(summary.make(name)))
+    assert made == json.loads((summary.RESULTS / f"{name}.json").read_text())
+
+
+def test_students_interval():
+    found = summary.interval([0.1, 0.2, 0.6])
+    assert found["mean"] == 30.0
+    assert found["ci95"] == pytest.approx([30 - 65.7, 30 + 65.7], abs=0.1)  # 4.303 * 26.458 / sqrt(3)
+    assert "ci95" not in summary.interval([0.5])
+
+
+def a_row(*counts: int) -> dict:
+    return {"tasks": {"t": {"samples": 4, "correct": " ".join(map(str, counts)), "mean_length": 1.0}}}
+
+
+def test_differences_are_paired_by_seed_and_by_problem():
+    one, other = {0: a_row(4, 0), 1: a_row(4, 2)}, {0: a_row(2, 0), 1: a_row(1, 1), 2: a_row(4, 4)}
+    found = summary.difference(one, other, "t", "avg@4", [0, 1, 2])
+    assert found["each"] == {"0": 25.0, "1": 50.0}  # seed 2 is in one of them only
+    assert found["mean"] == 37.5
+    assert found["ci95_problems"] == [12.5, 62.5]  # problems: (2 + 3) / 8 and (0 + 1) / 8
+    passed = summary.difference(one, other, "t", "pass@4", [0, 1])
+    assert passed["each"] == {"0": 0.0, "1": 0.0}
+
+
+def a_style(entropy: list[float], ffn: list[float]) -> dict:
+    return {
+        "layers": len(entropy),
+        "sites": {"layer_out": entropy},
+        "curves": {"norm": {"entropy": entropy[::-1]}},
+        "entropy_change": {"ffn": ffn, "attn": [-c for c in ffn]},
+        "solved": 0.5,
+    }
+
+
+def test_how_late_an_entropy_falls():
+    even = styles.measures(a_style([8.0, 7, 6, 5, 4, 3, 2, 1], [1, -1] * 4))
+    assert even["late_share_raw"] == pytest.approx(2 / 7, abs=1e-4)
+    assert even["late_share_norm"] is None  # it rises: there is no fall
+    assert (even["ffn_positive_layers"], even["attention_positive_layers"]) == (4, 4)
+    late = styles.measures(a_style([5.0] * 7 + [1.0], [1] * 8))
+    assert late["late_share_raw"] == late["largest_fall_raw"] == 1.0
