@@ -67,26 +67,30 @@ def test_the_width_comes_back_after_an_error():
 
 
 def test_the_trainer_narrows_in_the_internal_phase_only(tmp_path, monkeypatch):
+    """There for the full policy too, which is watched; afterwards the width is TRL's."""
     seen = []
     plain = trl_utils._ChunkedLogProbFunction.apply
 
     def look(*args):
-        seen.append((args[5], trainer._reading is not None))
+        seen.append((args[5], trainer.state.global_step < 4, trainer._reading is not None))
         return plain(*args)
 
-    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * 2048 * 30)
     monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", look)
     trainer = make_trainer(tmp_path, internal_steps=1, max_steps=8)
+    monkeypatch.setattr(tiles, "tile_words", lambda tokens: 2048)
     trainer.train()
-    assert {width for width, internal in seen if internal} == {tile_words(4 * 10)} - {WIDEST} != set()
-    assert {width for width, internal in seen if not internal} == {WIDEST}
+    assert {(width, phase) for width, phase, _ in seen} == {(2048, True), (WIDEST, False)}
+    assert {reading for _, phase, reading in seen if phase} == {True, False}
+    assert not any(reading for _, phase, reading in seen if not phase)
 
 
 def test_a_plan_counts_the_tiles_of_each_phase():
     config = tiny_config("qwen3", vocab_size=40_000)
     settings = Settings(torch.float32, torch.float32, 8, 64, 192, 1, True, True, False)
     one, whole = (simulate_update(config, 4, settings, whole=w) for w in (False, True))
+    beside = simulate_update(config, 4, settings, whole=True, narrow=True)
     assert one.scoring < whole.scoring / 4
+    assert beside.scoring == pytest.approx(one.scoring, rel=0.05)
     wide = Settings(torch.float32, torch.float32, 8, 64, 192, 1, True, True, True)
     assert simulate_update(config, 4, wide, whole=False).scoring == pytest.approx(
         simulate_update(config, 4, wide, whole=True).scoring, rel=0.05

@@ -6,7 +6,7 @@ V vocabulary, d width, L layers, l the internal layer. docs/plan.md says why eac
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -54,8 +54,12 @@ def make_plan(recipe: Recipe, shape: Shape, asked: Question, speeds: Speeds | No
     settings = settings_of(recipe, asked)
     full = simulate_update(shape.config, len(shape.layers), settings, whole=True)
     internal = None if layer is None else simulate_update(shape.config, layer, settings, whole=False)
-    if internal is not None and recipe.internal_weight < 1.0:
-        internal = _joint(internal, full)
+    if internal is not None:
+        # the full policy runs in an internal phase too: a part of the responses is watched without gradient
+        beside = simulate_update(shape.config, len(shape.layers), settings, whole=True, narrow=True)
+        internal = replace(internal, scoring=max(internal.scoring, beside.scoring))
+        if recipe.internal_weight < 1.0:
+            internal = _joint(internal, beside)
     rollout = None if _vllm(recipe) else simulate_rollout(shape.config, len(shape.layers), settings)
     flops = batch_flops(recipe, shape, batch, layer, settings)
     memory = _memory(recipe, shape, asked, settings, full, internal, rollout)

@@ -1,4 +1,4 @@
-"""How fast this machine runs a recipe's model: one and three of its layers are timed, the rest is a straight line.
+"""How fast this machine runs a recipe's model: a quarter of its layers and a few less are timed, the rest is a line.
 
 Random weights of the model's own shape; an update is the trainer's (tiled head, checkpointing, precision), a generation
 transformers' own.
@@ -6,6 +6,7 @@ transformers' own.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,8 +21,8 @@ from bupo.plan.shape import Shape, cut
 from bupo.plan.simulate import Settings, prepare
 from bupo.train.tiles import narrow_tiles
 
-FEW, MORE = 1, 3
-STEPS = (2, 8)  # tokens generated in the two timed generations
+FEW, MORE = 2, 4  # layers: so many, and a quarter of the model's or so many
+STEPS = (2, 10)  # tokens generated in the two timed generations
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,27 @@ class Speeds:
     flops: float  # achieved by the update's products
 
     def rollout_batch(
-        self, shape: Shape, batch: dict[str, int], depth: int, *, internal: bool, joint: bool = False
+        self,
+        shape: Shape,
+        batch: dict[str, int],
+        depth: int,
+        *,
+        internal: bool,
+        joint: bool = False,
+        scores: bool = True,
     ) -> dict[str, float]:
-        """Seconds of one rollout batch whose ratio reads layer ``depth``, by part; joint: and the full policy's."""
+        """Seconds of one rollout batch whose ratio reads layer ``depth``, by part; joint: and the full policy's;
+        scores: old log-probabilities are computed."""
         layers = len(shape.layers)
         passes = batch["samples_a_process"] // batch["micro_batch"]
         joint = joint and internal
         trained = shape.total - sum(shape.layers[depth:]) if internal and not joint else shape.total
         score, update = self.scoring.at(layers), self.update.at(layers)
-        scoring = passes * score
+        scoring = passes * score * scores
         if internal:
             inner = self.internal_scoring.at(depth)
             update = self.internal_update.at(depth) + (update if joint else 0.0)
-            scoring = passes * (inner + (score if joint else 0.0))
+            scoring = passes * (inner + (score if joint else 0.0)) * scores
             # the probe: an eighth of the responses, full twice and internal once
             scoring += max(1.0, passes / 8) * (2 * score + inner)
         prefill = passes * self.scoring.at(layers) * batch["prompt"] / batch["length"]
@@ -74,9 +83,13 @@ class Speeds:
 
 
 def measure(shape: Shape, settings: Settings, *, device: str, repeats: int = 3) -> Speeds:
-    """Time the model's layers here; the least of ``repeats`` counts (others only take time away)."""
-    few, more = min(FEW, len(shape.layers)), min(MORE, len(shape.layers))
-    found = {n: _time(shape, settings, n, device, repeats) for n in (few, more)}
+    """Time the model's layers here, the two depths in turn; medians of ``repeats`` count."""
+    few, more = min(FEW, len(shape.layers)), min(max(MORE, len(shape.layers) // 4), len(shape.layers))
+    times: dict[int, list[dict[str, float]]] = {few: [], more: []}
+    for _ in range(repeats):
+        for n, rows in times.items():
+            rows.append(_time(shape, settings, n, device))
+    found = {n: {name: statistics.median(r[name] for r in rows) for name in rows[0]} for n, rows in times.items()}
     lines = {}
     for name in ("update", "scoring", "internal_update", "internal_scoring", "token"):
         slope = (found[more][name] - found[few][name]) / (more - few) if more > few else 0.0
@@ -89,7 +102,7 @@ def measure(shape: Shape, settings: Settings, *, device: str, repeats: int = 3) 
     return Speeds(**lines, optimizer=found[more]["optimizer"], flops=work / gone if gone > 0 else 0.0)
 
 
-def _time(shape: Shape, settings: Settings, layers: int, device: str, repeats: int) -> dict[str, float]:
+def _time(shape: Shape, settings: Settings, layers: int, device: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from bupo.train.trainer import add_fused_lm_head, trl_utils
@@ -97,7 +110,7 @@ def _time(shape: Shape, settings: Settings, layers: int, device: str, repeats: i
     config = cut(shape.config, layers)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=settings.dtype).to(device)
     model.generation_config.eos_token_id = None
-    seconds = {"token": _time_token(model, settings, device, repeats)}
+    seconds = {"token": _time_token(model, settings, device)}
     add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
     model = prepare(model, settings).to(device)
     ids = torch.randint(0, shape.vocabulary, (settings.batch, settings.prompt + settings.response), device=device)
@@ -116,15 +129,15 @@ def _time(shape: Shape, settings: Settings, layers: int, device: str, repeats: i
     for name, tiles in (("", nullcontext), ("internal_", partial(narrow_tiles, trl_utils, ids.device, ids.numel()))):
         with tiles():
             with torch.no_grad():
-                seconds[f"{name}scoring"] = _least(score, device, repeats)
-            seconds[f"{name}update"] = _least(update, device, repeats)
+                seconds[f"{name}scoring"] = _seconds(score, device)
+            seconds[f"{name}update"] = _seconds(update, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], lr=1e-6, fused=True)
     size = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    seconds["optimizer"] = _least(lambda: optimizer.step(), device, repeats) / size
+    seconds["optimizer"] = _seconds(lambda: optimizer.step(), device) / size
     return seconds
 
 
-def _time_token(model: nn.Module, settings: Settings, device: str, repeats: int) -> float:
+def _time_token(model: nn.Module, settings: Settings, device: str) -> float:
     """Of one token of every response, where half of the response is there."""
     context = settings.prompt + settings.response // 2
     ids = torch.zeros(settings.rollout, context, dtype=torch.long, device=device)
@@ -139,16 +152,17 @@ def _time_token(model: nn.Module, settings: Settings, device: str, repeats: int)
                     min_new_tokens=steps, pad_token_id=0,
                 )  # fmt: skip
 
-        spent.append(_least(generate, device, repeats))
+        spent.append(_seconds(generate, device))
     return max(spent[1] - spent[0], 0.0) / (STEPS[1] - STEPS[0])
 
 
-def _least(run: Callable[[], Any], device: str, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):  # the first warms up
+def _seconds(run: Callable[[], Any], device: str) -> float:
+    """Of one run, after one that warms up."""
+    spent = 0.0
+    for _ in range(2):
         started = time.perf_counter()
         run()
         if device != "cpu":
             torch.accelerator.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        spent = time.perf_counter() - started
+    return spent

@@ -165,13 +165,17 @@ class RolloutBytes:
         return max(self.prefill, self.last)
 
 
-def simulate_update(config: Any, layers: int, settings: Settings, *, whole: bool) -> UpdateBytes:
+def simulate_update(
+    config: Any, layers: int, settings: Settings, *, whole: bool, narrow: bool | None = None
+) -> UpdateBytes:
     """Run forward and backward of one micro-batch through the first ``layers`` layers and the head.
 
     Args:
         whole: through the final norm: the full policy (``layers`` is L then); else the internal policy of a layer.
+        narrow: with the tiles of an internal phase (default: unless ``whole``).
     """
-    return _over_layers(lambda n: _update(config, n, settings, whole), UpdateBytes, layers)
+    tiles = not whole if narrow is None else narrow
+    return _over_layers(lambda n: _update(config, n, settings, whole, tiles), UpdateBytes, layers)
 
 
 def simulate_rollout(config: Any, layers: int, settings: Settings) -> RolloutBytes:
@@ -188,7 +192,7 @@ def _over_layers(run: Callable[[int], _Found], kind: type[_Found], layers: int) 
     return kind(**{k: low[k] + (high[k] - low[k]) * (layers - few) // (more - few) for k in low})
 
 
-def _update(config: Any, layers: int, settings: Settings, whole: bool) -> UpdateBytes:
+def _update(config: Any, layers: int, settings: Settings, whole: bool, narrow: bool) -> UpdateBytes:
     with fake_model(cut(config, layers), settings.dtype) as model:
         model = prepare(model, settings)
         anatomy = dissect(model)
@@ -204,14 +208,14 @@ def _update(config: Any, layers: int, settings: Settings, whole: bool) -> Update
         track.ignore(*model.parameters(), *model.buffers(), ids, mask)
         with track:
             with torch.no_grad():
-                _score(anatomy, ids, mask, settings, whole)
+                _score(anatomy, ids, mask, settings, narrow)
             scoring = track.peak
             if settings.accumulates:
                 for parameter in used:
                     parameter.grad = torch.empty_like(parameter)
             before = track.peak = track.now
             marks = []
-            loss = _score(anatomy, ids, mask, settings, whole, lambda: marks.append(track.restart())).sum()
+            loss = _score(anatomy, ids, mask, settings, narrow, lambda: marks.append(track.restart())).sum()
             kept = track.now - before
             loss.backward()
             backward = track.peak
@@ -268,7 +272,7 @@ class _Adapted(nn.Module):
 
 
 def _score(
-    anatomy: Any, ids: Tensor, mask: Tensor, settings: Settings, whole: bool, mark: Callable[[], None] = lambda: None
+    anatomy: Any, ids: Tensor, mask: Tensor, settings: Settings, narrow: bool, mark: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Log-probabilities of the responses; ``mark`` is called after the layers, and when the head's backward is done."""
     with settings.autocast():
@@ -278,7 +282,7 @@ def _score(
         flat = states.reshape(-1, states.shape[-1])
         if flat.requires_grad:
             flat.register_hook(lambda grad: mark())
-        words = WIDEST if whole or settings.triton else tile_words(ids.numel())
+        words = tile_words(ids.numel()) if narrow and not settings.triton else WIDEST
         return _TiledHead.apply(flat, anatomy.unembedding.weight, settings.compute, settings.triton, words)
 
 

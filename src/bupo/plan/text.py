@@ -159,7 +159,7 @@ def _explanation(plan: dict[str, Any]) -> Iterator[str]:
     seconds = plan["seconds"]
     yield "Time"
     if seconds["measured"]:
-        yield "  one and three layers of this model timed here, and a straight line through both"
+        yield "  a few layers and a quarter of this model's timed here, and a straight line through both"
     else:
         yield (
             f"  operations / ({count(plan['device']['flops'])}FLOP/s x {n}); a generated token costs at least reading "

@@ -41,15 +41,26 @@ def batch_flops(
     if layer is not None:
         share = max(batch["micro_batch"] * (samples // batch["samples_a_process"]), samples // PROBE_SHARE) / samples
         probe = share * (2 * found["scoring_full"] + found["scoring_internal"])
-        corrected = recipe.trl.get("use_vllm", False) and recipe.trl.get("vllm_importance_sampling_correction", True)
         if recipe.internal_weight < 1.0:  # the joint objective does both
             found["scoring_internal"] += found["scoring_full"]
             found["updates_internal"] += found["updates_full"]
-        found["probe_internal"] = probe + (found["scoring_full"] if corrected else 0.0)
+        found["probe_internal"] = probe + (found["scoring_full"] if _corrected(recipe) else 0.0)
+    if not _scores(recipe, batch):
+        found |= dict.fromkeys([name for name in found if name.startswith("scoring_")], 0.0)
     pairs = 2.0 * length**2 * shape.attention_width * len(shape.layers)  # half of all: a token reads its past
     words = 2.0 * batch["response"] * shape.vocabulary * shape.width
     found["generation"] = samples * (2.0 * length * sum(shape.matrix) + pairs + words)
     return found
+
+
+def _corrected(recipe: Recipe) -> bool:
+    """Whether vLLM's samples are weighed by the full policy's old log-probabilities."""
+    return bool(recipe.trl.get("use_vllm", False) and recipe.trl.get("vllm_importance_sampling_correction", True))
+
+
+def _scores(recipe: Recipe, batch: dict[str, int]) -> bool:
+    """Whether old log-probabilities are computed: with one update a rollout batch they are the update's own."""
+    return batch["updates"] > 1 or _corrected(recipe)
 
 
 def savings(flops: dict[str, float], full: UpdateBytes, internal: UpdateBytes) -> dict[str, float]:
@@ -86,7 +97,9 @@ def seconds_of(
             continue
         if speeds is not None:
             joint = recipe.internal_weight < 1.0
-            parts[name] = speeds.rollout_batch(shape, batch, depth, internal=name == "internal", joint=joint)
+            parts[name] = speeds.rollout_batch(
+                shape, batch, depth, internal=name == "internal", joint=joint, scores=_scores(recipe, batch)
+            )
         else:
             rate = asked.device.flops * asked.processes
             parts[name] = {

@@ -2,8 +2,8 @@
 
 TRL's head makes 32,768 words at a time for all tokens of a micro-batch, and about seven float32 tensors of that size in
 the backward pass. In an internal phase few layers run, so these are most of an update's memory and, paged in anew each
-time, a good part of its time. Narrower tiles change neither result nor products; the full policy keeps TRL's, so that
-its losses stay TRL's bit for bit.
+time, a good part of its time. Narrower tiles change neither result nor products. After the phase, and where there is
+none, they are TRL's, so that losses are TRL's bit for bit.
 """
 
 from __future__ import annotations

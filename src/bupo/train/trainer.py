@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -96,6 +96,7 @@ class BuPOTrainer(
         if not isinstance(args, BuPOConfig):
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self._reading: Stage | None = None  # the internal policy that scoring reads, None: the full policy
+        self._narrow = False  # whether the rollout batch belongs to an internal phase, see `bupo.train.tiles`
         self.schedule = args.schedule()
         self.on_rollout: list[Callable[[dict[str, Any], int], None]] = []  # called with each batch and its number
         self.unclipped_norm: Any = None  # of the last update's gradient
@@ -170,15 +171,17 @@ class BuPOTrainer(
 
     def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         score = super()._get_per_token_logps_and_entropies
-        if self._reading is None:
+        if not self._narrow and self._reading is None:  # as TRL does it, to the last bit
             return score(model, input_ids, *args, **kwargs)
-        inner = self.accelerator.unwrap_model(model)
-        layer, temperature = cast(int, self._reading.layer), cast(float, self._reading.temperature)
         tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
-        with (
-            internal_policy(inner, layer, norm=self.args.internal_norm, temperature=temperature),
-            narrow_tiles(trl_utils, input_ids.device, tokens),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(narrow_tiles(trl_utils, input_ids.device, tokens))
+            if self._reading is not None:
+                inner = self.accelerator.unwrap_model(model)
+                layer, temperature = cast(int, self._reading.layer), cast(float, self._reading.temperature)
+                stack.enter_context(
+                    internal_policy(inner, layer, norm=self.args.internal_norm, temperature=temperature)
+                )
             return score(model, input_ids, *args, **kwargs)
 
     def _score(self, batch: dict[str, Any], *, compute_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -205,7 +208,8 @@ class BuPOTrainer(
             return super()._generate_and_score_completions(inputs)
         rollout = self._step // self.args.generate_every
         stage = self.schedule.at(rollout)
-        if stage.layer is None:
+        self._narrow = stage.layer is not None
+        if not self._narrow:
             self._leave_internal_phase()
         transfer = self._transfer()
         before = {name: list(values) for name, values in self._metrics["train"].items()}
@@ -220,7 +224,7 @@ class BuPOTrainer(
             verdict = self._watch(batch, stage, transfer)
             ended = self._ended_at(rollout) if verdict.action != "continue" else None
             if ended is not None:
-                self.schedule, stage = ended, _FULL
+                self.schedule, stage, self._narrow = ended, _FULL, False
                 self.phase_end = {"rollouts": rollout, "action": verdict.action, "reason": verdict.reason}
                 batch = self._as_full(batch, inputs, restore=verdict.action == "restore", metrics=before)
         self._train_critic(batch)
