@@ -4,7 +4,8 @@ Command: ``python experiments/grid.py experiments/grids/small.yaml`` (resumable:
 
 A grid is a YAML mapping: ``recipe``; ``base``, changes to it that every arm shares; ``arms``, a name to further changes
 and, where not all are wanted, ``seeds``; ``seeds``; ``evaluate``, the options of `bupo eval`; ``order``, which arms run
-first. The arm ``start`` is the untrained model. Runs are ordered by seed, then by arm.
+first. With ``inside_every`` among the changes a line also holds the readings over training. The arm ``start`` is the
+untrained model. Runs are ordered by seed, then by arm.
 
 A line holds the arm, seed, changes, commit, seconds, when and why a guard ended the phase, the log's curves (a value a
 rollout batch), and for every task how many of the samples of each problem were right (one digit a problem), so that
@@ -29,6 +30,7 @@ import yaml
 
 from bupo import rundir
 from bupo.cli import main as bupo
+from bupo.report.inside_training import read_inside_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", "internal/divergence", "grad_norm")
@@ -62,6 +64,8 @@ def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path 
         result = json.loads((out / "run.json").read_text())["result"]
         row |= {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
         row["curves"] = _curves(out / "log.jsonl")
+        if given.get("inside_every"):
+            row["inside"] = [_rounded(reading) for reading in read_inside_folder(out / "inside")]
         model = str(out / "model")
     row["train_seconds"] = round(time.monotonic() - started, 1)
     options = [part for key, value in grid["evaluate"].items() for part in (f"--{key}", str(value))]
@@ -92,6 +96,19 @@ def _curves(log: Path) -> dict[str, list[float | None]]:
         if any(v is not None for v in values):
             found[name] = [None if v is None else round(v, 4) for v in values]
     return found
+
+
+def _rounded(reading: dict[str, Any]) -> dict[str, Any]:
+    """What the figures need of one reading, with four decimals."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [short(part) for part in value]
+        return round(value, 4) if isinstance(value, float) else value
+
+    return short({k: v for k, v in reading.items() if k not in ("schema", "kind", "change", "standard_error_method")})
 
 
 def _yaml(value: Any) -> str:

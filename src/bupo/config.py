@@ -166,6 +166,11 @@ class Recipe:
     flow_every: int = key(
         0, "rollout batches between two entropy-flow figures of the model in training; 0: none", low=0
     )
+    inside_every: int = key(
+        0, "rollout batches between two readings of what training does inside (`bupo compare`'s); 0: none", low=0
+    )
+    inside_layer: int | None = key(None, "the layer l they compare with the others (default: the internal one)", low=1)
+    inside_responses: str | None = key(None, "responses that they read (default: the first rollout batch's)")
     trl: dict = key({}, "anything else of BuPOConfig, passed on as it is")
 
     # -- arithmetic ------------------------------------------------------------------------------------------------
@@ -322,6 +327,11 @@ def _cross_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{name} {steps} is more than rollouts {recipe.rollouts}")
     if recipe.internal_max_steps is not None and recipe.internal_steps != "auto":
         problems.append("internal_max_steps goes with internal_steps auto")
+    if not recipe.inside_every and (recipe.inside_layer is not None or recipe.inside_responses is not None):
+        problems.append("inside_layer and inside_responses go with inside_every")
+    known = recipe.inside_layer or isinstance(layer, int) or recipe.internal_ladder or recipe.internal_steps
+    if recipe.inside_every and not known:
+        problems.append("inside_every needs a layer to compare with the others: inside_layer, or an internal phase's")
     unknown = [name for name in recipe.report_to if name not in TRACKERS]
     problems += [f"report_to: unknown tracker {name!r}; one of {either(list(TRACKERS))}" for name in unknown]
     if recipe.reward != "answer" and not re.fullmatch(r"[\w.]+:\w+", recipe.reward):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +87,7 @@ def train(
 
     summary = run(asked, output, resume=resume, overwrite=overwrite, say=say, draw=_draw_flow)
     if main:
+        _draw_inside(output, say)
         print(json.dumps(summary) if as_json else _text(summary))
     return 130 if summary["interrupted"] else 0
 
@@ -97,6 +98,20 @@ def _draw_flow(analysis: Mapping[str, Any], folder: Path, name: str) -> Path:
     from bupo.report.style import save
 
     return save(entropy_flow(analysis), folder, name)[0]
+
+
+def _draw_inside(output: Path, say: Callable[[str], None]) -> None:
+    """What training did inside, where the recipe asked for readings, as ``inside/inside.png`` and ``.svg``."""
+    from bupo.report.inside_training import inside_training_figure, read_inside_folder
+    from bupo.report.logs import last_internal_rollout, read_log
+    from bupo.report.style import save
+
+    folder = Path(output) / "inside"
+    readings = read_inside_folder(folder)
+    if len(readings) > 1:
+        switch = last_internal_rollout(read_log(Path(output) / "log.jsonl"))
+        save(inside_training_figure([(Path(output).name, readings, switch)]), folder, "inside")
+        say(f"wrote {folder}/inside.png")
 
 
 def _number_or_text(given: str | None) -> int | str | None:

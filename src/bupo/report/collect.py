@@ -12,6 +12,7 @@ from bupo.errors import InputError
 from bupo.report.explorer import check_tokens
 from bupo.report.figures import check_analysis
 from bupo.report.inside import check_comparison
+from bupo.report.inside_training import read_inside_folder
 from bupo.report.logs import read_log
 from bupo.report.style import role
 from bupo.report.verdict import paired_comparisons
@@ -118,7 +119,8 @@ def _read(name: str, path: Path, material: Material, responses: list[tuple[str, 
 
 def _read_file(name: str, file: Path, run: Mapping[str, Any], material: Material) -> None:
     if file.suffix == ".jsonl":
-        material.runs.append({"name": name, "log": read_log(file), "config": run.get("config", {})})
+        inside = read_inside_folder(file.parent / "inside")
+        material.runs.append({"name": name, "log": read_log(file), "config": run.get("config", {}), "inside": inside})
         return
     content = _json(file)
     if "tasks" in content:

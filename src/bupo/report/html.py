@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bupo.report import choice, explorer, figures
 from bupo.report.curves import average_dots, pass_curves, tasks_of, training_curves
 from bupo.report.inside import inside_figure
+from bupo.report.inside_training import inside_training_figure
 from bupo.report.logs import last_internal_rollout, summary
 from bupo.report.style import inline_svg
 from bupo.report.verdict import Verdict, outcome, verdict
@@ -120,6 +121,7 @@ def render(
         "script_policy": explorer.script_policy() if tokens else "'none'",
         "runs": [_run(run) for run in runs],
         "curves": None,
+        "over_training": _over_training(runs),
         "result_figures": result_figures,
         "evaluations": [_table(task, scored) for task in tasks_of(scored)],
         "comparisons": [_comparison(c) for c in comparisons],
@@ -143,7 +145,7 @@ def render(
             ("policies", "Internal policies", analyses),
             ("tokens", "Token explorer", tokens),
             ("training", "Training", runs),
-            ("inside", "What training did inside", inside),
+            ("inside", "What training did inside", inside or content["over_training"]),
             ("results", "Results", evaluations),
             ("samples", "Sample responses", samples),
         )
@@ -253,6 +255,21 @@ def _inside(found: Item, key: str) -> dict[str, Any]:
         f"{found['layers']}. The first is the baseline. Bands and bars: two standard errors."
     )
     return {"name": found["name"], "figure": _figure(key, inside_figure(found), alt, caption)}
+
+
+def _over_training(runs: Sequence[Item]) -> dict[str, Any] | None:
+    read = [(r["name"], r["inside"], last_internal_rollout(r["log"])) for r in runs if r.get("inside")]
+    if not read:
+        return None
+    names = ", ".join(name for name, _, _ in read)
+    first = read[0][1][0]
+    alt = f"Cosines, entropy, perplexity and divergence over the rollout batches of {names}"
+    caption = (
+        f"Over training, each run on its own fixed {first['samples']} responses ({first['tokens']} tokens), read "
+        "before a rollout batch's updates and after the last. Dashed: end of the internal phase. Bands: two standard "
+        "errors."
+    )
+    return _figure("over-training", inside_training_figure(read), alt, caption)
 
 
 def _explorer(tokens: Sequence[Item]) -> Any:

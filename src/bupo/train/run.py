@@ -2,8 +2,8 @@
 
 The output folder holds ``run.json`` (what was asked and with what), ``log.jsonl``, ``checkpoints/``, ``model/`` (the
 final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it), with ``flow_every`` the entropy flows in
-``flow/``, and, for ``internal_layer: auto``, the
-analysis it rests on in ``auto_layer.json``.
+``flow/``, with ``inside_every`` the readings in ``inside/`` (`bupo.train.inside`), and, for ``internal_layer: auto``,
+the analysis it rests on in ``auto_layer.json``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from bupo.rundir import RUN_FILE, claim, describe_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
 from bupo.train.checkpoints import last_checkpoint, read_state, rotate, saved_recipe
+from bupo.train.inside import FOLDER as INSIDE
+from bupo.train.inside import inside_readings
 from bupo.train.lora import merged
 from bupo.train.panels import Draw, add_panels
 from bupo.train.rewards import AnswerReward
 from bupo.train.trainer import BuPOTrainer, TrainingStopped
 
 LOG_FILE = "log.jsonl"
-_FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every")  # of a resumed run
+_FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every", "inside_every")  # of a resumed run
 
 
 def train(
@@ -67,9 +69,16 @@ def train(
     folder = claim(output, overwrite=overwrite, resume=resume)
     checkpoint = _checkpoint(folder, recipe) if resume else None
     there = folder.is_dir()
+    reward: Any = None
     try:
         trainer, tokenizer, reward = build(recipe, folder, say)
+        if recipe.inside_every:
+            readings = inside_readings(recipe, trainer, tokenizer, folder, say)
+            trainer.on_rollout.append(readings)
+            trainer.add_callback(readings)
     except BaseException:
+        if isinstance(reward, AnswerReward):
+            reward.close()
         _remove_if_empty(folder / "checkpoints", folder if not there else None)
         raise
     try:
@@ -213,7 +222,7 @@ def _replace(temporary: Path, target: Path) -> None:
 def _remove_old(folder: Path) -> None:
     for name in (RUN_FILE, LOG_FILE, "auto_layer.json"):  # without the first, what is left cannot be resumed
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model", "adapter", "flow", "tensorboard"):
+    for name in ("checkpoints", "model", "adapter", "flow", INSIDE, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
 

@@ -1,0 +1,98 @@
+"""What training did inside, over training: one figure of four panels from a run's ``inside/``.
+
+Figure 5 of arXiv 2512.19673.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bupo.errors import InputError
+from bupo.report.style import looks, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Reading = Mapping[str, Any]
+BAND = 2.0  # standard errors to each side
+NEEDED = ("rollouts_done", "layer", "layers", "perplexity", "entropy", "cosine_of_layer", "divergence")
+
+
+def read_inside_folder(folder: Path) -> list[dict[str, Any]]:
+    """The readings of a training run, in order; none where it made none.
+
+    Raises:
+        InputError: a file is no reading of schema 1.
+    """
+    found = []
+    for path in sorted(folder.glob("after-*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read as JSON: {error}") from None
+        if not isinstance(content, dict) or content.get("schema") != 1 or any(name not in content for name in NEEDED):
+            raise InputError(f"{path} is no reading of schema 1; `bupo train` writes it with inside_every")
+        found.append(content)
+    return sorted(found, key=lambda reading: reading["rollouts_done"])
+
+
+def inside_training_figure(runs: Sequence[tuple[str, Sequence[Reading], float | None]]) -> Figure:
+    """Cosine to the top layers, entropy, perplexity and divergence over rollout batches; bands are two standard errors.
+
+    Args:
+        runs: name, readings (`read_inside_folder`) and the last rollout batch of the internal phase (None: no switch).
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    look = looks([name for name, _, _ in runs])
+    layers = {(readings[0]["layer"], readings[0]["layers"]) for _, readings, _ in runs}
+    which = f"layer {next(iter(layers))[0]}" if len(layers) == 1 else "its layer"
+    with styled():
+        figure = new_figure(8.4, 6.2)
+        (cosine, entropy), (perplexity, divergence) = figure.subplots(2, 2, sharex=True)
+        for name, readings, switch in runs:
+            colour, marker = look[name]
+            x = [reading["rollouts_done"] for reading in readings]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "label": name}
+            _band(cosine, x, [_top(r) for r in readings], **style)
+            _band(entropy, x, [_at(r["entropy"], r["layer"] - 1) for r in readings], **style)
+            surprise = [(r["perplexity"]["value"], r["perplexity"]["standard_error"]) for r in readings]
+            _band(perplexity, x, surprise, **style)
+            _band(divergence, x, [_at(r["divergence"], -1) for r in readings], **style)
+            near = [_at(r["divergence"], 0) for r in readings]
+            if len(readings[0]["divergence"]["mean"]) > 1:
+                _band(divergence, x, near, color=colour, linestyle=":", label=f"{name}, to the next layer")
+            for axes in (cosine, entropy, perplexity, divergence):
+                if switch is not None:
+                    axes.axvline(switch, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+        cosine.set_title(f"Cosine of {which}'s states to the top quarter's")
+        entropy.set_title(f"Entropy of {which}'s policy (nats)")
+        perplexity.set_title("Perplexity of the full policy")
+        divergence.set_title(f"KL({which} || output), dotted: || next layer (nats)", fontsize=10)
+        for axes in (perplexity, divergence):
+            axes.set_xlabel("rollout batches trained on")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        figure.legend(*cosine.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs)))
+    return figure
+
+
+def _at(values: Mapping[str, Any], place: int) -> tuple[float, float]:
+    return values["mean"][place], values["standard_error"][place]
+
+
+def _top(reading: Reading) -> tuple[float, float]:
+    """Mean over the top quarter of the layers, all above l; the errors are of the same tokens, so they are averaged."""
+    first = max(reading["layer"], reading["layers"] - max(1, reading["layers"] // 4))
+    values = reading["cosine_of_layer"]
+    mean, error = values["mean"][first:] or values["mean"][-1:], values["standard_error"][first:] or [0.0]
+    return sum(mean) / len(mean), sum(error) / len(error)
+
+
+def _band(axes: Axes, x: Sequence[float], points: Sequence[tuple[float, float]], **style: Any) -> None:
+    axes.plot(x, [mean for mean, _ in points], **style)
+    low, high = ([mean + side * BAND * error for mean, error in points] for side in (-1, 1))
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
