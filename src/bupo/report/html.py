@@ -267,7 +267,7 @@ def _over_training(runs: Sequence[Item]) -> dict[str, Any] | None:
     caption = (
         f"Over training, each run on its own fixed {first['samples']} responses ({first['tokens']} tokens), read "
         "before a rollout batch's updates and after the last. Dashed: end of the internal phase. Bands: two standard "
-        "errors."
+        "errors of the change since the start."
     )
     return _figure("over-training", inside_training_figure(read), alt, caption)
 

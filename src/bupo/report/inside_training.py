@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bupo.errors import InputError
-from bupo.report.style import looks, new_figure, styled
+from bupo.report.style import SOFT, looks, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,9 @@ def read_inside_folder(folder: Path) -> list[dict[str, Any]]:
 
 
 def inside_training_figure(runs: Sequence[tuple[str, Sequence[Reading], float | None]]) -> Figure:
-    """Cosine to the top layers, entropy, perplexity and divergence over rollout batches; bands are two standard errors.
+    """Cosine to the top layers, entropy, perplexity and divergence over rollout batches.
+
+    Bands are two standard errors of the change since the start, paired by token; readings without it have none.
 
     Args:
         runs: name, readings (`read_inside_folder`) and the last rollout batch of the internal phase (None: no switch).
@@ -59,20 +61,20 @@ def inside_training_figure(runs: Sequence[tuple[str, Sequence[Reading], float | 
             x = [reading["rollouts_done"] for reading in readings]
             style: dict[str, Any] = {"color": colour, "marker": marker, "label": name}
             _band(cosine, x, [_top(r) for r in readings], **style)
-            _band(entropy, x, [_at(r["entropy"], r["layer"] - 1) for r in readings], **style)
-            surprise = [(r["perplexity"]["value"], r["perplexity"]["standard_error"]) for r in readings]
-            _band(perplexity, x, surprise, **style)
-            _band(divergence, x, [_at(r["divergence"], -1) for r in readings], **style)
-            near = [_at(r["divergence"], 0) for r in readings]
+            _band(entropy, x, [_at(r, "entropy", r["layer"] - 1) for r in readings], **style)
+            _band(perplexity, x, [_perplexity(r) for r in readings], **style)
+            _band(divergence, x, [_at(r, "divergence", -1) for r in readings], **style)
             if len(readings[0]["divergence"]["mean"]) > 1:
-                _band(divergence, x, near, color=colour, linestyle=":", label=f"{name}, to the next layer")
+                _band(divergence, x, [_at(r, "divergence", 0) for r in readings], color=colour, linestyle=":")
+                where = {"transform": divergence.transAxes, "ha": "right", "va": "top"}
+                divergence.text(0.99, 0.98, "dotted: to the next layer", fontsize=8.5, color=SOFT, **where)
             for axes in (cosine, entropy, perplexity, divergence):
                 if switch is not None:
                     axes.axvline(switch, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
         cosine.set_title(f"Cosine of {which}'s states to the top quarter's")
         entropy.set_title(f"Entropy of {which}'s policy (nats)")
         perplexity.set_title("Perplexity of the full policy")
-        divergence.set_title(f"KL({which} || output), dotted: || next layer (nats)", fontsize=10)
+        divergence.set_title(f"KL({which} || output), nats")
         for axes in (perplexity, divergence):
             axes.set_xlabel("rollout batches trained on")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -80,19 +82,31 @@ def inside_training_figure(runs: Sequence[tuple[str, Sequence[Reading], float | 
     return figure
 
 
-def _at(values: Mapping[str, Any], place: int) -> tuple[float, float]:
-    return values["mean"][place], values["standard_error"][place]
+Point = tuple[float, float]  # a value, and the standard error of its change since the start
 
 
-def _top(reading: Reading) -> tuple[float, float]:
-    """Mean over the top quarter of the layers, all above l; the errors are of the same tokens, so they are averaged."""
-    first = max(reading["layer"], reading["layers"] - max(1, reading["layers"] // 4))
-    values = reading["cosine_of_layer"]
-    mean, error = values["mean"][first:] or values["mean"][-1:], values["standard_error"][first:] or [0.0]
-    return sum(mean) / len(mean), sum(error) / len(error)
+def _at(reading: Reading, name: str, place: int) -> Point:
+    change = reading.get("change")
+    return reading[name]["mean"][place], 0.0 if change is None else change[name]["standard_error"][place]
 
 
-def _band(axes: Axes, x: Sequence[float], points: Sequence[tuple[float, float]], **style: Any) -> None:
+def _perplexity(reading: Reading) -> Point:
+    value, change = reading["perplexity"]["value"], reading.get("change")
+    if change is None:
+        return value, 0.0
+    ratio = change["perplexity_ratio"]
+    return value, value * ratio["standard_error"] / ratio["value"]
+
+
+def _top(reading: Reading) -> Point:
+    """Mean over those of the top quarter of layers above l; their errors are of the same tokens, so they are averaged."""
+    first = min(max(reading["layer"], reading["layers"] - max(1, reading["layers"] // 4)), reading["layers"] - 1)
+    points = [_at(reading, "cosine_of_layer", place) for place in range(first, reading["layers"])]
+    return sum(mean for mean, _ in points) / len(points), sum(error for _, error in points) / len(points)
+
+
+def _band(axes: Axes, x: Sequence[float], points: Sequence[Point], **style: Any) -> None:
     axes.plot(x, [mean for mean, _ in points], **style)
-    low, high = ([mean + side * BAND * error for mean, error in points] for side in (-1, 1))
-    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if any(error for _, error in points):
+        low, high = ([mean + side * BAND * error for mean, error in points] for side in (-1, 1))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
