@@ -99,7 +99,7 @@ def _perplexity(reading: Reading) -> Point:
 
 
 def _top(reading: Reading) -> Point:
-    """Mean over those of the top quarter of layers above l; their errors are of the same tokens, so they are averaged."""
+    """Mean over the top quarter's layers above l; their errors are of the same tokens, so they are averaged too."""
     first = min(max(reading["layer"], reading["layers"] - max(1, reading["layers"] // 4)), reading["layers"] - 1)
     points = [_at(reading, "cosine_of_layer", place) for place in range(first, reading["layers"])]
     return sum(mean for mean, _ in points) / len(points), sum(error for _, error in points) / len(points)
