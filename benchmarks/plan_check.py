@@ -125,13 +125,13 @@ def child(*arguments: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", default=",".join(RUNS))
-    parser.add_argument("--memory-only", action="store_true", help="one rollout batch each, no times")
+    parser.add_argument("--memory-only", action="store_true", help="two rollout batches each, no times")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_only:
         for changes in RUNS.values():
-            changes["rollouts"] = 1
+            changes["rollouts"] = 2  # at the second one's updates the optimizer has its moments
     if args.child:
         what, name, phase, *rest = args.child
         found = (
