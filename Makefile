@@ -52,8 +52,9 @@ test-vllm: $(VSTAMP) smollm2  ## real vLLM on the CPU against transformers (seve
 test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without a GPU
 	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py
 
-smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2
+smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2, and sums for it
 	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
+	$(BIN)/python experiments/smollm2_sums.py --out models/sums
 
 figures: $(STAMP)         ## the figures and tables of docs/evidence.md and README.md, from experiments/results
 	$(BIN)/python experiments/summary.py > /dev/null

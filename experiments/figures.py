@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from summary import RESULTS, Rows, read
 
+from bupo.report.inside_training import inside_training_figure
 from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, new_figure, save, styled
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def _difference_panel(axes: Axes, table: dict[str, Any]) -> None:
 
 
 def _task(name: str) -> str:
-    return {"arithmetic": "Held-out", "arithmetic-hard": "Harder"}.get(name, name)
+    names = {"arithmetic": "Held-out", "arithmetic-hard": "Harder", "held-out": "Held-out", "shifted": "Shifted"}
+    return names.get(name, name)
 
 
 def steps() -> Figure:
@@ -150,6 +152,103 @@ def _curves(rows: Rows, arms: Sequence[tuple[str, str]], seeds: Sequence[int], s
     return figure
 
 
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+INSIDE = (("GRPO", "grpo", None), ("BuPO, 8 batches", "bupo", 8.0), ("layer 4 throughout", "steps45", None))
+
+
+def inside() -> Figure:
+    """Readings over training (Figure 5's shape), means over the seeds; bands are two standard errors over them."""
+    rows = read(RESULTS / "inside.jsonl")
+    runs = []
+    for name, arm, switch in INSIDE:
+        if arm in rows:
+            runs.append((name, over_seeds([row["inside"] for row in rows[arm].values()]), switch))
+    return inside_training_figure(runs)
+
+
+def over_seeds(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One sequence of readings from several runs': means, and in ``change`` the standard errors over the runs."""
+    joined = []
+    for at in zip(*runs, strict=True):
+        changes = [[_minus(now[n]["mean"], then[n]["mean"]) for now, then in zip(at, _firsts(runs), strict=True)]
+                   for n in ("entropy", "cosine_of_layer", "divergence")]  # fmt: skip
+        item: dict[str, Any] = {k: at[0][k] for k in ("rollouts_done", "layer", "layers")}
+        item["perplexity"] = {"value": statistics.fmean(r["perplexity"]["value"] for r in at)}
+        ratios = [r["perplexity"]["value"] / f["perplexity"]["value"] for r, f in zip(at, _firsts(runs), strict=True)]
+        item["change"] = {"perplexity_ratio": {"value": statistics.fmean(ratios), "standard_error": _error(ratios)}}
+        for name, change in zip(("entropy", "cosine_of_layer", "divergence"), changes, strict=True):
+            item[name] = {"mean": [statistics.fmean(v) for v in zip(*(r[name]["mean"] for r in at), strict=True)]}
+            item["change"][name] = {"standard_error": [_error(list(v)) for v in zip(*change, strict=True)]}
+        joined.append(item)
+    return joined
+
+
+def _firsts(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [run[0] for run in runs]
+
+
+def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def _error(found: list[float]) -> float:
+    return statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+
+
+def flow() -> Figure:
+    """On the same responses before and after: entropy of every layer's policy, and KL from layer l's to each later one.
+
+    Thin lines are seeds; l is the layer that the internal phase trains.
+    """
+    rows = read(RESULTS / "inside.jsonl")
+    with styled():
+        figure = new_figure(9.8, 3.6)
+        level, change, later = figure.subplots(1, 3)
+        for number, (name, arm, _) in enumerate(INSIDE):
+            if arm not in rows:
+                continue
+            first = [row["inside"][0]["entropy"]["mean"] for row in rows[arm].values()]
+            last = [row["inside"][-1]["entropy"]["mean"] for row in rows[arm].values()]
+            x = range(1, len(first[0]) + 1)
+            mean = [statistics.fmean(values) for values in zip(*last, strict=True)]
+            _later(later, list(rows[arm].values()), number)
+            if number == 0:
+                before = [statistics.fmean(values) for values in zip(*first, strict=True)]
+                level.plot(x, before, color=INK, linestyle=(0, (4, 2)), label="before")
+            level.plot(x, mean, color=CYCLE[number], marker=MARKERS[number], label=name)
+            each = [_minus(b, a) for a, b in zip(first, last, strict=True)]
+            for one in each:
+                change.plot(x, one, color=CYCLE[number], alpha=0.3, linewidth=1)
+            means = [statistics.fmean(values) for values in zip(*each, strict=True)]
+            change.plot(x, means, color=CYCLE[number], marker=MARKERS[number])
+            for axes in (level, change):
+                layer_axis(axes, len(first[0]))
+                axes.set_xlabel("layer")
+        change.axhline(0, color=SOFT, linewidth=1.2)
+        level.set_title("Entropy of the layer policies (nats)", fontsize=10)
+        change.set_title("Its change over training (nats)", fontsize=10)
+        later.set_title("KL(layer l || layer m) (nats)", fontsize=10)
+        later.set_xlabel("layer m; then the output")
+        for axes in (level, later):
+            axes.set_ylim(bottom=0)
+        figure.legend(*level.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _later(axes: Axes, runs: list[dict[str, Any]], number: int) -> None:
+    """KL from layer l's policy to those of layers l + 1 to L and to the output, before (once) and after."""
+    layer = runs[0]["inside"][0]["layer"]
+    states = [(-1, {"color": CYCLE[number], "marker": MARKERS[number]})]
+    if number == 0:
+        states.append((0, {"color": INK, "linestyle": (0, (4, 2))}))
+    for place, look in states:
+        each = [run["inside"][place]["divergence"]["mean"] for run in runs]
+        x = range(layer + 1, layer + 1 + len(each[0]))
+        axes.plot(x, [statistics.fmean(values) for values in zip(*each, strict=True)], **look)
+        axes.set_xticks(list(x), [*map(str, x[:-1]), "out"])
+
+
 # -- architectures -----------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +303,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "layer_dynamics": layers,
     "reading": dots("reading"),
     "rates": dots("rates"),
+    "inside": inside,
+    "flow": flow,
     "styles": styles,
 }
 

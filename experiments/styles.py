@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
 ARCHITECTURES = ("qwen3", "llama")
 LEFT_OUT = {"worked": 0.35, "bare": 1.0}
-UPDATES, PROBLEMS = 500, 128
+UPDATES, BATCH, PROBLEMS = 600, 32, 128
 # all four architectures on the worked data; the other data for both architectures, untied
 CELLS = [(a, t, "worked") for t, a in itertools.product((False, True), ARCHITECTURES)]
 CELLS += [(a, False, "bare") for a in ARCHITECTURES]
@@ -46,7 +46,7 @@ def one(arch: str, tied: bool, data: str, seed: int, updates: int) -> dict[str, 
         model, out = Path(temporary) / "model", Path(temporary) / "analysis"
         _run(
             REPOSITORY / "experiments" / "pretrain_small.py", "--out", model, "--arch", arch,
-            *(["--tied"] if tied else []), "--left-out", LEFT_OUT[data], "--seed", seed, "--updates", updates,
+            *(["--tied"] if tied else []), "--left-out", LEFT_OUT[data], "--seed", seed, "--updates", updates, "--batch", BATCH,
         )  # fmt: skip
         trained = json.loads((model / "pretraining.json").read_text())
         _run(

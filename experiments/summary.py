@@ -27,8 +27,9 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 SMALL, SMOLLM2 = "small.jsonl", "smollm2.jsonl"
 STEPS = ["steps4", "bupo", "steps16", "steps30", "steps45"]
 TABLES: dict[str, dict[str, Any]] = {
-    "main": {"rows": SMALL, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 4},
+    "main": {"rows": SMALL, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 5},
     "main_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 3},
+    "tuning_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rate3e-6", "rate3e-5"], "seeds": 1},
     "tuning": {"rows": SMALL, "arms": ["grpo", "rate1e-5", "rate6e-5", "rate1e-4"], "seeds": 1},
     "guard": {"rows": SMALL, "arms": ["grpo", *STEPS, "auto45"], "seeds": 3, "best_of": ["grpo", *STEPS]},
     "layers": {"rows": SMALL, "arms": ["grpo", "layer2", "bupo", "layer6", "layer8"], "seeds": 3},
@@ -138,10 +139,55 @@ def make(name: str) -> dict[str, Any] | None:
     }
 
 
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def inside_measures(reading: dict[str, Any]) -> dict[str, float]:
+    """The four quantities of Figure 5 in one reading: of the chosen layer l, and of the full policy."""
+    at, layers = reading["layer"] - 1, reading["layers"]
+    top = reading["cosine_of_layer"]["mean"][max(at + 1, layers - max(1, layers // 4)) :]
+    return {
+        "cosine to the top quarter": statistics.fmean(top),
+        "entropy of layer l": reading["entropy"]["mean"][at],
+        "perplexity": reading["perplexity"]["value"],
+        "KL to layer l + 1": reading["divergence"]["mean"][0],
+        "KL to the output": reading["divergence"]["mean"][-1],
+    }
+
+
+def inside(name: str = "inside") -> dict[str, Any] | None:
+    """First and last readings of every arm, and the last minus the first: mean over seeds, Student's interval."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return None
+    arms = {}
+    for arm, by_seed in read(path).items():
+        pairs = {s: (inside_measures(r["inside"][0]), inside_measures(r["inside"][-1])) for s, r in by_seed.items()}
+        measures = {}
+        for key in next(iter(pairs.values()))[0]:
+            before, after = [a[key] for a, _ in pairs.values()], [b[key] for _, b in pairs.values()]
+            change = [b - a for a, b in zip(before, after, strict=True)]
+            measures[key] = {
+                "before": round(statistics.fmean(before), 4),
+                "after": round(statistics.fmean(after), 4),
+                "change": round(statistics.fmean(change), 4),
+                "each": {str(s): round(c, 4) for s, c in zip(pairs, change, strict=True)},
+            }
+            if len(change) > 1:
+                half = STUDENT[len(change) - 1] * statistics.stdev(change) / len(change) ** 0.5
+                mean = statistics.fmean(change)
+                measures[key]["ci95"] = [round(mean - half, 4), round(mean + half, 4)]
+        first = next(iter(by_seed.values()))["inside"][0]
+        arms[arm] = {"layer": first["layer"], "seeds": sorted(by_seed), "measures": measures}
+    return {"schema": 1, "table": name, "rows": path.name, "arms": arms}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *TABLES], default=[])
     args = parser.parse_args()
+    if not args.names and (found := inside()) is not None:
+        write_json(RESULTS / "inside.json", found)
     for name in args.names or TABLES:
         result = make(name)
         if result is None:

@@ -4,7 +4,8 @@ Command: ``make figures``, or after `experiments/summary.py` ``python experiment
 whether a page differs from the files, with exit code 1 where one does.
 
 A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
-`experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`.
+`experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`,
+``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ NAMES = {
     "frozen4": "GRPO, layers 1-4 frozen", "upper0.1": "GRPO, 0.1x learning rate above layer 4",
     "layer2": "BuPO, layer 2", "layer6": "BuPO, layer 6", "layer8": "BuPO, layer 8", "steps4": "4", "steps16": "16",
     "steps30": "30", "steps45": "45, the whole run", "auto45": "guarded, at most 45", "rate1e-5": "GRPO, 1e-5",
-    "rate6e-5": "GRPO, 6e-5", "rate1e-4": "GRPO, 1e-4",
+    "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
 }  # fmt: skip
-OWN = {"guard": {"grpo": "0 (GRPO)", "bupo": "8"}, "tuning": {"grpo": "GRPO, 3e-5"}}
+OWN = {
+    "inside": {"steps45": "layer 4, all 45 batches"},
+    "main_smollm2": {"bupo": "BuPO (layer 6, 2 batches)"},
+    "tuning_smollm2": {"grpo": "GRPO, 1e-5", "rate3e-5": "GRPO, 3e-5"},
+    "guard": {"grpo": "0 (GRPO)", "bupo": "8"}, "tuning": {"grpo": "GRPO, 3e-5"},
+}
 MARK = re.compile(r"(<!-- table (?P<what>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -39,7 +45,9 @@ def markdown(what: str) -> str:
     """
     name, *rest = what.split()
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return _styles(found) if name == "styles" else _comparison(name, found, *rest)
+    if name in OTHERS:
+        return OTHERS[name](found)
+    return _comparison(name, found, *rest)
 
 
 def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
@@ -78,6 +86,26 @@ def _styles(found: dict[str, Any]) -> str:
             )
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _inside(found: dict[str, Any]) -> str:
+    keys = list(next(iter(found["arms"].values()))["measures"])
+    rows = [f"| | seeds | {' | '.join(keys)} |", "| --- | --- |" + " --- |" * len(keys)]
+    first = next(iter(found["arms"].values()))
+    rows.append("| before training | | " + " | ".join(f"{first['measures'][k]['before']:.2f}" for k in keys) + " |")
+    for arm, row in found["arms"].items():
+        cells = []
+        for key in keys:
+            measure = row["measures"][key]
+            ends = measure.get("ci95")
+            span = "" if ends is None else f" [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+            cells.append(f"{measure['change']:+.2f}{span}")
+        name = {**NAMES, **OWN["inside"]}[arm]
+        rows.append(f"| {name}, change | {len(row['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+OTHERS = {"styles": _styles, "inside": _inside}
 
 
 def render(text: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import figures  # noqa: E402
 import styles  # noqa: E402
 import summary  # noqa: E402
 import tables  # noqa: E402
@@ -67,3 +68,45 @@ def test_how_late_an_entropy_falls():
     assert (even["ffn_positive_layers"], even["attention_positive_layers"]) == (4, 4)
     late = styles.measures(a_style([5.0] * 7 + [1.0], [1] * 8))
     assert late["late_share_raw"] == late["largest_fall_raw"] == 1.0
+
+
+def a_reading(cosines: list[float], entropy: float, perplexity: float, kl: list[float]) -> dict:
+    return {
+        "layer": 2,
+        "layers": 4,
+        "rollouts_done": 0,
+        "cosine_of_layer": {"mean": cosines},
+        "entropy": {"mean": [9.0, entropy, 9.0, 9.0]},
+        "perplexity": {"value": perplexity},
+        "divergence": {"mean": kl},
+    }
+
+
+def test_readings_inside_are_paired_by_seed(tmp_path, monkeypatch):
+    import json
+
+    before = a_reading([0.1, 1.0, 0.5, 0.3], 2.0, 1.5, [0.2, 0.4, 0.6])
+    rows = [
+        {"arm": "a", "seed": s, "inside": [before, a_reading([0.1, 1.0, 0.5, 0.3 + 0.1 * s], 2.0 - s, 1.5, [0.2] * 3)]}
+        for s in (0, 1, 2)
+    ]
+    (tmp_path / "inside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    found = summary.inside()["arms"]["a"]
+    assert (found["layer"], found["seeds"]) == (2, [0, 1, 2])
+    entropy = found["measures"]["entropy of layer l"]
+    assert (entropy["before"], entropy["after"], entropy["change"]) == (2.0, 1.0, -1.0)
+    assert entropy["ci95"] == pytest.approx([-1 - 2.484, -1 + 2.484], abs=1e-3)  # 4.303 * 1 / sqrt(3)
+    top = found["measures"]["cosine to the top quarter"]  # of 4 layers: the last
+    assert (top["before"], top["each"]) == (0.3, {"0": 0.0, "1": 0.1, "2": 0.2})
+    assert found["measures"]["KL to the output"]["change"] == pytest.approx(-0.4)
+
+
+def test_readings_over_seeds_carry_the_error_of_the_change_over_seeds():
+    first = a_reading([0.1, 1.0, 0.5, 0.3], 2.0, 1.5, [0.2, 0.4, 0.6])
+    runs = [[first, a_reading([0.1, 1.0, 0.5, 0.3], 2.0 - s, 3.0, [0.2, 0.4, 0.6])] for s in (0, 2)]
+    start, end = figures.over_seeds(runs)
+    assert start["change"]["entropy"]["standard_error"] == [0, 0, 0, 0]
+    assert end["entropy"]["mean"] == [9, 1, 9, 9]
+    assert end["change"]["entropy"]["standard_error"] == [0, 1, 0, 0]  # changes 0 and -2: their mean's error is 1
+    assert end["change"]["perplexity_ratio"] == {"value": 2, "standard_error": 0}

@@ -105,7 +105,7 @@ def scaled(tmp_path, tiny_folder):
             # no vLLM here, and no hub
             "trl": {name: value for name, value in recipe.trl.items() if "vllm" not in name},
         }
-        if recipe.dataset == "zwhe99/DeepMath-103K":
+        if recipe.dataset.startswith(("zwhe99/", "models/")):  # not in a fresh clone
             data = tmp_path / "sums.jsonl"
             rows = [{"question": f"What is {i} + {i}?", "final_answer": str(2 * i)} for i in range(40)]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,58 @@
+r"""Sums of reasoning-gym's ``chain_sum`` as continuations of a solved one, which SmolLM2-135M-Instruct can learn.
+
+Command: ``make smollm2`` (runs ``python experiments/smollm2_sums.py --out models/sums``), three files of JSON lines:
+``train.jsonl`` and ``held-out.jsonl``, sums and differences of two numbers of one digit, none in both; and
+``shifted.jsonl``, three numbers of one digit or two of two digits, which training never shows.
+
+Asked through its chat template the (4-bit, dequantized) model talks and never solves one. After a solved sum it writes
+``\\boxed{`` at once in two thirds of its responses and is right in under a tenth: room that training can use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import reasoning_gym
+
+SHOWN = "3 + 5"
+SHOT = f"{SHOWN} = \\boxed{{8}}\n"
+
+
+def draw(kinds: list[tuple[int, int]], each: int, seed: int) -> list[dict[str, str]]:
+    """``each`` different sums of every (numbers, digits), mixed; reasoning-gym draws and solves them."""
+    rows: dict[str, str] = {}
+    for place, (numbers, digits) in enumerate(kinds):
+        data = reasoning_gym.create_dataset(
+            "chain_sum", min_terms=numbers, max_terms=numbers, min_digits=digits, max_digits=digits, seed=seed + place,
+            size=20 * each,
+        )  # fmt: skip
+        found: dict[str, str] = {}
+        for entry in data:
+            question = entry["question"].split(":")[-1].strip().removesuffix("=").strip()
+            if question != SHOWN and len(found) < each:
+                found[question] = entry["answer"]
+        if len(found) < each:
+            raise SystemExit(f"only {len(found)} different sums of {numbers} numbers with {digits} digits")
+        rows |= found
+    mixed = list(rows.items())
+    random.Random(seed).shuffle(mixed)
+    return [{"id": q.replace(" ", ""), "prompt": f"{SHOT}{q} =", "answer": a} for q, a in mixed]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("models/sums"))
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    standard = draw([(2, 1)], 180, seed=1)
+    sets = {"held-out": standard[:64], "train": standard[64:], "shifted": draw([(3, 1), (2, 2)], 32, seed=2)}
+    for name, rows in sets.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{out / name}.jsonl: {len(rows)} sums, such as {rows[0]['id']}")
+
+
+if __name__ == "__main__":
+    main()
