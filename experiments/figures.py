@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from summary import RESULTS, Rows, read
 
 from bupo.report.inside_training import inside_training_figure
-from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, new_figure, save, styled
+from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, looks, new_figure, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,8 +123,17 @@ def dynamics() -> Figure:
     return _curves(rows, arms, (0, 1, 2), None)
 
 
-def _curves(rows: Rows, arms: Sequence[tuple[str, str]], seeds: Sequence[int], switch: int | None) -> Figure:
-    """Means over the seeds, smoothed over five rollout batches; perplexity where the log has it (internal phase)."""
+def smollm2() -> Figure:
+    """The same for the arms on SmolLM2, not smoothed."""
+    rows = read(RESULTS / "smollm2.jsonl")
+    arms = [("GRPO", "grpo"), ("RLOO", "rloo"), ("REINFORCE++", "reinforce++"), ("BuPO, layer 6", "bupo")]
+    return _curves(rows, arms, (0, 1, 2), 2, near=0)
+
+
+def _curves(
+    rows: Rows, arms: Sequence[tuple[str, str]], seeds: Sequence[int], switch: int | None, *, near: int = 2
+) -> Figure:
+    """Means over the seeds and over ``near`` rollout batches to each side."""
     panels = (
         ("reward", "Reward"),
         ("entropy", "Entropy of the full policy (nats)"),
@@ -139,8 +148,8 @@ def _curves(rows: Rows, arms: Sequence[tuple[str, str]], seeds: Sequence[int], s
                     continue
                 points = []
                 for i in range(min(map(len, have))):
-                    near = [v for c in have for v in c[max(0, i - 2) : i + 3] if v is not None]
-                    points.append(statistics.fmean(near) if near else float("nan"))
+                    values = [v for c in have for v in c[max(0, i - near) : i + near + 1] if v is not None]
+                    points.append(statistics.fmean(values) if values else float("nan"))
                 colour = INK if arm == "grpo" else CYCLE[number]
                 axes.plot(range(1, len(points) + 1), points, color=colour, label=label)
             if switch:
@@ -205,23 +214,25 @@ def flow() -> Figure:
     with styled():
         figure = new_figure(9.8, 3.6)
         level, change, later = figure.subplots(1, 3)
+        look = looks([name for name, _, _ in INSIDE])
         for number, (name, arm, _) in enumerate(INSIDE):
             if arm not in rows:
                 continue
+            colour, marker = look[name]
             first = [row["inside"][0]["entropy"]["mean"] for row in rows[arm].values()]
             last = [row["inside"][-1]["entropy"]["mean"] for row in rows[arm].values()]
             x = range(1, len(first[0]) + 1)
             mean = [statistics.fmean(values) for values in zip(*last, strict=True)]
-            _later(later, list(rows[arm].values()), number)
+            _later(later, list(rows[arm].values()), colour, marker, before=number == 0)
             if number == 0:
                 before = [statistics.fmean(values) for values in zip(*first, strict=True)]
                 level.plot(x, before, color=INK, linestyle=(0, (4, 2)), label="before")
-            level.plot(x, mean, color=CYCLE[number], marker=MARKERS[number], label=name)
+            level.plot(x, mean, color=colour, marker=marker, label=name)
             each = [_minus(b, a) for a, b in zip(first, last, strict=True)]
             for one in each:
-                change.plot(x, one, color=CYCLE[number], alpha=0.3, linewidth=1)
+                change.plot(x, one, color=colour, alpha=0.3, linewidth=1)
             means = [statistics.fmean(values) for values in zip(*each, strict=True)]
-            change.plot(x, means, color=CYCLE[number], marker=MARKERS[number])
+            change.plot(x, means, color=colour, marker=marker)
             for axes in (level, change):
                 layer_axis(axes, len(first[0]))
                 axes.set_xlabel("layer")
@@ -236,11 +247,11 @@ def flow() -> Figure:
     return figure
 
 
-def _later(axes: Axes, runs: list[dict[str, Any]], number: int) -> None:
+def _later(axes: Axes, runs: list[dict[str, Any]], colour: str, marker: str, *, before: bool) -> None:
     """KL from layer l's policy to those of layers l + 1 to L and to the output, before (once) and after."""
     layer = runs[0]["inside"][0]["layer"]
-    states = [(-1, {"color": CYCLE[number], "marker": MARKERS[number]})]
-    if number == 0:
+    states: list[tuple[int, dict[str, Any]]] = [(-1, {"color": colour, "marker": marker})]
+    if before:
         states.append((0, {"color": INK, "linestyle": (0, (4, 2))}))
     for place, look in states:
         each = [run["inside"][place]["divergence"]["mean"] for run in runs]
@@ -279,7 +290,9 @@ def styles() -> Figure:
                         label = {"qwen3": "Qwen3 style", "llama": "Llama style"}[arch]
                         axes.plot(range(1, len(mean) + 1), mean, color=colour, marker=MARKERS[0], label=label)
                 layer_axis(axes, lines[0]["layers"])
-                if row == 2:
+                if row < 2:
+                    axes.set_ylim(bottom=0)
+                else:
                     axes.axhline(0, color=SOFT, linewidth=1.2)
                     axes.set_xlabel("layer")
                 if column == 0:
@@ -297,6 +310,7 @@ def _some(lines: list[dict[str, Any]], tied: bool, data: str) -> list[dict[str, 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "main": dots("main"),
     "main_smollm2": dots("main_smollm2"),
+    "dynamics_smollm2": smollm2,
     "steps": steps,
     "dynamics": dynamics,
     "layer": dots("layers"),

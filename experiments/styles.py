@@ -46,7 +46,8 @@ def one(arch: str, tied: bool, data: str, seed: int, updates: int) -> dict[str, 
         model, out = Path(temporary) / "model", Path(temporary) / "analysis"
         _run(
             REPOSITORY / "experiments" / "pretrain_small.py", "--out", model, "--arch", arch,
-            *(["--tied"] if tied else []), "--left-out", LEFT_OUT[data], "--seed", seed, "--updates", updates, "--batch", BATCH,
+            *(["--tied"] if tied else []), "--left-out", LEFT_OUT[data], "--seed", seed, "--updates", updates,
+            "--batch", BATCH,
         )  # fmt: skip
         trained = json.loads((model / "pretraining.json").read_text())
         _run(
@@ -169,6 +170,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--data", choices=LEFT_OUT, help="only the models of these data")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--out", type=Path, default=RESULTS / "styles.jsonl")
     parser.add_argument("--summary", action="store_true", help="only write styles.json from the lines that are there")
@@ -177,7 +179,7 @@ def main() -> None:
     if not args.summary:
         done = {(r["arch"], r["tied"], r["data"], r["seed"]) for r in rows}
         wanted = [(*cell, int(seed)) for seed in args.seeds.split(",") for cell in CELLS]
-        wanted = [run for run in wanted if run not in done]
+        wanted = [run for run in wanted if run not in done and args.data in (None, run[2])]
         for number, run in enumerate(wanted, start=1):
             row = one(*run, args.updates)
             rows.append(row)

@@ -5,7 +5,8 @@ whether a page differs from the files, with exit code 1 where one does.
 
 A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
 `experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`,
-``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`.
+``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`,
+``<!-- table cost NAME -->`` how many runs a table rests on and their time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ OWN = {
     "inside": {"steps45": "layer 4, all 45 batches"},
     "main_smollm2": {"bupo": "BuPO (layer 6, 2 batches)"},
     "tuning_smollm2": {"grpo": "GRPO, 1e-5", "rate3e-5": "GRPO, 3e-5"},
-    "guard": {"grpo": "0 (GRPO)", "bupo": "8"}, "tuning": {"grpo": "GRPO, 3e-5"},
+    "guard": {"grpo": "0 (GRPO)", "bupo": "8"},
+    "tuning": {"grpo": "GRPO, 3e-5"},
 }
 MARK = re.compile(r"(<!-- table (?P<what>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 
@@ -44,6 +47,8 @@ def markdown(what: str) -> str:
         FileNotFoundError: its results are not there, or not all of the baseline's.
     """
     name, *rest = what.split()
+    if name == "cost":
+        return _cost(*rest)
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name in OTHERS:
         return OTHERS[name](found)
@@ -103,6 +108,17 @@ def _inside(found: dict[str, Any]) -> str:
         name = {**NAMES, **OWN["inside"]}[arm]
         rows.append(f"| {name}, change | {len(row['seeds'])} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _cost(name: str) -> str:
+    """How many runs a table rests on, and how long one took, from its lines."""
+    from summary import TABLES, read
+
+    wanted = TABLES[name]
+    rows = read(RESULTS / wanted["rows"])
+    seconds = [rows[a][s]["seconds"] for a in wanted["arms"] for s in range(wanted["seeds"]) if s in rows.get(a, {})]
+    middle = statistics.median(seconds) / 60
+    return f"{len(seconds)} runs of about {middle:.0f} minutes on one core (median)."
 
 
 OTHERS = {"styles": _styles, "inside": _inside}

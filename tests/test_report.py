@@ -210,6 +210,7 @@ def test_evaluation_figures_show_each_model_and_need_something_to_show(tmp_path)
 def test_a_model_looks_the_same_whatever_stands_beside_it():
     assert looks(["start", "grpo"])["grpo"] == looks(["bupo", "grpo"])["grpo"]
     assert len(set(looks([f"grpo-{i}" for i in range(6)]).values())) == 6
+    assert len({colour for colour, _ in looks(["start", "grpo", "bupo", "other", "another"]).values()}) == 5
     assert role("runs/BuPO-4") == "bupo"
     assert role("database") is None
 

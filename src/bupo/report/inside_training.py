@@ -71,6 +71,8 @@ def inside_training_figure(runs: Sequence[tuple[str, Sequence[Reading], float | 
             for axes in (cosine, entropy, perplexity, divergence):
                 if switch is not None:
                     axes.axvline(switch, color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+        low, high = divergence.get_ylim()
+        divergence.set_ylim(min(low, 0.0), high + 0.12 * (high - low))  # room for the note
         cosine.set_title(f"Cosine of {which}'s states to the top quarter's")
         entropy.set_title(f"Entropy of {which}'s policy (nats)")
         perplexity.set_title("Perplexity of the full policy")

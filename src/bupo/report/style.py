@@ -84,6 +84,8 @@ def role(name: str) -> str | None:
 def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each name: the same model looks the same in every figure of a page."""
     free = [(c, m) for c, m in zip(CYCLE, MARKERS, strict=True) if (c, m) not in ROLE_LOOKS.values()]
+    named = {ROLE_LOOKS[known][0] for known in map(role, names) if known}
+    free.sort(key=lambda look: look[0] in named)  # a colour that no model has by its name first
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         own = ROLE_LOOKS.get(role(name) or "")
