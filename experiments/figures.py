@@ -41,7 +41,8 @@ def result(name: str) -> Any:
 
 
 def dots(name: str) -> Callable[[], Figure]:
-    """Differences from the baseline, a panel a task and metric: seeds as small dots, the mean with its interval."""
+    """Differences from the baseline, a panel a task and metric: a small dot a seed, the interval over
+    seeds as a line, that over problems as a pale band."""
 
     def draw() -> Figure:
         found = result(name)
@@ -50,7 +51,7 @@ def dots(name: str) -> Callable[[], Figure]:
             figure = new_figure(8.4, 0.9 + 1.15 * max(len(t.get("minus_baseline", {})) for _, _, t in panels))
             grid = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False, sharey=True)
             for axes, (task, metric, table) in zip(grid.T.flat, panels, strict=False):
-                _difference_panel(axes, table)
+                _difference_panel(axes, table, "BuPO, layer 4" if name == "layers" else "BuPO")
                 base = table["arms"][table["baseline"]]["mean"]
                 axes.set_title(f"{_task(task)}, {metric.capitalize()}", fontsize=10)
                 axes.set_xlabel(f"points over {NAMES[table['baseline']]} ({base:.1f} %; start {table['start']:.1f} %)")
@@ -59,16 +60,18 @@ def dots(name: str) -> Callable[[], Figure]:
     return draw
 
 
-def _difference_panel(axes: Axes, table: dict[str, Any]) -> None:
+def _difference_panel(axes: Axes, table: dict[str, Any], bupo: str) -> None:
     rows = list(table["minus_baseline"].items())
     for place, (arm, away) in enumerate(rows):
         colour, marker = (RED, "^") if arm == "bupo" else (CYCLE[0], "o")
         axes.plot(list(away["each"].values()), [place] * len(away["each"]), ".", color=colour, alpha=0.45, markersize=7)
+        band = {"color": colour, "alpha": 0.2, "linewidth": 9, "solid_capstyle": "butt"}
+        axes.plot(away["ci95_problems"], [place, place], **band)
         if "ci95" in away:
             axes.plot(away["ci95"], [place, place], color=colour, linewidth=2.2)
         axes.plot(away["mean"], place, marker=marker, color=colour, markersize=8, markeredgecolor="white")
     axes.axvline(0, color=SOFT, linewidth=1.2)
-    axes.set_yticks(range(len(rows)), [NAMES.get(arm, arm) for arm, _ in rows])
+    axes.set_yticks(range(len(rows)), [{**NAMES, "bupo": bupo}.get(arm, arm) for arm, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
@@ -133,7 +136,9 @@ def smollm2() -> Figure:
 def _curves(
     rows: Rows, arms: Sequence[tuple[str, str]], seeds: Sequence[int], switch: int | None, *, near: int = 2
 ) -> Figure:
-    """Means over the seeds and over ``near`` rollout batches to each side."""
+    """Means over the seeds that all arms have, and over ``near`` rollout batches to each side."""
+    arms = [(label, arm) for label, arm in arms if arm in rows]
+    seeds = [seed for seed in seeds if all(seed in rows[arm] for _, arm in arms)]
     panels = (
         ("reward", "Reward"),
         ("entropy", "Entropy of the full policy (nats)"),
@@ -143,9 +148,7 @@ def _curves(
         figure = new_figure(9.6, 3.4)
         for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
             for number, (label, arm) in enumerate(arms):
-                have = [rows[arm][s]["curves"][name] for s in seeds if s in rows.get(arm, {})]
-                if not have:
-                    continue
+                have = [rows[arm][s]["curves"][name] for s in seeds]
                 points = []
                 for i in range(min(map(len, have))):
                     values = [v for c in have for v in c[max(0, i - near) : i + near + 1] if v is not None]

@@ -110,14 +110,14 @@ def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, A
     found: dict[str, Any] = {"one": one, "other": other, "seeds": seeds, "differences": {}}
     for name in first[seeds[0]] if seeds else ():
         values = [first[s][name] - second[s][name] for s in seeds if None not in (first[s][name], second[s][name])]
-        if len(values) < 2:
+        if not values:
             continue
-        mean, half = statistics.fmean(values), STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-        found["differences"][name] = {
-            "mean": round(mean, 4),
-            "ci95": [round(mean - half, 4), round(mean + half, 4)],
-            "seeds": len(values),
-        }
+        mean = statistics.fmean(values)
+        away: dict[str, Any] = {"mean": round(mean, 4), "each": [round(v, 4) for v in values]}
+        if len(values) > 1:
+            half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+            away["ci95"] = [round(mean - half, 4), round(mean + half, 4)]
+        found["differences"][name] = away
     return found
 
 

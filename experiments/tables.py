@@ -74,6 +74,13 @@ def _span(ends: list[float] | None) -> str:
     return "[one seed]" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]"
 
 
+def _few(mean: float, each: list[float], ends: list[float] | None) -> str:
+    """A mean with its interval over seeds; two seeds' own values, whose interval would say nothing."""
+    if len(each) < 3 or ends is None:
+        return ", ".join(f"{value:+.2f}" for value in each)
+    return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+
+
 def _styles(found: dict[str, Any]) -> str:
     measures = {
         "late_share_raw": "late share of the fall, raw",
@@ -81,14 +88,12 @@ def _styles(found: dict[str, Any]) -> str:
         "ffn_positive_layers": "layers with FFN change above 0",
         "solved": "held-out problems solved",
     }
-    rows = [f"| contrast | {' | '.join(measures.values())} |", "| --- |" + " --- |" * len(measures)]
+    rows = [f"| contrast, a value a seed | {' | '.join(measures.values())} |", "| --- |" + " --- |" * len(measures)]
     for name, contrast in found["contrasts"].items():
         cells = []
         for key in measures:
             away = contrast["differences"].get(key)
-            cells.append(
-                "" if away is None else f"{away['mean']:+.2f} [{away['ci95'][0]:+.2f}, {away['ci95'][1]:+.2f}]"
-            )
+            cells.append("" if away is None else _few(away["mean"], away["each"], away.get("ci95")))
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -102,9 +107,7 @@ def _inside(found: dict[str, Any]) -> str:
         cells = []
         for key in keys:
             measure = row["measures"][key]
-            ends = measure.get("ci95")
-            span = "" if ends is None else f" [{ends[0]:+.2f}, {ends[1]:+.2f}]"
-            cells.append(f"{measure['change']:+.2f}{span}")
+            cells.append(_few(measure["change"], list(measure["each"].values()), measure.get("ci95")))
         name = {**NAMES, **OWN["inside"]}[arm]
         rows.append(f"| {name}, change | {len(row['seeds'])} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -110,3 +110,8 @@ def test_readings_over_seeds_carry_the_error_of_the_change_over_seeds():
     assert end["entropy"]["mean"] == [9, 1, 9, 9]
     assert end["change"]["entropy"]["standard_error"] == [0, 1, 0, 0]  # changes 0 and -2: their mean's error is 1
     assert end["change"]["perplexity_ratio"] == {"value": 2, "standard_error": 0}
+
+
+def test_two_seeds_are_shown_one_by_one():
+    assert tables._few(0.5, [0.25, 0.75], [-2.7, 3.7]) == "+0.25, +0.75"
+    assert tables._few(0.5, [0.4, 0.5, 0.6], [0.25, 0.75]) == "+0.50 [+0.25, +0.75]"
