@@ -127,14 +127,20 @@ def dynamics() -> Figure:
 
 
 def smollm2() -> Figure:
-    """The same for the arms on SmolLM2, not smoothed."""
+    """The same for the arms on SmolLM2, not smoothed; all its responses have the greatest length."""
     rows = read(RESULTS / "smollm2.jsonl")
     arms = [("GRPO", "grpo"), ("RLOO", "rloo"), ("REINFORCE++", "reinforce++"), ("BuPO, layer 6", "bupo")]
-    return _curves(rows, arms, (0, 1, 2), 2, near=0)
+    return _curves(rows, arms, (0, 1, 2), 2, near=0, shown=2)
 
 
 def _curves(
-    rows: Rows, arms: Sequence[tuple[str, str]], seeds: Sequence[int], switch: int | None, *, near: int = 2
+    rows: Rows,
+    arms: Sequence[tuple[str, str]],
+    seeds: Sequence[int],
+    switch: int | None,
+    *,
+    near: int = 2,
+    shown: int = 3,
 ) -> Figure:
     """Means over the seeds that all arms have, and over ``near`` rollout batches to each side."""
     arms = [(label, arm) for label, arm in arms if arm in rows]
@@ -145,8 +151,8 @@ def _curves(
         ("mean_length", "Response length (tokens)"),
     )
     with styled():
-        figure = new_figure(9.6, 3.4)
-        for axes, (name, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        figure = new_figure(3.2 * shown, 3.4)
+        for axes, (name, title) in zip(figure.subplots(1, shown), panels[:shown], strict=True):
             for number, (label, arm) in enumerate(arms):
                 have = [rows[arm][s]["curves"][name] for s in seeds]
                 points = []
