@@ -275,15 +275,16 @@ def _later(axes: Axes, runs: list[dict[str, Any]], colour: str, marker: str, *, 
 def styles() -> Figure:
     """Entropy of the layer policies and FFN entropy change by architecture, tying and data; a thin line a seed."""
     lines = [json.loads(line) for line in (RESULTS / "styles.jsonl").read_text().splitlines()]
-    kinds = [(t, d) for t, d in ((False, "worked"), (True, "worked"), (False, "bare")) if _some(lines, t, d)]
+    names = {
+        (False, "worked"): "untied", (True, "worked"): "tied", (False, "bare"): "untied, answers only",
+        (False, "longer"): "untied, trained longer",
+    }  # fmt: skip
+    kinds = [(tied, data) for tied, data in names if _some(lines, tied, data)]
     rows: tuple[tuple[str, Callable[[dict], list[float]]], ...] = (
         ("Entropy of the layer policy (nats)", lambda r: r["sites"]["layer_out"]),
         ("the same through the final norm", lambda r: r["curves"]["norm"]["entropy"]),
         ("FFN entropy change (nats)", lambda r: r["entropy_change"]["ffn"]),
     )
-    names = {
-        (False, "worked"): "untied", (True, "worked"): "tied", (False, "bare"): "untied, answers only",
-    }  # fmt: skip
     with styled():
         figure = new_figure(9.0, 7.4)
         grid = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row")

@@ -70,6 +70,11 @@ def test_how_late_an_entropy_falls():
     assert late["late_share_raw"] == late["largest_fall_raw"] == 1.0
 
 
+def test_settings_become_flags():
+    assert styles.flags({"tied": True, "left_out": 0.35}) == ["--tied", "--left-out", "0.35"]
+    assert styles.flags({"tied": False, "seed": 0}) == ["--seed", "0"]
+
+
 def a_reading(cosines: list[float], entropy: float, perplexity: float, kl: list[float]) -> dict:
     return {
         "layer": 2,
