@@ -6,7 +6,7 @@ whether a page differs from the files, with exit code 1 where one does.
 A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
 `experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`,
 ``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`,
-``<!-- table cost NAME -->`` how many runs a table rests on and their time.
+``<!-- table seeds NAME TASK -->`` every seed's Avg@K, ``<!-- table cost NAME -->`` how many runs a table rests on and their time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "evidence.md")
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "evidence.md", REPOSITORY / "docs" / "guard.md")
 NAMES = {
     "grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO (layer 4, 8 batches)",
     "norm": "BuPO through the final norm", "temperature": "BuPO at a fitted temperature",
@@ -49,6 +49,8 @@ def markdown(what: str) -> str:
     name, *rest = what.split()
     if name == "cost":
         return _cost(*rest)
+    if name == "seeds":
+        return _seeds(*rest)
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name in OTHERS:
         return OTHERS[name](found)
@@ -110,6 +112,19 @@ def _inside(found: dict[str, Any]) -> str:
             cells.append(_few(measure["change"], list(measure["each"].values()), measure.get("ci95")))
         name = {**NAMES, **OWN["inside"]}[arm]
         rows.append(f"| {name}, change | {len(row['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _seeds(name: str, task: str) -> str:
+    """Avg@K of every arm with every seed."""
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    table = next(t for m, t in found["tasks"][task].items() if m.startswith("avg"))
+    seeds = sorted({seed for arm in table["arms"].values() for seed in arm["each"]}, key=int)
+    rows = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |", "| --- |" + " --- |" * (len(seeds) + 1)]
+    names = {**NAMES, **OWN.get(name, {})}
+    for arm, row in table["arms"].items():
+        cells = [f"{row['each'][seed]:.1f}" if seed in row["each"] else "" for seed in seeds]
+        rows.append(f"| {names[arm]} | {' | '.join(cells)} | {row['mean']:.1f} |")
     return "\n".join(rows)
 
 
