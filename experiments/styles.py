@@ -12,7 +12,9 @@ alone: the settings of the model that ships with bupo, which stands for its cell
 2512.19673), and with the final norm by layer (`bupo.choice`'s criteria).
 
 How abrupt a model is: *late share*, the part of the fall of the layer policy's entropy from layer 1 to L that its last
-quarter of layers makes. A model that sharpens evenly has about 0.25; one that decides at the end about 1.
+quarter of layers makes. A model that sharpens evenly has about 0.25; one that decides at the end about 1. And *last
+step*, the FFN entropy change of layer L - 1 minus that of layer L, in nats: this measure was chosen after seeds 0 and 1
+had been seen, and so is tested by the later ones alone.
 """
 
 from __future__ import annotations
@@ -105,18 +107,21 @@ def measures(row: dict[str, Any]) -> dict[str, float]:
         found[f"largest_fall_{name}"] = max(a - b for a, b in itertools.pairwise(curve)) / fall if fall > 0.1 else None
         found[f"late_share_{name}"] = (curve[-1 - late] - curve[-1]) / fall if fall > 0.1 else None
     ffn, attention = row["entropy_change"]["ffn"], row["entropy_change"]["attn"]
+    found["ffn_last_step"] = ffn[-2] - ffn[-1]
     found["ffn_positive_layers"] = sum(c > 0 for c in ffn)
     found["attention_positive_layers"] = sum(c > 0 for c in attention)
     found["solved"] = row["solved"]
     return {name: value if value is None else round(value, 4) for name, value in found.items()}
 
 
-def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, Any], since: int = 0) -> dict[str, Any]:
     """Differences of every measure, ``one`` minus ``other``, paired by seed, with Student's 95 % interval."""
     from summary import STUDENT
 
     def cell(wanted: dict[str, Any]) -> dict[int, dict[str, float]]:
-        return {r["seed"]: measures(r) for r in rows if all(r[k] == v for k, v in wanted.items())}
+        return {
+            r["seed"]: measures(r) for r in rows if all(r[k] == v for k, v in wanted.items()) and r["seed"] >= since
+        }
 
     first, second = cell(one), cell(other)
     seeds = sorted(first.keys() & second.keys())
@@ -169,16 +174,19 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "cells": cells,
         "contrasts": {
             "architecture, untied": contrast(rows, {"arch": "llama", **plain}, {"arch": "qwen3", **plain}),
+            "architecture, untied, seeds from 2": contrast(
+                rows, {"arch": "llama", **plain}, {"arch": "qwen3", **plain}, since=2
+            ),
             "architecture, tied": contrast(
                 rows, {"arch": "llama", **plain, "tied": True}, {"arch": "qwen3", **plain, "tied": True}
             ),
             "tying, qwen3": contrast(rows, {"arch": "qwen3", **plain, "tied": True}, {"arch": "qwen3", **plain}),
             "tying, llama": contrast(rows, {"arch": "llama", **plain, "tied": True}, {"arch": "llama", **plain}),
             "data, qwen3": contrast(rows, {"arch": "qwen3", **plain, "data": "bare"}, {"arch": "qwen3", **plain}),
+            "data, llama": contrast(rows, {"arch": "llama", **plain, "data": "bare"}, {"arch": "llama", **plain}),
             "architecture, longer": contrast(
                 rows, {"arch": "llama", **plain, "data": "longer"}, {"arch": "qwen3", **plain, "data": "longer"}
             ),
-            "data, llama": contrast(rows, {"arch": "llama", **plain, "data": "bare"}, {"arch": "llama", **plain}),
         },
     }
 
@@ -188,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--data", choices=DATA, help="only the models of these data")
     parser.add_argument("--out", type=Path, default=RESULTS / "styles.jsonl")
+    parser.add_argument("--untied", action="store_true", help="only untied models")
     parser.add_argument("--summary", action="store_true", help="only write styles.json from the lines that are there")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
@@ -195,7 +204,7 @@ def main() -> None:
         done = {(r["arch"], r["tied"], r["data"], r["seed"]) for r in rows}
         wanted = [(*cell, int(seed)) for seed in args.seeds.split(",") for cell in CELLS]
         wanted = [run for run in wanted if run not in done and args.data in (None, run[2])]
-        wanted = [run for run in wanted if run[2] != "longer" or run[3] == 0]
+        wanted = [run for run in wanted if (run[2] != "longer" or run[3] == 0) and not (args.untied and run[1])]
         for number, run in enumerate(wanted, start=1):
             row = one(*run)
             rows.append(row)

@@ -6,7 +6,8 @@ whether a page differs from the files, with exit code 1 where one does.
 A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
 `experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`,
 ``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`,
-``<!-- table seeds NAME TASK -->`` every seed's Avg@K, ``<!-- table cost NAME -->`` how many runs a table rests on and their time.
+``<!-- table seeds NAME TASK -->`` every seed's Avg@K, ``<!-- table cost NAME -->`` how many runs a table rests
+on and their time.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def _styles(found: dict[str, Any]) -> str:
     measures = {
         "late_share_raw": "late share of the fall, raw",
         "late_share_norm": "late share, final norm",
+        "ffn_last_step": "last step of the FFN change, nats",
         "ffn_positive_layers": "layers with FFN change above 0",
         "solved": "held-out problems solved",
     }

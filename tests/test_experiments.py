@@ -66,7 +66,8 @@ def test_how_late_an_entropy_falls():
     assert even["late_share_raw"] == pytest.approx(2 / 7, abs=1e-4)
     assert even["late_share_norm"] is None  # it rises: there is no fall
     assert (even["ffn_positive_layers"], even["attention_positive_layers"]) == (4, 4)
-    late = styles.measures(a_style([5.0] * 7 + [1.0], [1] * 8))
+    late = styles.measures(a_style([5.0] * 7 + [1.0], [1] * 7 + [0.25]))
+    assert (even["ffn_last_step"], late["ffn_last_step"]) == (2, 0.75)
     assert late["late_share_raw"] == late["largest_fall_raw"] == 1.0
 
 
