@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bupo.batches import Batch, TokenPair, batches, check_rollouts, context_length, pad, shares
 from bupo.errors import InputError
-from bupo.model.anatomy import dissect, unwrap
+from bupo.model.anatomy import dissect, evaluating, unwrap
 from bupo.model.logits import logit_rule
 from bupo.model.states import read_stream
 from bupo.policy.boundary import find_boundary
@@ -175,13 +175,8 @@ def analyze_rollouts(
     wanted = Wanted(tuple(statistics))
     inner = unwrap(model)
     run = _Run(model, rollouts, wanted, batch_tokens, group, progress, sink, share)
-    was_training = inner.training
-    inner.eval()
-    try:
-        with torch.no_grad():
-            settled = run.read(tolerance, seed)
-    finally:
-        inner.train(was_training)
+    with evaluating(inner), torch.no_grad():
+        settled = run.read(tolerance, seed)
     title = name or getattr(inner.config, "_name_or_path", "") or type(inner).__name__
     return _result(run, title, inner, tolerance, settled)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bupo.batches import TokenPair, pad
 from bupo.errors import InputError
-from bupo.model.anatomy import dissect, unwrap
+from bupo.model.anatomy import dissect, evaluating, unwrap
 from bupo.model.logits import logit_rule
 from bupo.model.states import read_stream
 from bupo.policy.choice import Answer, bootstrap_weights
@@ -81,13 +81,9 @@ def choose_layer(
         InputError: non-finite logits.
     """
     inner, rule = unwrap(model), logit_rule(model)
-    was_training = inner.training
-    inner.eval()
-    try:
+    with evaluating(inner):
         taken = _take(model, rollouts, rule, tokens or sample_size(int(analysis["tokens"])), seed)
         readings = _read_layers(model, taken, rule, progress)
-    finally:
-        inner.train(was_training)
     values = token_values(readings, taken.final, taken.ffn_change, taken.counts, len(rule.weight))
     if not values.finite():
         raise InputError("the layers' comparison with the final policy is not finite; try --dtype float32")

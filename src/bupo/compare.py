@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bupo.batches import TokenPair, batches, check_rollouts, pad
 from bupo.errors import InputError
-from bupo.model.anatomy import dissect, unwrap
+from bupo.model.anatomy import dissect, evaluating, unwrap
 from bupo.model.early_exit import check_site
 from bupo.model.logits import logit_rule
 from bupo.model.states import read_layers
@@ -67,20 +67,15 @@ def read_inside(
     check_site(layers, layer)
     chosen = draw_tokens(rollouts, tokens, seed)
     found: dict[int, Tensor] = {}
-    was_training = inner.training
-    inner.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches(rollouts, batch_tokens):
-                part = pad([rollouts[i] for i in batch], [chosen[i] for i in batch], rule.weight.device)
-                states, final = read_layers(model, part.ids, part.mask, part.keep)
-                inside = look_inside(states, final, part.targets, rule, layer)
-                rows = torch.cat([inside.logprob[None], inside.entropy, inside.divergence, inside.cosine.flatten(0, 1)])
-                found |= dict(zip(batch, rows.split(part.counts, dim=-1), strict=True))
-                if progress is not None:
-                    progress(sum(len(chosen[i]) for i in found), sum(map(len, chosen)))
-    finally:
-        inner.train(was_training)
+    with evaluating(inner), torch.no_grad():
+        for batch in batches(rollouts, batch_tokens):
+            part = pad([rollouts[i] for i in batch], [chosen[i] for i in batch], rule.weight.device)
+            states, final = read_layers(model, part.ids, part.mask, part.keep)
+            inside = look_inside(states, final, part.targets, rule, layer)
+            rows = torch.cat([inside.logprob[None], inside.entropy, inside.divergence, inside.cosine.flatten(0, 1)])
+            found |= dict(zip(batch, rows.split(part.counts, dim=-1), strict=True))
+            if progress is not None:
+                progress(sum(len(chosen[i]) for i in found), sum(map(len, chosen)))
     values = torch.cat([found[i] for i in range(len(rollouts))], dim=-1)
     if not bool(torch.isfinite(values).all()):
         raise InputError("the model gives non-finite logits: damaged weights, or a dtype too narrow for it?")

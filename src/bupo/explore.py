@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.analysis import TokenPair, check_rollouts, logit_rule
-from bupo.model.anatomy import unwrap
+from bupo.model.anatomy import evaluating, unwrap
 from bupo.model.states import read_layers
 from bupo.policy.readout import Unembedding
 from bupo.policy.tokens import TokenReadings, read_tokens
@@ -44,16 +44,12 @@ def explore_rollouts(
     check_rollouts(model, rollouts)
     inner = unwrap(model)
     rule = logit_rule(model)
-    was_training = inner.training
-    inner.eval()
     samples = []
-    try:
+    with evaluating(inner):
         for number, rollout in enumerate(rollouts, start=1):
             samples.append(_sample(model, rollout, rule, decode, top))
             if progress is not None:
                 progress(number, len(rollouts))
-    finally:
-        inner.train(was_training)
     return {"schema": 1, "samples": samples}
 
 

@@ -8,6 +8,8 @@ Shape legend: B batch, T positions, N tokens, d width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,18 @@ def unwrap(model: nn.Module) -> Any:
             seen = seen.get_base_model()
         else:
             return seen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is as it was, also one that its owner holds in another mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def dissect(model: nn.Module) -> Anatomy:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.model.anatomy import dissect, unwrap
+from bupo.model.anatomy import dissect, evaluating, unwrap
 from bupo.model.early_exit import unembedding
 from bupo.policy.readout import Unembedding
 
@@ -54,14 +54,11 @@ def logit_rule(model: nn.Module) -> Unembedding:
     tokens = torch.arange(3, 9, device=weight.device)[None] % weight.shape[0]
     seen: list[Tensor] = []
     hook = anatomy.final_norm.register_forward_hook(lambda m, i, o: seen.append(o))
-    was_training = inner.training
-    inner.eval()
     try:
-        with torch.no_grad():
+        with evaluating(inner), torch.no_grad():
             logits = inner(input_ids=tokens, use_cache=False).logits.float()
     finally:
         hook.remove()
-        inner.train(was_training)
     if not seen or seen[-1].shape[-1] != weight.shape[1]:
         width = f"{seen[-1].shape[-1]} wide" if seen else "not made"
         raise InputError(

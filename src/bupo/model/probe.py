@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.model.anatomy import Anatomy, dissect, first_tensor, module_input, unwrap
+from bupo.model.anatomy import Anatomy, dissect, evaluating, first_tensor, module_input, unwrap
 
 # Deviation allowed in the residual identity, relative to the size of what is summed, element by element: a few
 # roundings of the dtype that the layer adds in.
@@ -133,19 +133,16 @@ def _flat(tensor: Tensor) -> Tensor:
 def _run(model: nn.Module, anatomy: Anatomy, *, deep: bool) -> _Probe:
     inner = unwrap(model)
     probe = _Probe(anatomy, deep=deep)
-    was_training = inner.training
-    inner.eval()
     try:
         device = inner.get_input_embeddings().weight.device
         if device.type == "meta":  # offloaded: the library's own hooks bring inputs to where they are needed
             device = anatomy.unembedding.weight.device
         vocabulary = inner.get_input_embeddings().weight.shape[0]
         tokens = (torch.arange(16, device=device).view(2, 8) * 7 + 3) % vocabulary
-        with torch.no_grad():
+        with evaluating(inner), torch.no_grad():
             anatomy.backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         probe.close()
-        inner.train(was_training)
     return probe
 
 
