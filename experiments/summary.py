@@ -32,6 +32,12 @@ TABLES: dict[str, dict[str, Any]] = {
     "tuning_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rate3e-6", "rate3e-5"], "seeds": 1},
     "tuning": {"rows": SMALL, "arms": ["grpo", "rate1e-5", "rate6e-5", "rate1e-4"], "seeds": 1},
     "guard": {"rows": SMALL, "arms": ["grpo", *STEPS, "auto45"], "seeds": 3, "best_of": ["grpo", *STEPS]},
+    "worth": {
+        "rows": SMALL,
+        "arms": ["bupo", "grpo37", "steps16", "grpo29", "steps30", "grpo15"],
+        "seeds": 3,
+        "against": {"bupo": "grpo37", "steps16": "grpo29", "steps30": "grpo15"},
+    },
     "layers": {"rows": SMALL, "arms": ["grpo", "layer2", "bupo", "layer6", "layer8"], "seeds": 3},
     "reading": {"rows": SMALL, "arms": ["grpo", "bupo", "norm", "temperature"], "seeds": 3},
     "rates": {"rows": SMALL, "arms": ["grpo", "bupo", "frozen4", "upper0.1"], "seeds": 3},
@@ -85,7 +91,7 @@ def difference(
 
 
 def table(rows: Rows, wanted: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
-    """Means of all arms that are there, and their differences from the baseline: the first, or the best of some."""
+    """Means of all arms that are there, and differences from a baseline: the first, the best of some, each its own."""
     seeds = list(range(wanted["seeds"]))
     arms = {}
     for name in wanted["arms"]:
@@ -105,10 +111,12 @@ def table(rows: Rows, wanted: dict[str, Any], task: str, metric: str) -> dict[st
     whole = [name for name, arm in arms.items() if arm["seeds"] == len(seeds)]
     choices = [name for name in wanted.get("best_of", wanted["arms"][:1]) if name in whole]
     baseline = max(choices, key=lambda name: arms[name]["mean"], default=None)
-    found: dict[str, Any] = {"arms": arms, "baseline": baseline}
-    if baseline is not None:
+    against = wanted.get("against") or ({} if baseline is None else dict.fromkeys(arms, baseline))
+    pairs = {one: other for one, other in against.items() if one != other and one in arms and other in arms}
+    found: dict[str, Any] = {"arms": arms, "baseline": wanted.get("against", baseline)}
+    if pairs:
         found["minus_baseline"] = {
-            name: difference(rows[name], rows[baseline], task, metric, seeds) for name in arms if name != baseline
+            one: difference(rows[one], rows[other], task, metric, seeds) for one, other in pairs.items()
         }
     return found
 

@@ -36,6 +36,14 @@ OWN = {
     "main_smollm2": {"bupo": "BuPO (layer 6, 2 batches)"},
     "tuning_smollm2": {"grpo": "GRPO, 1e-5", "rate3e-5": "GRPO, 3e-5"},
     "guard": {"grpo": "0 (GRPO)", "bupo": "8"},
+    "worth": {
+        "bupo": "8 internal, 37 of GRPO",
+        "grpo37": "37 of GRPO",
+        "steps16": "16 internal, 29 of GRPO",
+        "grpo29": "29 of GRPO",
+        "steps30": "30 internal, 15 of GRPO",
+        "grpo15": "15 of GRPO",
+    },
     "tuning": {"grpo": "GRPO, 3e-5"},
 }
 MARK = re.compile(r"(<!-- table (?P<what>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
@@ -62,9 +70,10 @@ def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
     metric, table = next((m, t) for m, t in found["tasks"][task].items() if m.startswith(kind))
     names = {**NAMES, **OWN.get(name, {})}
     base = table["baseline"]
-    if base is None:
+    if "minus_baseline" not in table:
         raise FileNotFoundError(f"{name}: the baseline has not been run with all seeds")
-    rows = [f"| | {metric.capitalize()}, % | seeds | minus {names[base]}, points [95 % over seeds] [over problems] |"]
+    other = "the row below" if isinstance(base, dict) else names[base]
+    rows = [f"| | {metric.capitalize()}, % | seeds | minus {other}, points [95 % over seeds] [over problems] |"]
     rows += ["| --- | --- | --- | --- |", f"| before training | {table['start']:.1f} | | |"]
     for arm, row in table["arms"].items():
         away = table["minus_baseline"].get(arm)

@@ -51,6 +51,16 @@ def test_differences_are_paired_by_seed_and_by_problem():
     assert passed["each"] == {"0": 0.0, "1": 0.0}
 
 
+def test_an_arm_may_have_a_baseline_of_its_own():
+    rows = {n: {0: {**a_row(*c), "changes": {}}} for n, c in {"a": (4, 4), "b": (2, 4), "c": (0, 0)}.items()}
+    wanted = {"arms": ["a", "b", "c"], "seeds": 1}
+    found = summary.table(rows, wanted, "t", "avg@4")
+    assert found["baseline"] == "a"
+    assert {name: away["mean"] for name, away in found["minus_baseline"].items()} == {"b": -25, "c": -100}
+    own = summary.table(rows, {**wanted, "against": {"a": "b", "b": "c", "c": "d"}}, "t", "avg@4")
+    assert {name: away["mean"] for name, away in own["minus_baseline"].items()} == {"a": 25, "b": 75}
+
+
 def a_style(entropy: list[float], ffn: list[float]) -> dict:
     return {
         "layers": len(entropy),
