@@ -164,7 +164,7 @@ def _curves(
             if switch:
                 axes.axvline(switch + 0.5, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.2)
             axes.set_title(title, fontsize=10)
-            axes.set_xlabel("rollout batch")
+            axes.set_xlabel(f"rollout batch{' (mean of five)' if near == 2 else ''}")
             axes.set_ylim(bottom=0)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     return figure

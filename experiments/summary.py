@@ -39,8 +39,8 @@ TABLES: dict[str, dict[str, Any]] = {
         "against": {"bupo": "grpo37", "steps16": "grpo29", "steps30": "grpo15"},
     },
     "layers": {"rows": SMALL, "arms": ["grpo", "layer2", "bupo", "layer6", "layer8"], "seeds": 3},
-    "reading": {"rows": SMALL, "arms": ["grpo", "bupo", "norm", "temperature"], "seeds": 3},
-    "rates": {"rows": SMALL, "arms": ["grpo", "bupo", "frozen4", "upper0.1"], "seeds": 3},
+    "reading": {"rows": SMALL, "arms": ["bupo", "norm", "temperature", "grpo"], "seeds": 3},
+    "rates": {"rows": SMALL, "arms": ["bupo", "frozen4", "upper0.1", "grpo"], "seeds": 3},
 }
 Rows = dict[str, dict[int, dict[str, Any]]]
 

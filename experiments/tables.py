@@ -141,13 +141,17 @@ def _seeds(name: str, task: str) -> str:
 
 def _cost(name: str) -> str:
     """How many runs a table rests on, and how long one took, from its lines."""
-    from summary import TABLES, read
+    from summary import TABLES
 
-    wanted = TABLES[name]
-    rows = read(RESULTS / wanted["rows"])
-    seconds = [rows[a][s]["seconds"] for a in wanted["arms"] for s in range(wanted["seeds"]) if s in rows.get(a, {})]
-    middle = statistics.median(seconds) / 60
-    return f"{len(seconds)} runs of about {middle:.0f} minutes on one core (median)."
+    wanted = TABLES.get(name, {"rows": f"{name}.jsonl"})
+    lines = [json.loads(line) for line in (RESULTS / wanted["rows"]).read_text(encoding="utf-8").splitlines()]
+    mine = (
+        [r for r in lines if r.get("arm") in wanted["arms"] and r["seed"] < wanted["seeds"]]
+        if "arms" in wanted
+        else lines
+    )
+    middle = statistics.median(row["seconds"] for row in mine) / 60
+    return f"{len(mine)} runs of about {middle:.0f} minutes on one core (median)."
 
 
 OTHERS = {"styles": _styles, "inside": _inside}

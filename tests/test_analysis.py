@@ -107,7 +107,8 @@ def test_training_mode_is_restored_and_dropout_does_not_act():
     held = model.model.layers[0].eval()  # its owner may hold a part in another mode
     first, second = analyze_rollouts(model, pairs()), analyze_rollouts(model, pairs())
     assert first == second
-    assert model.training and model.model.layers[1].self_attn.training
+    assert model.training
+    assert model.model.layers[1].self_attn.training
     assert not any(module.training for module in held.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers.modules())
 
