@@ -58,6 +58,7 @@ smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, 
 
 figures: $(STAMP)         ## the figures and tables of docs/evidence.md and README.md, from experiments/results
 	$(BIN)/python experiments/summary.py > /dev/null
+	$(BIN)/python experiments/styles.py --summary
 	$(BIN)/python experiments/figures.py
 	$(BIN)/python experiments/tables.py
 
