@@ -28,7 +28,8 @@ SMALL, SMOLLM2 = "small.jsonl", "smollm2.jsonl"
 STEPS = ["steps4", "bupo", "steps16", "steps30", "steps45"]
 TABLES: dict[str, dict[str, Any]] = {
     "main": {"rows": SMALL, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 5},
-    "main_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 4},
+    "main_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rloo", "reinforce++", "bupo"], "seeds": 5},
+    "twice_smollm2": {"rows": SMOLLM2, "arms": ["grpo20", "bupo20"], "seeds": 5, "against": {"bupo20": "grpo20"}},
     "tuning_smollm2": {"rows": SMOLLM2, "arms": ["grpo", "rate3e-6", "rate3e-5"], "seeds": 1},
     "tuning": {"rows": SMALL, "arms": ["grpo", "rate1e-5", "rate6e-5", "rate1e-4"], "seeds": 1},
     "guard": {"rows": SMALL, "arms": ["grpo", *STEPS, "auto45"], "seeds": 3, "best_of": ["grpo", *STEPS]},

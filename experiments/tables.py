@@ -34,6 +34,7 @@ NAMES = {
 OWN = {
     "inside": {"steps45": "layer 4, all 45 batches"},
     "main_smollm2": {"bupo": "BuPO (layer 6, 2 batches)"},
+    "twice_smollm2": {"grpo20": "GRPO, 20 batches", "bupo20": "BuPO (layer 6, 2 batches), 20 batches"},
     "tuning_smollm2": {"grpo": "GRPO, 1e-5", "rate3e-5": "GRPO, 3e-5"},
     "guard": {"grpo": "0 (GRPO)", "bupo": "8"},
     "worth": {
@@ -72,7 +73,7 @@ def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
     base = table["baseline"]
     if "minus_baseline" not in table:
         raise FileNotFoundError(f"{name}: the baseline has not been run with all seeds")
-    other = "the row below" if isinstance(base, dict) else names[base]
+    other = "its own baseline" if isinstance(base, dict) else names[base]
     rows = [f"| | {metric.capitalize()}, % | seeds | minus {other}, points [95 % over seeds] [over problems] |"]
     rows += ["| --- | --- | --- | --- |", f"| before training | {table['start']:.1f} | | |"]
     for arm, row in table["arms"].items():
