@@ -115,17 +115,17 @@ def measures(row: dict[str, Any]) -> dict[str, float]:
 
 
 def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, Any], since: int = 0) -> dict[str, Any]:
-    """Differences of every measure, ``one`` minus ``other``, paired by seed, with Student's 95 % interval."""
+    """Differences of every measure, ``one`` minus ``other``, paired by seed (and by tying, where both
+    have tied and untied models), with Student's 95 % interval."""
     from summary import STUDENT
 
-    def cell(wanted: dict[str, Any]) -> dict[int, dict[str, float]]:
-        return {
-            r["seed"]: measures(r) for r in rows if all(r[k] == v for k, v in wanted.items()) and r["seed"] >= since
-        }
+    def cell(wanted: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, float]]:
+        mine = [r for r in rows if all(r[k] == v for k, v in wanted.items()) and r["seed"] >= since]
+        return {tuple(r[k] for k in ("seed", "tied") if k not in wanted): measures(r) for r in mine}
 
     first, second = cell(one), cell(other)
     seeds = sorted(first.keys() & second.keys())
-    found: dict[str, Any] = {"one": one, "other": other, "seeds": seeds, "differences": {}}
+    found: dict[str, Any] = {"one": one, "other": other, "seeds": [key[0] for key in seeds], "differences": {}}
     for name in first[seeds[0]] if seeds else ():
         values = [first[s][name] - second[s][name] for s in seeds if None not in (first[s][name], second[s][name])]
         if not values:
@@ -179,6 +179,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             ),
             "architecture, tied": contrast(
                 rows, {"arch": "llama", **plain, "tied": True}, {"arch": "qwen3", **plain, "tied": True}
+            ),
+            "architecture, both": contrast(
+                rows, {"arch": "llama", "data": "worked"}, {"arch": "qwen3", "data": "worked"}
+            ),
+            "architecture, answers only": contrast(
+                rows, {"arch": "llama", **plain, "data": "bare"}, {"arch": "qwen3", **plain, "data": "bare"}
             ),
             "tying, qwen3": contrast(rows, {"arch": "qwen3", **plain, "tied": True}, {"arch": "qwen3", **plain}),
             "tying, llama": contrast(rows, {"arch": "llama", **plain, "tied": True}, {"arch": "llama", **plain}),

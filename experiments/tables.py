@@ -5,6 +5,7 @@ whether a page differs from the files, with exit code 1 where one does.
 
 A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
 `experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`,
+``<!-- table styles cells -->`` its models,
 ``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`,
 ``<!-- table seeds NAME TASK -->`` every seed's Avg@K, ``<!-- table cost NAME -->`` how many runs a table rests
 on and their time.
@@ -63,7 +64,7 @@ def markdown(what: str) -> str:
         return _seeds(*rest)
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name in OTHERS:
-        return OTHERS[name](found)
+        return _cells(found) if rest else OTHERS[name](found)
     return _comparison(name, found, *rest)
 
 
@@ -100,15 +101,30 @@ def _styles(found: dict[str, Any]) -> str:
         "late_share_norm": "late share, final norm",
         "ffn_last_step": "last step of the FFN change, nats",
         "ffn_positive_layers": "layers with FFN change above 0",
-        "solved": "held-out problems solved",
     }
-    rows = [f"| contrast, a value a seed | {' | '.join(measures.values())} |", "| --- |" + " --- |" * len(measures)]
+    rows = [f"| contrast | pairs | {' | '.join(measures.values())} |", "| --- | --- |" + " --- |" * len(measures)]
     for name, contrast in found["contrasts"].items():
         cells = []
         for key in measures:
             away = contrast["differences"].get(key)
             cells.append("" if away is None else _few(away["mean"], away["each"], away.get("ci95")))
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append(f"| {name} | {len(contrast['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _cells(found: dict[str, Any]) -> str:
+    """A row a kind of model, with every seed's value."""
+    rows = [
+        "| model | solved, % | late share, raw | late share, final norm | boundary layer |",
+        "| --- |" + " --- |" * 4,
+    ]
+    names = {"worked": "", "bare": ", answers only", "longer": ", trained longer"}
+    for cell in found["cells"]:
+        kind = f"{cell['arch']}, {'tied' if cell['tied'] else 'untied'}{names[cell['data']]}"
+        values = cell["measures"]
+        late = [" ".join(f"{v:.2f}" for v in values[f"late_share_{reading}"]["each"]) for reading in ("raw", "norm")]
+        layers = " ".join("-" if layer is None else str(layer) for layer in cell["boundary_layers"])
+        rows.append(f"| {kind} | {100 * values['solved']['mean']:.1f} | {late[0]} | {late[1]} | {layers} |")
     return "\n".join(rows)
 
 

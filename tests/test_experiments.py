@@ -81,6 +81,21 @@ def test_how_late_an_entropy_falls():
     assert late["late_share_raw"] == late["largest_fall_raw"] == 1.0
 
 
+def test_architectures_are_paired_by_seed_and_tying():
+    def row(arch: str, tied: bool, seed: int, last: float) -> dict:
+        found = a_style([5.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0, last], [1.0] * 8)
+        return {**found, "arch": arch, "tied": tied, "seed": seed, "data": "worked"}
+
+    rows = [row("llama", t, s, 1.0 - 0.1 * s) for t in (False, True) for s in (0, 1)]
+    rows += [row("qwen3", t, s, 2.0) for t, s in ((False, 0), (False, 1), (True, 0))]
+    both = styles.contrast(rows, {"arch": "llama"}, {"arch": "qwen3"})
+    assert both["seeds"] == [0, 0, 1]  # untied, tied, untied; a tied seed 1 is there for one of them only
+    late = both["differences"]["late_share_raw"]["each"]
+    assert late == pytest.approx([1 / 4, 1 / 4, 1.1 / 4.1], abs=1e-4)
+    later = styles.contrast(rows, {"arch": "llama", "tied": False}, {"arch": "qwen3", "tied": False}, since=1)
+    assert later["seeds"] == [1]
+
+
 def test_settings_become_flags():
     assert styles.flags({"tied": True, "left_out": 0.35}) == ["--tied", "--left-out", "0.35"]
     assert styles.flags({"tied": False, "seed": 0}) == ["--seed", "0"]
