@@ -80,6 +80,17 @@ def test_where_responses_differ_too_much_only_the_sampling_error_must_be_small()
     assert found.responses_needed == math.ceil(20 * 0.01 / 0.02**2)
 
 
+def test_one_site_beyond_reach_leaves_the_others_to_the_sampling_error():
+    """A site that could just be met would need nearly every token, and the tolerance would be missed all the same."""
+    between, within = [0.01, 0.99 * 0.02**2], [1e-4, 1e-4]
+    found = judge(*errors(between, within, 0.1), 0.1, 0.02, 20)
+    assert not found.done
+    assert found.share <= 0.25  # without the first site: nearly all
+    found = judge(*errors(between, within, 0.25), 0.25, 0.02, 20)
+    assert (found.done, found.reached) == (True, False)
+    assert judge(*errors(between[1:], within[1:], 0.25), 0.25, 0.02, 20).share == 1.0
+
+
 def test_reading_everything_ends_it():
     assert judge(torch.tensor([9.0]), torch.tensor([0.0]), 1.0, 0.02, 20).done
 

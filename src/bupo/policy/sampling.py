@@ -81,8 +81,9 @@ class Progress:
 def judge(clustered: Tensor, sampling: Tensor, share: float, tolerance: float, responses: int) -> Progress:
     """Whether to stop, and how much to read otherwise.
 
-    A site is settled when its clustered standard error is at most ``tolerance``; or, where responses differ so much
-    that reading all of their tokens would not bring it there, when its sampling error is.
+    A site is settled when its clustered standard error is at most ``tolerance``. Where responses differ so much that
+    reading all of their tokens would not bring every site there, the tolerance cannot be met, and a site whose sampling
+    error is at most ``tolerance`` is settled too.
 
     Args:
         clustered, sampling: standard errors of the sites (K,), nats.
@@ -90,19 +91,20 @@ def judge(clustered: Tensor, sampling: Tensor, share: float, tolerance: float, r
     """
     between = (clustered.square() - sampling.square()).clamp(min=0)  # what would be left with all tokens read
     room = tolerance**2 - between
-    hopeless = room <= 0
-    settled = (clustered <= tolerance) | (hopeless & (sampling <= tolerance))
-    reached = bool((clustered <= tolerance).all())
+    settled = clustered <= tolerance
+    reached = bool(settled.all())
     needed = None
-    if bool(hopeless.any()):
+    if bool((room <= 0).any()):
+        # for all sites: one that could just be met would have nearly every token read, and the tolerance still missed
+        room = torch.full_like(room, tolerance**2)
+        settled = settled | (sampling <= tolerance)
         needed = math.ceil(responses * between.max().item() / tolerance**2)
     worst = clustered.max().item(), sampling.max().item()
     if bool(settled.all()) or share >= 1.0:
         return Progress(True, reached, share, *worst, needed)
     # sampling^2 = a (1 - f) / f for a share f of the tokens
     scale = sampling.square() * share / (1 - share)
-    wanted = torch.where(hopeless, torch.full_like(room, tolerance**2), room)
-    f = (scale / (scale + wanted))[~settled].max().item()
+    f = (scale / (scale + room))[~settled].max().item()
     f = min(f * _MARGIN, 4 * share)
     f = max(f, share * 1.05)
     return Progress(False, False, 1.0 if f > 0.9 else f, *worst, needed)
