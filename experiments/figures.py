@@ -133,6 +133,13 @@ def smollm2() -> Figure:
     return _curves(rows, arms, (0, 1, 2), 2, near=0, shown=2)
 
 
+def twice() -> Figure:
+    """Twice as many rollout batches on SmolLM2; a thin line a seed."""
+    rows = read(RESULTS / "smollm2.jsonl")
+    arms = [("GRPO", "grpo20"), ("BuPO, layer 6", "bupo20")]
+    return _curves(rows, arms, (0, 1, 2, 3, 4), 2, near=0, shown=2, each=True)
+
+
 def _curves(
     rows: Rows,
     arms: Sequence[tuple[str, str]],
@@ -141,8 +148,9 @@ def _curves(
     *,
     near: int = 2,
     shown: int = 3,
+    each: bool = False,
 ) -> Figure:
-    """Means over the seeds that all arms have, and over ``near`` rollout batches to each side."""
+    """Means over the seeds that all arms have, and over ``near`` rollout batches to each side; ``each`` seed too."""
     arms = [(label, arm) for label, arm in arms if arm in rows]
     seeds = [seed for seed in seeds if all(seed in rows[arm] for _, arm in arms)]
     panels = (
@@ -159,7 +167,9 @@ def _curves(
                 for i in range(min(map(len, have))):
                     values = [v for c in have for v in c[max(0, i - near) : i + near + 1] if v is not None]
                     points.append(statistics.fmean(values) if values else float("nan"))
-                colour = INK if arm == "grpo" else CYCLE[number]
+                colour = INK if arm in ("grpo", "grpo20") else CYCLE[number]
+                for one in have if each else ():
+                    axes.plot(range(1, len(one) + 1), one, color=colour, alpha=0.3, linewidth=1)
                 axes.plot(range(1, len(points) + 1), points, color=colour, label=label)
             if switch:
                 axes.axvline(switch + 0.5, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.2)
@@ -321,6 +331,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "main": dots("main"),
     "main_smollm2": dots("main_smollm2"),
     "dynamics_smollm2": smollm2,
+    "twice_smollm2": twice,
     "steps": steps,
     "dynamics": dynamics,
     "layer": dots("layers"),
