@@ -35,13 +35,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from bupo.analysis import SITES, analyze_rollouts
-from bupo.batches import pad
-from bupo.model.anatomy import dissect
-from bupo.model.load import load_model
-from bupo.model.logits import logit_rule
-from bupo.policy.readout import Tiling
-from bupo.rundir import describe_run, write_json
+from bupo.lens.analyze import SITES, analyze_rollouts
+from bupo.lens.batching import pad
+from bupo.lens.softmax_stats import Tiling
+from bupo.models.layout import find_layout
+from bupo.models.load import load_model
+from bupo.models.unembed import get_unembedding
+from bupo.run_folder import describe_run, write_json
 
 PARTS = ("time", "memory", "processes")
 MODELS = ("smollm2", "wide")
@@ -88,9 +88,9 @@ def responses(model: nn.Module, count: int, tokens: int, prompt: int = 8) -> lis
 @torch.no_grad()
 def products_alone(model: nn.Module, rollouts: list[Pair]) -> None:
     """The forward pass, and four products (N, d) x (d, V) a layer in the same blocks as the analysis, thrown away."""
-    rule = logit_rule(model)
+    rule = get_unembedding(model)
     batch = pad(rollouts, [range(len(r.response_ids)) for r in rollouts], rule.weight.device)
-    dissect(model).backbone(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+    find_layout(model).backbone(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     n, d = len(batch.targets), rule.weight.shape[1]
     tiling = Tiling.of(rule.weight.device)
     rows = min(n, tiling.rows)
@@ -100,22 +100,22 @@ def products_alone(model: nn.Module, rollouts: list[Pair]) -> None:
         size = 4 * min(rows, n - first)
         for start in range(0, len(rule.weight), tiling.tile):
             tile = rule.weight[start : start + tiling.tile].float()
-            for _ in range(dissect(model).n_layers):
+            for _ in range(find_layout(model).n_layers):
                 torch.mm(states[:size], tile.T, out=out[:size, : len(tile)])
 
 
 @torch.no_grad()
 def plain(model: nn.Module, rollouts: list[Pair]) -> dict[str, list[float]]:
     """The procedure without any of our means; entropies by site and layer."""
-    anatomy = dissect(model)
-    weight = anatomy.unembedding.weight
+    layout = find_layout(model)
+    weight = layout.unembedding.weight
     records: list[dict[str, float]] = []
     model.set_attn_implementation("eager")
     try:
         for rollout in rollouts:
             kept = [_activations(model, rollout) for _ in range(2)][-1]  # logits first, then the activations
             at = slice(len(rollout.prompt_ids) - 1, None)
-            for layer in range(anatomy.n_layers):
+            for layer in range(layout.n_layers):
                 for site in SITES:
                     logits = kept[site, layer][0, at].float() @ weight.float().T
                     shares, logs = logits.softmax(-1), logits.log_softmax(-1)
@@ -127,7 +127,7 @@ def plain(model: nn.Module, rollouts: list[Pair]) -> dict[str, list[float]]:
     sums: dict[tuple[str, int], list[float]] = {}
     for record in records:
         sums.setdefault((record["site"], record["layer"]), []).append(record["entropy"])
-    return {site: [statistics.fmean(sums[site, i]) for i in range(anatomy.n_layers)] for site in SITES}
+    return {site: [statistics.fmean(sums[site, i]) for i in range(layout.n_layers)] for site in SITES}
 
 
 def _activations(model: nn.Module, rollout: Pair) -> dict[tuple[str, int], Tensor]:
@@ -142,7 +142,7 @@ def _activations(model: nn.Module, rollout: Pair) -> dict[tuple[str, int], Tenso
 
         return hook
 
-    for index, layer in enumerate(dissect(model).layers):
+    for index, layer in enumerate(find_layout(model).layers):
         for module, name in ((layer.self_attn, "attn"), (layer.mlp, "ffn"), (layer, "layer")):
             entry, exit_ = keep(f"{name}_in", index, entry=True), keep(f"{name}_out", index, entry=False)
             hooks.append(module.register_forward_pre_hook(entry, with_kwargs=True))
@@ -181,9 +181,9 @@ def measure_time(name: str, args: argparse.Namespace) -> dict:
             seconds[way].append(time.perf_counter() - started)
             print(f"{name}: {way:9} {seconds[way][-1]:.1f} s", flush=True)
     median = {way: statistics.median(values) for way, values in seconds.items() if values}
-    anatomy = dissect(model)
+    layout = find_layout(model)
     tokens = args.responses * args.tokens
-    operations = 2 * 4 * anatomy.n_layers * anatomy.unembedding.weight.numel() * tokens
+    operations = 2 * 4 * layout.n_layers * layout.unembedding.weight.numel() * tokens
     result = {
         "tokens": tokens,
         "seconds": {way: [round(s, 2) for s in values] for way, values in seconds.items()},
@@ -222,7 +222,7 @@ def measure_memory(name: str, args: argparse.Namespace) -> dict:
     analyze_rollouts(model, rollouts)
     return {
         "tokens": args.long,
-        "layers": dissect(model).n_layers,
+        "layers": find_layout(model).n_layers,
         "gib_above_loaded_model": round((memory_kib("VmHWM") - loaded) / 2**20, 3),
         "loaded_gib": round(loaded / 2**20, 3),
         "seconds": round(time.perf_counter() - started, 1),
@@ -231,7 +231,7 @@ def measure_memory(name: str, args: argparse.Namespace) -> dict:
 
 def share(args: argparse.Namespace) -> None:
     """One of the processes of `measure_processes`; the first prints."""
-    from bupo.processes import join_processes
+    from bupo.models.processes import join_processes
 
     model = make_model("smollm2", args)
     rollouts = responses(model, 8, args.tokens // 4)

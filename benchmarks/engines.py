@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from bupo import rundir
+from bupo import run_folder as rundir
 from bupo.data.templates import prompt_ids
 from bupo.evaluate.engine_continuous import ContinuousEngine
-from bupo.evaluate.engine_transformers import TransformersEngine
 from bupo.evaluate.engines import Sampling
+from bupo.evaluate.hf_engine import TransformersEngine
 from bupo.evaluate.tasks import find_task, task_problems
-from bupo.model.load import load_model
+from bupo.models.load import load_model
 
 
 def rate(engine: TransformersEngine, prompts: list[list[int]], samples: int, sampling: Sampling) -> tuple[float, float]:

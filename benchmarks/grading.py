@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 import hostile  # noqa: E402
 
-from bupo import rundir  # noqa: E402
+from bupo import run_folder as rundir  # noqa: E402
 from bupo.data.grading import Grader  # noqa: E402
 from bupo.data.problems import Problem, load_problems  # noqa: E402
 

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bupo import rundir
-from bupo.policy import kernel_triton
+from bupo import run_folder as rundir
+from bupo.lens import triton_kernel as kernel_triton
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 TARGETS = {80: "A100", 90: "H100"}

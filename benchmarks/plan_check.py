@@ -34,7 +34,7 @@ def resident(kind: str) -> int:
 
 
 def recipe_of(name: str, phase: str):
-    from bupo.config import parse, read_recipe
+    from bupo.recipe import parse, read_recipe
 
     raw = {**read_recipe(REPOSITORY / "recipes" / f"{name}.yaml"), **RUNS[name], "precision": "float32"}
     return parse({**raw, "internal_steps": raw["rollouts"] if phase == "internal" else 0})
@@ -139,7 +139,7 @@ def main() -> None:
         )
         print(json.dumps(found))
         return
-    from bupo.rundir import describe_run, write_json
+    from bupo.run_folder import describe_run, write_json
 
     flag = ["--memory-only"] if args.memory_only else []
     checks: dict[str, dict] = {}

@@ -168,14 +168,14 @@ class FullForward:
     """Log-probs of pi^l beside the full policy's logits: every layer, two vocabulary projections, both made whole."""
 
     def __init__(self, model):
-        from bupo.model.anatomy import dissect
+        from bupo.models.layout import find_layout
 
-        self.model, self.anatomy = model, dissect(model)
+        self.model, self.layout = model, find_layout(model)
 
     @contextmanager
     def _state(self, layer: int):
         found: list[Tensor] = []
-        hook = self.anatomy.layers[layer - 1].register_forward_hook(lambda m, i, o: found.append(o))
+        hook = self.layout.layers[layer - 1].register_forward_hook(lambda m, i, o: found.append(o))
         try:
             yield found
         finally:
@@ -214,12 +214,12 @@ def predicted(model, layer: int, length: int) -> dict[str, float]:
     logits for the old log-probabilities, in the forward and again in the backward pass, which has two products of its
     own: 5. The full way makes two logits twice and has two products in the backward pass: 6.
     """
-    from bupo.model.anatomy import dissect
+    from bupo.models.layout import find_layout
 
-    anatomy, text = dissect(model), model.config.get_text_config()
+    layout, text = find_layout(model), model.config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    sizes = [sum(p.numel() for p in m.parameters() if p.ndim == 2) + 2 * length * width for m in anatomy.layers]
-    head = anatomy.unembedding.weight.numel()
+    sizes = [sum(p.numel() for p in m.parameters() if p.ndim == 2) + 2 * length * width for m in layout.layers]
+    head = layout.unembedding.weight.numel()
     below, whole = sum(sizes[:layer]), sum(sizes)
     return {"early_exit": 4 * below + 5 * head, "full_forward": 2 * whole + 2 * below + 6 * head}
 
@@ -376,7 +376,7 @@ def main() -> None:
     if args.peak_of:
         print(json.dumps(peak_of(args.peak_of, args)))
         return
-    from bupo.rundir import describe_run, write_json
+    from bupo.run_folder import describe_run, write_json
 
     config = {key: str(value) for key, value in vars(args).items() if key not in ("out", "peak_of")}
     result = {**describe_run("training", config), "threads": torch.get_num_threads()}

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
-from bupo import rundir
+from bupo import run_folder as rundir
 from bupo.evaluate.load import load_engine
 from bupo.evaluate.metrics import bootstrap, compare
 from bupo.evaluate.run import EvalConfig, evaluate

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from bupo import rundir
+from bupo import run_folder as rundir
 from bupo.data.grading import Grader
 from bupo.data.problems import Problem, load_problems
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from bupo import rundir
+from bupo import run_folder as rundir
 from bupo.cli import main as bupo
 from bupo.report.inside_training import read_inside_folder
 

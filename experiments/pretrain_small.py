@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from bupo.data.arithmetic import draw_from, problems, split_of
-from bupo.rundir import machine, versions, write_text
+from bupo.run_folder import machine, versions, write_text
 
 BOXED = "\\boxed{"
 

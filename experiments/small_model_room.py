@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bupo.cli.jobs import Job, lines_in, run_jobs
-from bupo.rundir import describe_run, write_json
+from bupo.run_folder import describe_run, write_json
 
 RECIPE = Path(__file__).parent.parent / "src" / "bupo" / "assets" / "demo.yaml"
 PROBLEMS, SAMPLES = 256, 4

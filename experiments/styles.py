@@ -8,8 +8,8 @@ and number of updates, and differ in architecture (``qwen3`` norms queries and k
 unembedding is the embedding (``tied``), and in the data (``worked``: 65 % of longer problems show their working;
 ``bare``: none does; ``longer``: ``worked``, on 4.3 times as many texts, about 25 minutes a model and so with seed 0
 alone: the settings of the model that ships with bupo, which stands for its cell). Read with
-`bupo.analysis.analyze_rollouts` on the model's own responses to the same held-out problems, raw (Eq. 5-13 of arXiv
-2512.19673), and with the final norm by layer (`bupo.choice`'s criteria).
+`bupo.lens.analyze.analyze_rollouts` on the model's own responses to the same held-out problems, raw (Eq. 5-13 of arXiv
+2512.19673), and with the final norm by layer (`bupo.lens.agreement`'s criteria).
 
 How abrupt a model is: *late share*, the part of the fall of the layer policy's entropy from layer 1 to L that its last
 quarter of layers makes. A model that sharpens evenly has about 0.25; one that decides at the end about 1. And *last
@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bupo.rundir import write_json
+from bupo.run_folder import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"

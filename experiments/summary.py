@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.evaluate.metrics import bootstrap, pass_at_k
-from bupo.rundir import write_json
+from bupo.run_folder import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Student's 97.5 % quantile by degrees of freedom

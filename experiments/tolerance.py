@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from bupo.analysis import SITES, analyze_rollouts
 from bupo.data.rollouts import read_responses
-from bupo.model.load import load_model
-from bupo.rundir import describe_run, write_json
+from bupo.lens.analyze import SITES, analyze_rollouts
+from bupo.models.load import load_model
+from bupo.run_folder import describe_run, write_json
 
 
 def compare(part: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:

@@ -61,23 +61,23 @@ def check(name: str) -> dict[str, Any]:
     from zoo_checks import Rollout, generated, greedy, read_everything
 
     from bupo import internal_policy
-    from bupo.analysis import analyze_rollouts
     from bupo.errors import InputError
-    from bupo.model.anatomy import dissect
-    from bupo.model.probe import find_blocks
+    from bupo.lens.analyze import analyze_rollouts
+    from bupo.models.layout import find_layout
+    from bupo.models.residual import find_residual_writes
 
     species = BY_NAME[name]
     model, ids = species_model(species), tokens(2, 7)
     row: dict[str, Any] = {"name": name, "family": species.family, "class": type(model).__name__, "note": species.note}
     components: tuple[str, ...] = ("layer", "attn", "ffn")
     try:
-        blocks = find_blocks(model)
+        blocks = find_residual_writes(model)
         row["attn"] = sorted({str(b.attn) for b in blocks})
         row["ffn"] = sorted({str(b.ffn) for b in blocks})
         row["identity"] = max(b.deviation for b in blocks)
         result = analyze_rollouts(model, [Rollout([5, 6, 7], [8, 9, 10, 11])])
         row["logit_scale"], row["softcap"] = result["readout"]["logit_scale"], result["readout"]["softcap"]
-        row["bias"] = getattr(dissect(model).unembedding, "bias", None) is not None
+        row["bias"] = getattr(find_layout(model).unembedding, "bias", None) is not None
     except InputError as error:
         row["refused"], components = str(error), ("layer",)
     try:
@@ -141,7 +141,7 @@ def main() -> int:
     import transformers
     from zoo import ZOO
 
-    from bupo.rundir import write_json, write_text
+    from bupo.run_folder import write_json, write_text
 
     transformers.logging.set_verbosity_error()
     rows = []

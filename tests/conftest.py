@@ -29,12 +29,13 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A saved random model (4 layers, 97 tokens, context 512) with a character tokenizer and no chat template."""
-    from tiny import tiny_model
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
+
+    from tests.support.tiny import tiny_model
 
     folder = tmp_path_factory.mktemp("tiny-model")
     tiny_model("qwen3", spread=3.0, max_position_embeddings=512).save_pretrained(folder)
@@ -52,7 +53,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def warm():
     """A process that has imported everything and forks; see `warm.Warm`."""
-    from warm import Warm
+    from tests.support.warm import Warm
 
     made = Warm()
     yield made

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bupo.config import Recipe, parse, read_recipe
 from bupo.errors import ConfigError, InputError
+from bupo.recipe import Recipe, parse, read_recipe
 from bupo.schema import load_yaml, override
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
@@ -25,7 +25,7 @@ def problems(raw):
 
 def test_parsing_needs_no_torch():
     code = (
-        "import sys; from bupo.config import parse, read_recipe;"
+        "import sys; from bupo.recipe import parse, read_recipe;"
         f"[parse(read_recipe(p)) for p in {[str(p) for p in RECIPES]!r}];"
         "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'heavy import'"
     )

@@ -15,12 +15,12 @@ HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm
 # room -> what no file in it may import, anywhere
 NEVER = {
     "errors.py": HEAVY,
-    "rundir.py": ("torch", "transformers", "trl"),
-    "config.py": ("torch", "transformers", "trl"),
-    "policy": ("bupo.model", "transformers", "trl"),
-    "report": ("torch", "transformers", "trl", "bupo.model", "bupo.train"),
+    "run_folder.py": ("torch", "transformers", "trl"),
+    "recipe.py": ("torch", "transformers", "trl"),
+    "lens": ("trl",),
+    "report": ("torch", "transformers", "trl", "bupo.models", "bupo.train"),
     "train": ("bupo.report", "bupo.evaluate"),
-    "model": ("bupo.data.problems", "bupo.train", "bupo.evaluate", "bupo.report"),
+    "models": ("bupo.data.problems", "bupo.train", "bupo.evaluate", "bupo.report"),
 }
 
 

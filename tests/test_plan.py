@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from bupo.cli import main
-from bupo.config import parse, read_recipe
 from bupo.errors import ConfigError, InputError
 from bupo.plan import simulate
 from bupo.plan.devices import find_device
@@ -21,6 +19,8 @@ from bupo.plan.measure import measure
 from bupo.plan.shape import read_config, read_shape
 from bupo.plan.simulate import LiveBytes, Settings, simulate_rollout, simulate_update
 from bupo.plan.work import forward_flops
+from bupo.recipe import parse, read_recipe
+from tests.support.tiny import tiny_config, tiny_model
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 F32 = torch.float32

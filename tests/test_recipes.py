@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
-from bupo.config import parse, read_recipe
 from bupo.data.arithmetic import SMALL_MODEL
 from bupo.data.templates import TEMPLATES
+from bupo.recipe import parse, read_recipe
 from bupo.train.run import train
+from tests.support.tiny import tiny_model
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -109,7 +109,7 @@ def scaled(tmp_path, tiny_folder):
             data = tmp_path / "sums.jsonl"
             rows = [{"question": f"What is {i} + {i}?", "final_answer": str(2 * i)} for i in range(40)]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            small |= {"dataset": str(data), "problems": 32, "reward": "training:digits"}
+            small |= {"dataset": str(data), "problems": 32, "reward": "tests.support.training:digits"}
         return parse({**raw, **small})
 
     return make
@@ -127,5 +127,5 @@ def test_two_rollout_batches_of_each_phase(path, scaled, tmp_path):
     ] * 2
     assert summary["updates"] == 4 * recipe.updates_per_rollout
     assert all(math.isfinite(row["loss"]) and row["entropy"] > 0 for row in rows)
-    if recipe.reward == "training:digits":  # a reward with signal moves the weights
+    if recipe.reward == "tests.support.training:digits":  # a reward with signal moves the weights
         assert any(row["grad_norm"] > 0 for row in rows)

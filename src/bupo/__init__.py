@@ -6,16 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bupo.analysis import analyze_rollouts
-    from bupo.model.early_exit import internal_policy
-    from bupo.model.load import load_model
+    from bupo.lens.analyze import analyze_rollouts
+    from bupo.models.internal_policy import internal_policy
+    from bupo.models.load import load_model
     from bupo.train.trainer import BuPOConfig, BuPOTrainer
 
 # Imported on first use: the command line must start without torch.
 _HOMES = {
-    "internal_policy": "bupo.model.early_exit",
-    "load_model": "bupo.model.load",
-    "analyze_rollouts": "bupo.analysis",
+    "internal_policy": "bupo.models.internal_policy",
+    "load_model": "bupo.models.load",
+    "analyze_rollouts": "bupo.lens.analyze",
     "BuPOConfig": "bupo.train.trainer",
     "BuPOTrainer": "bupo.train.trainer",
 }

@@ -94,7 +94,7 @@ def analyze(
     overwrite: Annotated[bool, typer.Option(help="Replace the results in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    from bupo.rundir import claim, describe_run, write_json
+    from bupo.run_folder import claim, describe_run, write_json
 
     config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if k not in _IMPORTED}
     if (dataset is None) == (responses is None):
@@ -112,8 +112,8 @@ def analyze(
     started = time.monotonic()
     _quiet_libraries()
     with _Progress(enabled=not as_json and process == 0) as progress:
-        from bupo.analysis import Wanted, analyze_rollouts, check_rollouts
-        from bupo.model.load import load_model, model_revision
+        from bupo.lens.analyze import Wanted, analyze_rollouts, check_rollouts
+        from bupo.models.load import load_model, model_revision
 
         Wanted(tuple(names))  # a wrong name is said before anything is loaded
         progress.say(f"loading {model}")
@@ -139,7 +139,7 @@ def analyze(
         bar = progress.bar("reading states", sum(len(r.response_ids) for r in rollouts))
         table = None
         if per_token:
-            from bupo.token_table import TokenTable
+            from bupo.lens.token_table import TokenTable
 
             table = TokenTable(output)
         result = analyze_rollouts(
@@ -155,7 +155,7 @@ def analyze(
             share=processes > 1,
         )
         if choice and process == 0:
-            from bupo.choice import choose_layer
+            from bupo.lens.agreement import choose_layer
 
             bar = progress.bar("comparing layers", result["layers"])
             result["layer_choice"] = choose_layer(
@@ -163,7 +163,7 @@ def analyze(
             )
         tokens = None
         if explore and process == 0:
-            from bupo.explore import explore_rollouts
+            from bupo.lens.tokens import explore_rollouts
 
             chosen = rollouts[:explore]
             bar = progress.bar("reading single tokens", len(chosen))
@@ -207,7 +207,7 @@ def _device(asked: str | None, processes: int) -> str | None:
     """The device of this process, where a launcher started several."""
     if processes == 1:
         return asked
-    from bupo.processes import join_processes
+    from bupo.models.processes import join_processes
 
     return asked or str(join_processes().device)
 
@@ -228,11 +228,11 @@ _LONG = {
 
 def _generate(model: Any, tokenizer: Any, progress: _Progress, config: dict[str, Any]) -> list[Rollout]:
     """The model's own responses to the dataset's problems."""
-    from bupo.analysis import context_length
     from bupo.data.problems import load_problems
     from bupo.data.rollouts import Rollout
     from bupo.data.templates import prompt_ids
-    from bupo.evaluate.engine_transformers import sample
+    from bupo.evaluate.hf_engine import sample
+    from bupo.lens.analyze import context_length
 
     problems = load_problems(config["dataset"], split=config["split"], limit=config["limit"], seed=config["seed"])
     prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
@@ -270,7 +270,7 @@ def _generate(model: Any, tokenizer: Any, progress: _Progress, config: dict[str,
 
 
 def _write_responses(path: Path, rollouts: list[Rollout]) -> None:
-    from bupo.rundir import write_text
+    from bupo.run_folder import write_text
 
     columns = ("problem_id", "sample", "prompt", "response", "prompt_ids", "response_ids")
     rows = [{c: getattr(r, c) for c in columns} for r in rollouts]
@@ -288,7 +288,7 @@ def _check_choice(rule: str, choice: bool, tokens: int | None) -> None:
 
 def _answer(result: dict[str, Any], rule: str) -> dict[str, Any]:
     """The part of the JSON summary that names a layer, with the evidence for it."""
-    from bupo.choice import chosen_layer
+    from bupo.lens.agreement import chosen_layer
 
     layer, reason = chosen_layer(result, rule)
     found: dict[str, Any] = {"rule": rule, "layer": layer, "reason": reason}
@@ -319,8 +319,8 @@ def _print_summary(result: dict[str, Any], folder: Path, figures: int, rule: str
     if sampling := result.get("sampling"):
         console.print(_sampling_line(sampling))
     if "layer_choice" in result:
-        from bupo.choice import chosen_layer
         from bupo.cli.layer_choice import print_choice
+        from bupo.lens.agreement import chosen_layer
 
         print_choice(console, result)
         layer, _ = chosen_layer(result, rule)

@@ -25,7 +25,7 @@ COMMANDS = ("analyze", "plan", "train", "eval", "compare", "report", "demo")
 
 def _version(value: bool) -> None:
     if value:
-        from bupo.rundir import versions
+        from bupo.run_folder import versions
 
         typer.echo(f"bupo {versions().get('bupo', 'unknown')}")
         raise typer.Exit

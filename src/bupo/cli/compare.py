@@ -47,7 +47,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option(help="Replace the results in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    from bupo.rundir import claim, describe_run, write_json
+    from bupo.run_folder import claim, describe_run, write_json
 
     if len(models) < 2:
         raise InputError("name two models or more to compare, the baseline first")
@@ -70,10 +70,10 @@ def compare(
 
     _quiet_libraries()
     with _Progress(enabled=not as_json) as progress:
-        from bupo.compare import compare as join
-        from bupo.compare import read_inside
         from bupo.data.rollouts import read_responses
-        from bupo.model.load import load_model, model_revision
+        from bupo.lens.compare import compare as join
+        from bupo.lens.compare import read_inside
+        from bupo.models.load import load_model, model_revision
 
         readings, revisions, rollouts = [], {}, None
         for name, model in named:

@@ -45,7 +45,7 @@ def demo(
     from rich.console import Console
 
     from bupo.cli.jobs import Job, lines_in, run_jobs
-    from bupo.rundir import claim, write_json
+    from bupo.run_folder import claim, write_json
 
     recipe = Path(__file__).parent.parent / "assets" / "demo.yaml"
     total = rollouts or _recipe_rollouts(recipe)

@@ -128,7 +128,7 @@ def evaluate(
     from bupo.evaluate.run import EvalConfig
     from bupo.evaluate.run import evaluate as run
     from bupo.evaluate.store import fingerprint
-    from bupo.model.load import resolve_model
+    from bupo.models.load import resolve_model
 
     chosen = choose_engine(engine, internal_layer=internal_layer)
     if chosen == "vllm":

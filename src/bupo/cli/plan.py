@@ -48,9 +48,9 @@ def plan(
     explain: Annotated[bool, typer.Option("--explain", help="Print every formula with its numbers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    from bupo.config import parse, read_recipe
     from bupo.errors import ConfigError
     from bupo.plan.devices import find_device
+    from bupo.recipe import parse, read_recipe
     from bupo.schema import override
 
     asked = parse(override(read_recipe(recipe), changes or []))

@@ -54,7 +54,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> int:
-    from bupo.config import parse, read_recipe
+    from bupo.recipe import parse, read_recipe
     from bupo.schema import override
     from bupo.train.checkpoints import saved_recipe
 

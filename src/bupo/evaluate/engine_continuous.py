@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from bupo.errors import InputError
-from bupo.evaluate.engine_transformers import TransformersEngine, seeded
 from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end
+from bupo.evaluate.hf_engine import TransformersEngine, seeded
 
 _ROUNDS = 8  # places are filled so many times a batch on average: more means less idling, and more lost by a kill
 _PAGE = 64  # tokens; transformers' own 256 wastes memory on short responses

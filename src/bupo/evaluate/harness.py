@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bupo import rundir
+from bupo import run_folder as rundir
 from bupo.errors import ConfigError, InputError
 
 # Short names for the benchmarks beside mathematics; any other name is the harness's own.
@@ -73,7 +73,7 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from bupo.model.load import load_model, model_revision
+    from bupo.models.load import load_model, model_revision
 
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
     unknown = [name for name in names if not manager.match_tasks([name])]

@@ -19,8 +19,8 @@ def load_engine(
     """
     if config.engine == "vllm":
         return _load_vllm(config, trust_remote_code)
-    from bupo.evaluate.engine_transformers import TransformersEngine
-    from bupo.model.load import load_model, model_revision
+    from bupo.evaluate.hf_engine import TransformersEngine
+    from bupo.models.load import load_model, model_revision
 
     dtype = "fitting" if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(
@@ -50,9 +50,9 @@ def load_engine(
 def _load_vllm(config: EvalConfig, trust_remote_code: bool) -> tuple[Engine, Any, dict[str, Any]]:
     from transformers import AutoConfig, GenerationConfig
 
-    from bupo.evaluate.engine_transformers import context_length, end_tokens
-    from bupo.evaluate.engine_vllm import VllmEngine
-    from bupo.model.load import load_tokenizer, resolve_model
+    from bupo.evaluate.hf_engine import context_length, end_tokens
+    from bupo.evaluate.vllm_engine import VllmEngine
+    from bupo.models.load import load_tokenizer, resolve_model
 
     path = resolve_model(config.model)
     revision = config.revision

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bupo import rundir
+from bupo import run_folder as rundir
 from bupo.data.grading import Grader
 from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError

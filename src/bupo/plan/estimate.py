@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from bupo.config import Recipe
 from bupo.errors import ConfigError
 from bupo.plan.devices import Device
 from bupo.plan.measure import Speeds
 from bupo.plan.shape import Shape
 from bupo.plan.simulate import RolloutBytes, Settings, UpdateBytes, simulate_rollout, simulate_update
 from bupo.plan.work import batch_flops, run_tokens, savings, seconds_of
+from bupo.recipe import Recipe
 
 NF4 = 4.127 / 8  # bytes a weight in 4 bits, with its share of the twice quantised scales
 SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")

@@ -19,8 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bupo.errors import InputError
-from bupo.model.anatomy import dissect
-from bupo.model.load import resolve_model
+from bupo.models.layout import find_layout
+from bupo.models.load import resolve_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "assets" / "configs"
 
@@ -110,11 +110,11 @@ def read_shape(config: Any, name: str, source: str) -> Shape:
         InputError: it is no decoder-only causal LM.
     """
     with fake_model(config) as model:
-        anatomy = dissect(model)
+        layout = find_layout(model)
         embedding = sum(p.numel() for p in model.get_input_embeddings().parameters())
-        tied = anatomy.unembedding.weight is model.get_input_embeddings().weight
-        head = 0 if tied else sum(p.numel() for p in anatomy.unembedding.parameters())
-        layers = tuple(sum(p.numel() for p in layer.parameters()) for layer in anatomy.layers)
+        tied = layout.unembedding.weight is model.get_input_embeddings().weight
+        head = 0 if tied else sum(p.numel() for p in layout.unembedding.parameters())
+        layers = tuple(sum(p.numel() for p in layer.parameters()) for layer in layout.layers)
         total = sum(p.numel() for p in model.parameters())
         return Shape(
             name=name,
@@ -124,9 +124,9 @@ def read_shape(config: Any, name: str, source: str) -> Shape:
             head=head,
             layers=layers,
             rest=total - embedding - head - sum(layers),
-            matrix=tuple(_met_by_a_token(layer, config) for layer in anatomy.layers),
-            vocabulary=anatomy.unembedding.weight.shape[0],
-            width=anatomy.unembedding.weight.shape[1],
+            matrix=tuple(_met_by_a_token(layer, config) for layer in layout.layers),
+            vocabulary=layout.unembedding.weight.shape[0],
+            width=layout.unembedding.weight.shape[1],
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bupo.model.anatomy import dissect
+from bupo.models.layout import find_layout
 from bupo.plan.shape import cut, fake_model
 from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_words
 
@@ -195,12 +195,12 @@ def _over_layers(run: Callable[[int], _Found], kind: type[_Found], layers: int) 
 def _update(config: Any, layers: int, settings: Settings, whole: bool, narrow: bool) -> UpdateBytes:
     with fake_model(cut(config, layers), settings.dtype) as model:
         model = prepare(model, settings)
-        anatomy = dissect(model)
+        layout = find_layout(model)
         used = [p for p in model.parameters() if p.requires_grad]
         if not whole:
-            unread = {id(p) for p in anatomy.final_norm.parameters()}
+            unread = {id(p) for p in layout.final_norm.parameters()}
             used = [p for p in used if id(p) not in unread]
-            anatomy.final_norm.forward = lambda states, *a, **k: states
+            layout.final_norm.forward = lambda states, *a, **k: states
         ids = torch.zeros(settings.batch, settings.prompt + settings.response, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, 0] = 0  # some padding, as there always is
@@ -208,14 +208,14 @@ def _update(config: Any, layers: int, settings: Settings, whole: bool, narrow: b
         track.ignore(*model.parameters(), *model.buffers(), ids, mask)
         with track:
             with torch.no_grad():
-                _score(anatomy, ids, mask, settings, narrow)
+                _score(layout, ids, mask, settings, narrow)
             scoring = track.peak
             if settings.accumulates:
                 for parameter in used:
                     parameter.grad = torch.empty_like(parameter)
             before = track.peak = track.now
             marks = []
-            loss = _score(anatomy, ids, mask, settings, narrow, lambda: marks.append(track.restart())).sum()
+            loss = _score(layout, ids, mask, settings, narrow, lambda: marks.append(track.restart())).sum()
             kept = track.now - before
             loss.backward()
             backward = track.peak
@@ -272,18 +272,18 @@ class _Adapted(nn.Module):
 
 
 def _score(
-    anatomy: Any, ids: Tensor, mask: Tensor, settings: Settings, narrow: bool, mark: Callable[[], None] = lambda: None
+    layout: Any, ids: Tensor, mask: Tensor, settings: Settings, narrow: bool, mark: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Log-probabilities of the responses; ``mark`` is called after the layers, and when the head's backward is done."""
     with settings.autocast():
-        states = anatomy.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        states = layout.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         mark()
         states = states[:, -settings.response :] if settings.triton else states
         flat = states.reshape(-1, states.shape[-1])
         if flat.requires_grad:
             flat.register_hook(lambda grad: mark())
         words = tile_words(ids.numel()) if narrow and not settings.triton else WIDEST
-        return _TiledHead.apply(flat, anatomy.unembedding.weight, settings.compute, settings.triton, words)
+        return _TiledHead.apply(flat, layout.unembedding.weight, settings.compute, settings.triton, words)
 
 
 def _rollout(config: Any, layers: int, settings: Settings) -> RolloutBytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bupo.config import Recipe
 from bupo.plan.shape import Shape
 from bupo.plan.simulate import Settings, UpdateBytes
+from bupo.recipe import Recipe
 
 if TYPE_CHECKING:
     from bupo.plan.estimate import Question

@@ -17,7 +17,7 @@ from bupo.report.inside_training import inside_training_figure
 from bupo.report.logs import last_internal_rollout, summary
 from bupo.report.style import inline_svg
 from bupo.report.verdict import Verdict, outcome, verdict
-from bupo.rundir import write_text
+from bupo.run_folder import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment

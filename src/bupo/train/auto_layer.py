@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bupo import choice
-from bupo.analysis import analyze_rollouts
+from bupo.lens import agreement as choice
+from bupo.lens.analyze import analyze_rollouts
 
 RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
 
@@ -38,7 +38,7 @@ def choose_layer(
     """Analyse some responses of a rollout batch (spread evenly over it) and name the layer that a rule gives.
 
     Args:
-        rule: ``boundary``, the paper's, or ``recommended`` (:func:`bupo.choice.choose_layer`).
+        rule: ``boundary``, the paper's, or ``recommended`` (:func:`bupo.lens.agreement.choose_layer`).
     """
     rollouts = unpad(batch)
     rows = torch.linspace(0, len(rollouts) - 1, min(responses, len(rollouts))).round().long().tolist()

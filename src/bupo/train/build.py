@@ -12,15 +12,15 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from bupo.analysis import context_length
-from bupo.config import Recipe
 from bupo.data.problems import Problem, load_problems
+from bupo.data.prompts import training_rows
 from bupo.errors import BupoError, ConfigError
-from bupo.model.load import load_model
+from bupo.lens.analyze import context_length
+from bupo.models.load import load_model
+from bupo.recipe import Recipe
 from bupo.schema import nearest
 from bupo.train.lora import four_bit, lora_config
 from bupo.train.panels import check_trackers
-from bupo.train.prompts import training_rows
 from bupo.train.rewards import make_reward
 from bupo.train.trainer import BuPOConfig, BuPOTrainer
 

@@ -181,6 +181,6 @@ def keep_until(path: Path, step: int) -> None:
             continue
         if isinstance(row, dict) and row.get("step", 0) <= step and step > 0:
             kept.append(line)
-    from bupo.rundir import write_text
+    from bupo.run_folder import write_text
 
     write_text(path, "".join(line + "\n" for line in kept))

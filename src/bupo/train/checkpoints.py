@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.errors import ConfigError, InputError
-from bupo.rundir import RUN_FILE, write_json
+from bupo.run_folder import RUN_FILE, write_json
 
 STATE_FILE = "bupo_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

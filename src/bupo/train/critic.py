@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bupo.errors import BupoError, ConfigError
-from bupo.model.anatomy import dissect
+from bupo.models.layout import find_layout
 from bupo.train.gae import clipped_value_loss, gae, outcome_rewards
-from bupo.train.hazards import engine
+from bupo.train.unsupported import engine
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer as _Parent
@@ -44,10 +44,10 @@ class Critic(nn.Module):
 
     def __init__(self, policy: nn.Module):
         super().__init__()
-        anatomy = dissect(policy)
-        self.backbone = copy.deepcopy(anatomy.backbone)
-        weight = anatomy.final_norm.weight if hasattr(anatomy.final_norm, "weight") else anatomy.unembedding.weight
-        self.head = nn.Linear(anatomy.unembedding.weight.shape[1], 1, device=weight.device)
+        layout = find_layout(policy)
+        self.backbone = copy.deepcopy(layout.backbone)
+        weight = layout.final_norm.weight if hasattr(layout.final_norm, "weight") else layout.unembedding.weight
+        self.head = nn.Linear(layout.unembedding.weight.shape[1], 1, device=weight.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

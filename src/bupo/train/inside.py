@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback
 
-from bupo.batches import TokenPair, check_rollouts
-from bupo.compare import Reading, compare, read_inside
-from bupo.config import Recipe
 from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
-from bupo.model.early_exit import check_site, n_layers
-from bupo.rundir import write_bytes, write_json, write_text
+from bupo.lens.batching import TokenPair, check_rollouts
+from bupo.lens.compare import Reading, compare, read_inside
+from bupo.models.internal_policy import check_layer, n_layers
+from bupo.recipe import Recipe
+from bupo.run_folder import write_bytes, write_json, write_text
 from bupo.train.auto_layer import TokenRollout, unpad
 
 RESPONSES, TOKENS = 64, 512
@@ -44,7 +44,7 @@ def inside_readings(
     asked = recipe.inside_layer if recipe.inside_layer is not None else recipe.internal_layer
     layer = asked if isinstance(asked, int) else None
     if layer is not None:
-        check_site(n_layers(trainer.model), layer)
+        check_layer(n_layers(trainer.model), layer)
     given = None
     if recipe.inside_responses is not None:
         given = read_responses(recipe.inside_responses, tokenizer, recipe.template)[:RESPONSES]

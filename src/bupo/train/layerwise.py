@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bupo.errors import ConfigError
-from bupo.model.anatomy import dissect
-from bupo.model.early_exit import check_site
+from bupo.models.internal_policy import check_layer
+from bupo.models.layout import find_layout
 from bupo.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class LearnsLayerwise(_Parent):
     def _freeze_layers(self) -> None:
         """Freeze before any wrapping: DDP never hears of these parameters, the optimizer has no state for them."""
         if self.args.frozen_layers is not None:
-            for layer in dissect(self.model).layers[: self.args.frozen_layers]:
+            for layer in find_layout(self.model).layers[: self.args.frozen_layers]:
                 layer.requires_grad_(False)
 
     def _layerwise_problems(self) -> list[str]:
@@ -67,11 +67,11 @@ class LearnsLayerwise(_Parent):
         above = self.args.upper_learning_rate_above
         if above is None and self.args.frozen_layers is None:
             return found
-        layers = dissect(self.model).n_layers
+        layers = find_layout(self.model).n_layers
         for name, layer in (("frozen_layers", self.args.frozen_layers), ("upper_learning_rate_above", above)):
             try:
                 if layer is not None:
-                    check_site(layers, layer)
+                    check_layer(layers, layer)
             except ValueError as error:
                 found.append(f"{name}: {error}")
         if above == layers:
@@ -94,8 +94,8 @@ class LearnsLayerwise(_Parent):
                 raise ConfigError(
                     f"upper_learning_rate_scale needs an optimizer of the trainer's own, not {type(optimizer).__name__}"
                 )
-            anatomy = dissect(self.model if model is None else model)
-            upper = {id(p) for module in (*anatomy.layers[above:], anatomy.final_norm) for p in module.parameters()}
+            layout = find_layout(self.model if model is None else model)
+            upper = {id(p) for module in (*layout.layers[above:], layout.final_norm) for p in module.parameters()}
             split_groups(optimizer, upper, self.args.upper_learning_rate_scale)
         return optimizer
 

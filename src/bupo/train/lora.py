@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bupo.config import Recipe
 from bupo.errors import ConfigError
-from bupo.train.hazards import engine
+from bupo.recipe import Recipe
+from bupo.train.unsupported import engine
 
 
 def lora_config(recipe: Recipe) -> Any:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from bupo.analysis import analyze_rollouts
 from bupo.errors import ConfigError, InputError
-from bupo.model.anatomy import dissect, unwrap
-from bupo.rundir import write_json
+from bupo.lens.analyze import analyze_rollouts
+from bupo.models.layout import find_layout, unwrap
+from bupo.run_folder import write_json
 from bupo.train.auto_layer import unpad
 
 # draws an analysis: (analysis, folder, name without ending) -> the PNG
@@ -87,16 +87,16 @@ class GradientGroups(TrainerCallback):
 
 def parameter_groups(model: Any, layer: int | None) -> dict[str, list[Tensor]]:
     """Trainable parameters by group: embedding, layers up to and above l (or all), head with the final norm."""
-    anatomy = dissect(model)
+    layout = find_layout(model)
     embedding = list(unwrap(model).get_input_embeddings().parameters())
     known = {id(p) for p in embedding}
-    cut = anatomy.n_layers if layer is None else layer
+    cut = layout.n_layers if layer is None else layer
     groups = {
         "embedding": embedding,
-        "layers" if layer is None else "layers_to_l": [p for m in anatomy.layers[:cut] for p in m.parameters()],
+        "layers" if layer is None else "layers_to_l": [p for m in layout.layers[:cut] for p in m.parameters()],
     }
     if layer is not None:
-        groups["layers_above_l"] = [p for m in anatomy.layers[cut:] for p in m.parameters()]
+        groups["layers_above_l"] = [p for m in layout.layers[cut:] for p in m.parameters()]
     known |= {id(p) for parameters in groups.values() for p in parameters}
     groups["head"] = [p for p in model.parameters() if id(p) not in known]
     return {name: [p for p in found if p.requires_grad] for name, found in groups.items()}
@@ -106,7 +106,7 @@ class EntropyFlow:
     """Every so many rollout batches (the first included): analyse the model on its own responses, save, draw, show.
 
     Called by the trainer with each rollout batch, before its updates. Writes ``flow/rollout-0001.json`` (an analysis,
-    see `bupo.analysis`) and, given ``draw``, the figure beside it; trackers that take images get it as
+    see `bupo.lens.analyze`) and, given ``draw``, the figure beside it; trackers that take images get it as
     ``internal/entropy_flow``. A model that cannot be analysed costs one line and ends the figures, not the run.
     """
 

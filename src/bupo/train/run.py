@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from bupo.config import Recipe
 from bupo.errors import ConfigError, InputError
-from bupo.model.load import model_revision
-from bupo.rundir import RUN_FILE, claim, describe_run, write_json
+from bupo.models.load import model_revision
+from bupo.recipe import Recipe
+from bupo.run_folder import RUN_FILE, claim, describe_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
 from bupo.train.checkpoints import last_checkpoint, read_state, rotate, saved_recipe

@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from bupo.choice import RULES
 from bupo.errors import ConfigError
-from bupo.train import estimators, layerwise
+from bupo.lens.agreement import RULES
+from bupo.train import advantages as estimators
+from bupo.train import layerwise
 from bupo.train.critic import DEFAULTS as CRITIC
 from bupo.train.critic import critic_problems
-from bupo.train.hazards import guard_hazards, hazards
 from bupo.train.schedule import Schedule, alignment_problems, ladder, ladder_problems, two_phase
+from bupo.train.unsupported import guard_hazards, hazards
 
 if TYPE_CHECKING:
     from trl import GRPOConfig as _Parent

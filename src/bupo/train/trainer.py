@@ -22,8 +22,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import utils as trl_utils
 
 from bupo.errors import BupoError, ConfigError, InputError
-from bupo.model.early_exit import check_site, internal_policy, n_layers
-from bupo.train import estimators
+from bupo.models.internal_policy import check_layer, internal_policy, n_layers
+from bupo.train import advantages as estimators
 from bupo.train.auto_layer import LayerChoice, choose_layer
 from bupo.train.auto_temperature import FitsTemperatures
 from bupo.train.callbacks import SaveBetweenRollouts
@@ -115,7 +115,7 @@ class BuPOTrainer(
         for layer in self.schedule.layers:
             if layer != "auto":
                 try:
-                    check_site(n_layers(self.model), layer)
+                    check_layer(n_layers(self.model), layer)
                 except ValueError as error:
                     problems.append(f"internal_layer: {error}")
         cast_to = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None

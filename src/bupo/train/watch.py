@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from bupo.model.anatomy import dissect
+from bupo.models.layout import find_layout
 from bupo.train.guard import PhaseGuard, Signals, Verdict
 from bupo.train.probe import probe_means, probe_rows, probe_sums
 from bupo.train.schedule import Schedule, Stage, alignment_problems
@@ -143,7 +143,7 @@ class WatchesInternalPhase(_Parent):
         if any(stage.layer is not None and stage.weight < 1.0 for stage in self.schedule.stages):
             return trainable
         highest = max(layer for layer in self.schedule.layers if isinstance(layer, int))
-        above = {id(p) for layer in dissect(model).layers[highest:] for p in layer.parameters()}
+        above = {id(p) for layer in find_layout(model).layers[highest:] for p in layer.parameters()}
         return {name: p for name, p in trainable.items() if id(p) not in above}
 
     # -- ending early ----------------------------------------------------------------------------------------------

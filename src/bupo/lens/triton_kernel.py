@@ -1,0 +1,219 @@
+"""The walk over the vocabulary as one Triton kernel: products and statistics in one pass, logits never in memory.
+
+One program takes ``ROWS`` tokens and one part of the vocabulary. For each tile of it the kernel makes the stream's
+logits ``H^{l-1} E_u^T`` once, then, layer after layer of the group, the four products, whose sums are the next stream's
+logits (see `bupo.lens.softmax_stats`). A tile of logits lives in registers; running maxima and sums go to memory, a
+triple for each site, token and part, and the parts are joined in float64.
+
+Runs on CUDA; with ``TRITON_INTERPRET=1`` also on a CPU, slowly, which is how it is tested where there is no GPU.
+
+Shape legend: N tokens, d width, V vocabulary, G layers in a group, P parts of the vocabulary. Logits to the base 2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = 1 / math.log(2)
+WARPS = 8  # with 4 the kernel spills registers on A100 and H100 (`benchmarks/kernel_build.py`)
+SITES = 5  # a layer's new ones; the site of a group without layers is the state itself
+
+
+def available() -> bool:
+    """Whether the kernel can run here and is wanted: a GPU or the interpreter, and ``BUPO_TRITON`` not 0."""
+    return os.environ.get("BUPO_TRITON", "1") != "0" and (torch.cuda.is_available() or interpreted())
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@triton.jit
+def _product(
+    states,
+    weight,
+    rows,
+    columns,
+    row_mask,
+    column_mask,
+    width,
+    PRECISE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+):
+    """(rows, d) x (d, columns), accumulated in float32."""
+    total = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
+    for start in range(0, width, WIDTH_TILE):
+        at = start + tl.arange(0, WIDTH_TILE)
+        inside = at < width
+        left = tl.load(
+            states + rows[:, None] * width + at[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0
+        )
+        right = tl.load(
+            weight + columns[None, :] * width + at[:, None], mask=column_mask[None, :] & inside[:, None], other=0.0
+        )
+        if UPCAST:  # the interpreter knows no products of bfloat16
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        if PRECISE:  # noqa: SIM108  (triton compiles the branch away)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        else:
+            total = tl.dot(left, right, total)
+    return total
+
+
+@triton.jit
+def _fold(products, maxima, sums, weighted, place, row_mask, column_mask, bias, scale, softcap, SOFTCAP: tl.constexpr):
+    """Finish a tile of products to logits and fold it into the running triple of its site."""
+    logits = products * scale + bias[None, :]
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which overflows to the right limits
+        logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+    logits = tl.where(column_mask[None, :], logits * 1.4426950408889634, float("-inf"))
+    before = tl.load(maxima + place, mask=row_mask, other=float("-inf"))
+    total = tl.load(sums + place, mask=row_mask, other=0.0)
+    moment = tl.load(weighted + place, mask=row_mask, other=0.0)
+    maximum = tl.maximum(before, tl.max(logits, axis=1))
+    centred = logits - maximum[:, None]
+    share = tl.exp2(centred)
+    shift = tl.where(before == float("-inf"), 0.0, before - maximum)
+    factor = tl.where(before == float("-inf"), 0.0, tl.exp2(shift))
+    tl.store(weighted + place, factor * (moment + shift * total)
+             + tl.sum(tl.where(column_mask[None, :], share * centred, 0.0), axis=1), mask=row_mask)  # fmt: skip
+    tl.store(sums + place, factor * total + tl.sum(share, axis=1), mask=row_mask)
+    tl.store(maxima + place, maximum, mask=row_mask)
+
+
+@triton.jit
+def _read(
+    before,  # (N, d)
+    states,  # (G, 4, N, d)
+    weight,  # (V, d)
+    biases,  # (V,)
+    maxima,  # (P, G * SITES, N), or (P, 1, N) without layers; so the two below
+    sums,
+    weighted,
+    tokens,
+    vocabulary,
+    width,
+    part,  # vocabulary entries of a part
+    scale,
+    softcap,
+    LAYERS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < tokens
+    first = tl.program_id(1) * part
+    last = tl.minimum(first + part, vocabulary)
+    places: tl.constexpr = 5 * LAYERS if LAYERS > 0 else 1
+    # 64 bits, because states of many layers and tokens pass 2^31 numbers
+    rows64 = rows.to(tl.int64)
+    home = tl.program_id(1).to(tl.int64) * places * tokens + rows64
+    for start in range(first, last, TILE):
+        columns = start + tl.arange(0, TILE)
+        column_mask = columns < last
+        at = columns.to(tl.int64)
+        if BIAS:  # noqa: SIM108
+            bias = tl.load(biases + at, mask=column_mask, other=0.0)
+        else:
+            bias = tl.zeros((TILE,), dtype=tl.float32)
+        stream = _product(before, weight, rows64, at, row_mask, column_mask, width, PRECISE, UPCAST, WIDTH_TILE)
+        if LAYERS == 0:
+            _fold(stream, maxima, sums, weighted, home, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
+        for layer in range(LAYERS):
+            for site in tl.static_range(4):
+                own = rows64 + (layer * 4 + site) * tokens
+                made = _product(states, weight, own, at, row_mask, column_mask, width, PRECISE, UPCAST, WIDTH_TILE)
+                place = home + (layer * 5 + site) * tokens
+                _fold(made, maxima, sums, weighted, place, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
+                if site % 2 == 1:
+                    stream += made  # + A^l E_u^T + F^l E_u^T
+            place = home + (layer * 5 + 4) * tokens
+            _fold(stream, maxima, sums, weighted, place, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
+
+
+def read(
+    before: Tensor,
+    states: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    *,
+    parts: int | None = None,
+    rows: int = 64,
+    tile: int = 128,
+    width_tile: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Entropies and log-sum-exps of a group's new sites, or of the states ``before`` alone.
+
+    Args:
+        before: ``H^{l-1}`` (N, d), in the dtype of the weight.
+        states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer; None reads ``before`` itself.
+        weight: ``E_u`` (V, d), float32, bfloat16 or float16; products accumulate in float32.
+        bias, scale, softcap: see :class:`bupo.lens.softmax_stats.Unembedding`.
+        parts: of the vocabulary, read by programs of their own (default: enough to occupy the device).
+
+    Returns:
+        Entropies and log-sum-exps in nats, float64, each (G, 5, N), or (N,) without states.
+    """
+    n, width = before.shape
+    vocabulary = len(weight)
+    layers = 0 if states is None else len(states)
+    before, weight = before.contiguous(), weight.contiguous()
+    blocks = triton.cdiv(n, rows)
+    if parts is None:
+        parts = max(1, min(triton.cdiv(vocabulary, 8 * tile), 512 // blocks))
+    part = triton.cdiv(triton.cdiv(vocabulary, parts), tile) * tile
+    parts = triton.cdiv(vocabulary, part)
+    shape = (parts, max(layers * SITES, 1), n)
+    maxima = torch.full(shape, float("-inf"), dtype=torch.float32, device=before.device)
+    sums, weighted = torch.zeros_like(maxima), torch.zeros_like(maxima)
+    _read[(blocks, parts)](
+        before,
+        before if states is None else states.to(weight.dtype).contiguous(),
+        weight,
+        weight if bias is None else bias.float().contiguous(),
+        maxima,
+        sums,
+        weighted,
+        n,
+        vocabulary,
+        width,
+        part,
+        scale,
+        1.0 if softcap is None else softcap,
+        LAYERS=layers,
+        SOFTCAP=softcap is not None,
+        BIAS=bias is not None,
+        PRECISE=weight.dtype is torch.float32,
+        UPCAST=interpreted(),
+        ROWS=rows,
+        TILE=tile,
+        WIDTH_TILE=width_tile,
+        num_warps=WARPS,
+    )
+    entropy, lse = _join(maxima.double(), sums.double(), weighted.double())
+    return (entropy[0], lse[0]) if states is None else (entropy.view(layers, SITES, n), lse.view(layers, SITES, n))
+
+
+def _join(maxima: Tensor, sums: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the parts (P, ...) of the vocabulary; entropy and log-sum-exp in nats."""
+    maximum = maxima.amax(0)
+    shift = maxima - maximum
+    factor = shift.exp2()
+    total = (factor * sums).sum(0)
+    moment = (factor * (weighted + shift * sums)).sum(0)
+    return (total.log2() - moment / total) / _LOG2_E, (maximum + total.log2()) / _LOG2_E

@@ -1,0 +1,223 @@
+"""`bupo analyze` as a user runs it, in process: results, refusals (one clear line, exit code 2, nothing written)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bupo.cli import main
+from bupo.data.arithmetic import SMALL_MODEL
+from tests.support.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    """Two responses of the shipped model's size, as token ids."""
+    path = tmp_path_factory.mktemp("data") / "responses.jsonl"
+    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [8, 9, 10, 11]}, {"prompt_ids": [7], "response_ids": [9, 2]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys, *arguments):
+    code = main(["analyze", *map(str, arguments)])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def refused(capsys, output, *arguments):
+    """The one line of a refusal; checks that nothing was written."""
+    code, out, err = run(capsys, *arguments, "--output", output)
+    assert code == 2
+    assert not output.exists()
+    assert "Traceback" not in out + err
+    lines = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_from_responses(capsys, tmp_path, responses):
+    folder = tmp_path / "out"
+    code, out, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    result = json.loads((folder / "analysis.json").read_text())
+    assert summary["boundary_layer"] == result["boundary_layer"]
+    assert result["schema"] == 1
+    assert result["samples"] == 2
+    assert result["tokens"] == 6
+    names = {p.name for p in folder.iterdir()}
+    for figure in ("entropy_flow", "entropy_change", "residual_cosine"):
+        assert {f"{figure}.png", f"{figure}.svg"} <= names
+        assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((folder / "run.json").read_text())
+    assert config["command"] == "analyze"
+    assert config["config"]["seed"] == 0
+    assert "transformers" in config["versions"]
+
+
+def test_own_responses_are_generated_kept_and_repeatable(capsys, tmp_path):
+    arguments = ("--model", "small", "--dataset", "arithmetic", "--limit", 3, "--max-new-tokens", 12, "--output")
+    for name in ("a", "b"):
+        code, out, _ = run(capsys, *arguments, tmp_path / name)
+        assert code == 0
+        assert "boundary layer" in out
+    first, second = ((tmp_path / n / "analysis.json").read_text() for n in ("a", "b"))
+    assert first == second
+    rows = [json.loads(line) for line in (tmp_path / "a" / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    code, _, _ = run(
+        capsys, "--model", "small", "--responses", tmp_path / "a" / "responses.jsonl", "--output", tmp_path / "c"
+    )
+    assert code == 0
+    again, direct = (json.loads((tmp_path / n / "analysis.json").read_text()) for n in ("c", "a"))
+    assert again["sites"] == direct["sites"]
+
+
+def test_explored_tokens_reach_the_report(capsys, tmp_path):
+    arguments = ("--dataset", "arithmetic", "--limit", 2, "--max-new-tokens", 8, "--explore", 1)
+    assert run(capsys, "--model", "small", *arguments, "--output", tmp_path / "a")[0] == 0
+    (sample,) = json.loads((tmp_path / "a" / "tokens.json").read_text())["samples"]
+    count = len(sample["tokens"])
+    assert sample["layers"] == 8
+    for key in ("entropy", "logprob", "kl", "rank", "top"):
+        assert [len(row) for row in sample[key]] == [count] * 8
+    assert all(rank >= 1 for row in sample["rank"] for rank in row)
+    assert main(["report", str(tmp_path / "a"), "--output", str(tmp_path / "r.html")]) == 0
+    assert "<canvas" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_with_a_run_is_refused_without_overwrite(capsys, tmp_path, responses):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "kept.txt").write_text("mine")
+    code, _, err = run(capsys, "--model", "small", "--responses", responses, "--output", folder)
+    assert code == 2
+    assert "--overwrite" in err
+    assert [p.name for p in folder.iterdir()] == ["kept.txt"]
+    code, _, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--overwrite")
+    assert code == 0
+
+
+def test_missing_model(capsys, tmp_path, responses):
+    line = refused(capsys, tmp_path / "o", "--model", tmp_path / "nowhere", "--responses", responses)
+    assert "does not exist" in line
+    line = refused(capsys, tmp_path / "o", "--model", "no-such-org/no-such-model", "--responses", responses)
+    assert "no-such-org/no-such-model" in line
+
+
+def test_missing_responses_file(capsys, tmp_path):
+    line = refused(capsys, tmp_path / "o", "--model", "small", "--responses", tmp_path / "none.jsonl")
+    assert "does not exist" in line
+
+
+def test_dataset_without_the_needed_columns(capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"colour": "red"}\n')
+    line = refused(capsys, tmp_path / "o", "--model", "small", "--dataset", data)
+    assert "colour" in line
+
+
+def test_neither_or_both_sources(capsys, tmp_path, responses):
+    assert "--dataset" in refused(capsys, tmp_path / "o", "--model", "small")
+    both = ("--model", "small", "--dataset", "arithmetic", "--responses", responses)
+    assert "not both" in refused(capsys, tmp_path / "o", *both)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt_ids": [3], "response_ids": []}, "empty"),
+        ({"prompt_ids": [3] * 100, "response_ids": [4] * 29}, "context of 128"),
+        ({"prompt_ids": [3], "response_ids": [4000]}, "vocabulary"),
+        ({"prompt": "1+1="}, "response"),
+    ],
+    ids=["empty", "too long", "other tokenizer", "no response"],
+)
+def test_unusable_responses(capsys, tmp_path, row, words):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert words in refused(capsys, tmp_path / "o", "--model", "small", "--responses", path)
+
+
+def test_empty_responses_file(capsys, tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("")
+    assert "empty" in refused(capsys, tmp_path / "o", "--model", "small", "--responses", path)
+
+
+def test_non_finite_weights(capsys, tmp_path, responses):
+    from transformers import AutoTokenizer
+
+    model = tiny_model(vocab_size=101)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(SMALL_MODEL).save_pretrained(tmp_path / "broken")
+    line = refused(capsys, tmp_path / "o", "--model", tmp_path / "broken", "--responses", responses)
+    assert "non-finite" in line
+
+
+def test_a_model_that_is_no_language_model(capsys, tmp_path, responses):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    assert "config.json" in refused(capsys, tmp_path / "o", "--model", folder, "--responses", responses)
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    assert "bupo: error" in refused(capsys, tmp_path / "o", "--model", folder, "--responses", responses)
+
+
+def test_usage_errors_exit_with_2(capsys, tmp_path):
+    assert main(["analyze", "--model", "small"]) == 2
+    assert main(["analyze", "--nonsense"]) == 2
+    capsys.readouterr()
+
+
+def test_statistics_tolerance_and_every_token(capsys, tmp_path, responses):
+    import pyarrow.parquet as parquet
+
+    folder = tmp_path / "out"
+    options = ["--statistics", "logprob,rank,kl,varentropy,top2", "--per-token", "--tolerance", "0.01"]
+    code, out, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, *options)
+    assert code == 0
+    assert "read 6 of 6 tokens" in " ".join(out.split())
+    result = json.loads((folder / "analysis.json").read_text())
+    table = parquet.read_table(folder / "per_token.parquet").to_pylist()
+    assert len(table) == 6 * 8 * 6  # tokens, layers, sites
+    assert sorted({(r["response"], r["position"], r["token"]) for r in table}) == [
+        *((1, t + 1, 8 + t) for t in range(4)),
+        (2, 1, 9),
+        (2, 2, 2),
+    ]
+    for site in ("attn_in", "layer_in", "layer_out"):
+        cells = [r for r in table if r["site"] == site and r["layer"] == 3]
+        for name, means in (("entropy", result["sites"]), ("kl", result["statistics"]["kl"])):
+            mean = sum(r[name] for r in cells) / 6
+            assert means[site][2] == pytest.approx(mean, abs=1e-4)
+        assert all(len(r["top"]) == 2 and r["top_probability"][0] >= r["top_probability"][1] for r in cells)
+        for r in cells:
+            assert r["rank"] > 2 or r["top"][r["rank"] - 1] == r["token"]
+    code, _, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--overwrite")
+    assert code == 0
+    assert not (folder / "per_token.parquet").exists()  # nothing is left of the run that was replaced
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
+        (["--tolerance", "0"], "tolerance is a standard error in nats, above 0"),
+    ],
+)
+def test_wrong_statistics_and_tolerance(capsys, tmp_path, responses, options, words):
+    line = refused(capsys, tmp_path / "out", "--model", "small", "--responses", responses, *options)
+    assert words in line
+    assert not list(tmp_path.glob(".per_token*"))
+
+
+def test_the_example_in_the_help_runs(capsys, tmp_path):
+    """The context of the shipped model is shorter than the longest response by default."""
+    folder = tmp_path / "out"
+    code, out, _ = run(capsys, "--model", "small", "--dataset", "arithmetic", "--limit", "2", "--output", folder)
+    assert code == 0, out

@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bupo.data import grading_pool
+from bupo.data.grading import Grader, equal_at_sight, extract_answer
+from bupo.data.grading_worker import bare, gold_is_usable, grade_math, is_words, plain_text
+from bupo.data.problems import Problem, load_problems
+from tests.support import hostile
+
+
+def problem(answer: str) -> Problem:
+    return Problem("p/0", "?", answer, "test")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=1) as grader:
+        yield grader
+
+
+def status(grader, gold, *answers, boxed=True):
+    texts = [f"so \\boxed{{{a}}}" if boxed else a for a in answers]
+    return [g.status for g in grader.grade(texts, [problem(gold)] * len(answers))]
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (
+            "\\frac{3}{2}",
+            ["\\dfrac32", "1.5", "3/2", "\\frac{6}{4}", "\\tfrac{3}{2}", "1\\frac{1}{2}"],
+            ["2/3", "-1.5"],
+        ),
+        ("90^\\circ", ["90", "90^{\\circ}", "90\\text{ degrees}"], ["91^\\circ", "-90"]),
+        ("10,\\!080", ["10080", "10,080"], ["10081", "1080"]),
+        ("1,-2", ["-2,1", "-2, 1"], ["1,2", "-1,-2"]),
+        ("(3,4]", ["(3, 4]", "\\left(3,4\\right]"], ["(3,4)", "[3,4]", "(4,3]"]),
+        ("(15,-29)", ["(15, -29)", "\\left( 15,-29 \\right)"], ["(-29,15)", "(15,29)"]),
+        ("x=5", ["5", "x = 5"], ["6", "x=-5"]),
+        (
+            "\\text{Evelyn}",
+            ["Evelyn", "\\text{evelyn}", "{\\mathrm{Evelyn}}", "Evelyn."],
+            ["Eve", "\\text{Navin}", "3"],
+        ),
+        ("\\text{(C)}", ["C", "(C)", "\\textbf{C}"], ["(B)", "D"]),
+        ("Yes", ["yes", "\\text{Yes}"], ["No", "sye"]),
+        ("\\infty", ["\\infty", "+\\infty"], ["-\\infty", "0"]),
+    ],
+)
+def test_equivalent_and_other_answers(grader, gold, right, wrong):
+    assert status(grader, gold, *right) == ["correct"] * len(right)
+    assert "correct" not in status(grader, gold, *wrong)
+
+
+def test_only_the_last_box_counts(grader):
+    texts = ["\\boxed{3} no, \\boxed{4}", "\\boxed{4} no, \\boxed{3}", "it is 4", "\\boxed{4} then \\boxed{4", ""]
+    grades = grader.grade(texts, [problem("4")] * 5)
+    assert [g.status for g in grades] == ["correct", "wrong", "unparsable", "unparsable", "unparsable"]
+    assert [g.reward for g in grades] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert grades[0].extracted == "4"
+
+
+def test_a_sentence_in_the_box_is_not_searched_for_numbers(grader):
+    wrong = ["the answer is 4", "1 2 3 4", "3 \\text{ or } 4", "final answer is $4$", "3,4", "4 or 5"]
+    assert "correct" not in status(grader, "4", *wrong)
+
+
+def test_gold_that_cannot_be_read_is_said_and_never_counted_as_wrong(grader):
+    assert status(grader, "\\frac{", "1", "\\frac{") == ["bad_gold"] * 2
+    assert status(grader, "", "1", "no box", boxed=False) == ["bad_gold"] * 2
+    assert not gold_is_usable("%%%")
+    assert gold_is_usable("none of these")
+
+
+def test_words():
+    assert is_words("\\text{no}")
+    assert is_words("Yes")
+    assert not is_words("xy")  # a product
+    assert not is_words("2k")
+    assert plain_text(" $\\text{ Two  words }$. ") == "two words"
+    assert bare("{ $x^{2}$ }") == "x^{2}"
+    assert bare("\\{1\\}") == "\\{1\\}"
+
+
+HANGING = ["9^{9^{9^{9}}}", "(10^{10})!!", "\\sqrt{" * 400 + "2" + "}" * 400, "2^{2^{2^{2^{2^{2^{2}}}}}}"]
+
+
+def test_a_hanging_answer_costs_only_itself(grader):
+    before = time.monotonic()
+    answers = [*HANGING, "4"]
+    found = status(grader, "4", *answers)
+    assert found[-1] == "correct"
+    assert "correct" not in found[:-1]
+    assert "timeout" in found
+    assert time.monotonic() - before < 60  # not a timing test: without the limit this takes for ever
+
+
+def test_hostile_answers():
+    """A few of every kind, with a short limit; all of them are graded by the slow test below."""
+    chosen = [text for kind in hostile.answers().values() for text in kind[:: max(1, len(kind) // 4)]]
+    assert len(chosen) > 60
+    with Grader(workers=2, seconds=0.4) as grader:
+        grades = grader.grade(chosen, [problem(hostile.GOLD)] * len(chosen))
+        assert not any(g.status == "correct" for g in grades)
+        assert status(grader, "4", "5-1") == ["correct"]  # and it still works
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_hostile_answer_is_rejected_in_bounded_time():
+    """`benchmarks/grading.py` measures the time on a quiet machine; here others may have the processor."""
+    before = set(family(os.getpid()))
+    with Grader(workers=2) as grader:
+        status(grader, "4", "x^2")
+        kinds = hostile.answers()
+        assert sum(map(len, kinds.values())) >= 1000
+        for kind, texts in kinds.items():
+            for text in texts:
+                start = time.monotonic()
+                (grade,) = grader.grade([text], [problem(hostile.GOLD)])
+                assert time.monotonic() - start < 1.6 * grading_pool._LOAD_PATIENCE + 1, (kind, text[:100])
+                assert grade.status != "correct", (kind, text[:100])
+        mine = [p for p in family(os.getpid()) if p not in before]
+        assert len(mine) <= 3  # the source and two workers, however many were killed
+    assert gone(mine)
+
+
+@pytest.mark.slow
+def test_agreement_on_math500(shared_data, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
+    import grading_agreement
+
+    monkeypatch.setattr(sys, "argv", ["grading_agreement", "--data", str(shared_data / "math500.parquet")])
+    equivalent, perturbed = grading_agreement.main()
+    assert equivalent >= 0.97
+    assert perturbed <= 0.005
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("4", "4", True),
+        ("4", "04", True),
+        ("4", "5", False),
+        ("\\frac{1}{2}", "2/4", True),
+        ("\\frac{1}{2}", "0.5", True),
+        ("\\frac{1}{3}", "0.333", None),  # math-verify decides about rounding
+        ("-\\dfrac{1}{2}", "-$\\frac{1}{2}$", None),
+        ("-\\dfrac{1}{2}", "\\frac{1}{2}", False),
+        ("4", "4/0", None),
+        ("4", "x", None),
+        ("x", "x", True),
+        ("4", "\u0664", None),  # another script's digit
+    ],
+)
+def test_equal_at_sight(gold, answer, equal):
+    assert equal_at_sight(gold, answer) is equal
+
+
+@given(
+    *[st.sampled_from(["3", "-3", "3.0", "0.5", ".5", "1/2", "-1/2", "\\frac{1}{2}", "\\dfrac{2}{4}", "6/2", "7"])] * 2
+)
+@settings(max_examples=60, deadline=None)
+def test_sight_and_math_verify_agree(gold, answer):
+    equal = equal_at_sight(gold, answer)
+    if equal is not None:
+        assert (grade_math(gold, answer)[1] == "correct") == equal
+
+
+def test_equal_grades_when_repeated(grader):
+    answers = ["\\frac{1}{3}", "0.333", "x", "{", "9^{9^{9^{9}}}"]
+    assert status(grader, "\\frac{2}{6}", *answers) == status(grader, "\\frac{2}{6}", *answers)
+
+
+def test_reasoning_gym_scorers(grader):
+    problems = load_problems("reasoning_gym/gsm_symbolic", limit=2) + load_problems("reasoning_gym/rearc", limit=1)
+    right = [f"thinking\n<answer>{p.answer}</answer>" for p in problems]
+    assert [g.reward for g in grader.grade(right, problems)] == [1.0] * 3
+    first = problems[0]
+    assert grader.grade([f"so \\boxed{{{first.answer}}}"], [first])[0].status == "correct"
+    assert grader.grade([f"so\n{first.answer}\n"], [first])[0].status == "correct"
+    assert grader.grade(["<answer>-12345</answer>"], [first])[0].status == "wrong"
+    assert grader.grade([""], [first])[0].status == "unparsable"
+
+
+def test_scorers_cannot_be_made_to_act(grader, tmp_path):
+    """countdown's scorer evaluates the answer as an expression."""
+    (countdown,) = load_problems("reasoning_gym/countdown", limit=1)
+    target = tmp_path / "touched"
+    answers = [
+        f"__import__('os').system('touch {target}')",
+        f"open('{target}', 'w')",
+        f"().__class__.__base__.__subclasses__()[0]('{target}')",
+        f"exec('import os; os.mkdir(\"{target}\")')",
+    ]
+    grades = grader.grade([f"<answer>{a}</answer>" for a in answers], [countdown] * len(answers))
+    assert not any(g.status == "correct" for g in grades)
+    assert not target.exists()
+
+
+def test_extraction():
+    gym = Problem("g/0", "?", "", "reasoning_gym/x", {"reasoning_gym": {"task": "x", "entry": {}}})
+    assert extract_answer("<answer>1</answer> <answer> 2 </answer>", gym) == "2"
+    assert extract_answer("a\nb\n", gym) == "b"
+    assert extract_answer("<answer>1</answer> \\boxed{3}", gym) == "3"
+    assert extract_answer("<answer>1</answer>", problem("1")) is None
+
+
+def test_a_worker_killed_while_idle_is_replaced():
+    with Grader(workers=2) as grader:
+        assert status(grader, "4", "{4}", "x") == ["correct", "wrong"]
+        for worker in grader._pools["math"].workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        assert status(grader, "4", "2^2", "y") == ["correct", "wrong"]
+        grader._pools["math"].process.kill()  # the source of workers itself
+        for worker in grader._pools["math"].workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        assert status(grader, "4", "2+2", "z") == ["correct", "wrong"]
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def test_close_ends_every_process():
+    grader = Grader(workers=2)
+    before = set(family(os.getpid()))
+    assert status(grader, "4", "5.5+x", "4.4+x") == ["wrong", "wrong"]
+    mine = [p for p in family(os.getpid()) if p not in before]
+    assert len(mine) == 3
+    grader.close()
+    assert gone(mine)
+    assert status(grader, "4", "x+1") == ["wrong"]  # and it starts again
+    grader.close()
+
+
+def test_workers_die_with_a_killed_parent_and_need_no_torch():
+    program = (
+        "import sys, time\n"
+        "from bupo.data.grading import Grader\n"
+        "from bupo.data.problems import Problem\n"
+        "g = Grader(workers=2)\n"
+        "p = Problem('p/0', '?', '4', 't')\n"
+        "g.grade(['\\\\boxed{x}', '\\\\boxed{y}'], [p, p])\n"
+        "print('torch' in sys.modules, flush=True)\n"
+        "g.grade(['\\\\boxed{9^{9^{9^{9}}}}'] * 50, [Problem(f'p/{i}', '?', str(i), 't') for i in range(50)])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline().strip() == "False"
+    children = family(parent.pid)
+    assert len(children) == 3
+    maps = [c.memory_maps() for c in children if c.is_running()]
+    assert not any("libtorch" in m.path for process in maps for m in process)
+    parent.kill()
+    parent.wait()
+    assert gone(children)
+
+
+def test_time_spent_waiting_for_a_processor_is_given_back(monkeypatch):
+    assert grading_pool.waited(os.getpid()) >= 0
+    assert grading_pool.waited(2**22 + 1) == 0
+    now = time.monotonic()
+    worker = grading_pool._Worker(None, 1, set(), 0, deadline=now - 1, last=now + 500, waited=3.0)
+    monkeypatch.setattr(grading_pool, "waited", lambda pid: 3.5)
+    assert not grading_pool._extend(worker)  # half a second back is not enough
+    monkeypatch.setattr(grading_pool, "waited", lambda pid: 103.5)
+    assert grading_pool._extend(worker)
+    assert worker.deadline == pytest.approx(now + 99.5)
+    monkeypatch.setattr(grading_pool, "waited", lambda pid: 1003.5)
+    assert grading_pool._extend(worker)
+    assert worker.deadline == worker.last  # but not for ever
+
+
+def test_a_gold_answer_gets_more_time_than_a_models():
+    pool = grading_pool.Pool("math", 1, 2.0, 512)
+    assert pool._seconds({"kind": "gold"}) == 2.0 * grading_pool.GOLD_PATIENCE
+    assert pool._seconds({"kind": "math"}) == 2.0

@@ -1,0 +1,175 @@
+"""Launch configurations, and what a training run says when memory runs out or an engine cannot do what was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bupo.errors import ConfigError
+from bupo.recipe import Recipe
+from bupo.train.resume import fill_optimizer_state
+from bupo.train.run import _memory_advice, out_of_memory
+from bupo.train.unsupported import engine
+from tests.cli.test_cli_train import recipe, run  # noqa: F401  (a fixture)
+from tests.support.training import config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "accelerate").glob("*.yaml"))
+WANTED = {  # what accelerate makes of each: kind, machines, processes
+    "single": ("NO", 1, 1),
+    "ddp": ("MULTI_GPU", 1, 8),
+    "fsdp2": ("FSDP", 1, 8),
+    "fsdp2-2x8": ("FSDP", 2, 16),
+    "zero2": ("DEEPSPEED", 1, 8),
+    "zero3": ("DEEPSPEED", 1, 8),
+}
+
+
+def test_every_launch_config_is_known():
+    assert {path.stem for path in CONFIGS} == set(WANTED)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
+def test_launch_configs_are_what_accelerate_reads(path, monkeypatch):
+    """Through accelerate's own loader, and its launcher's translation into the environment of the processes."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    loaded = load_config_from_file(str(path))  # raises for keys that it does not know
+    kind, machines, processes = WANTED[path.stem]
+    assert (loaded.distributed_type.value, loaded.num_machines, loaded.num_processes) == (kind, machines, processes)
+    arguments = ["--config_file", str(path), "-m", "bupo", "train", "r.yaml", "--output", "x"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert args.num_processes == processes
+    assert (args.use_fsdp, args.use_deepspeed) == (kind == "FSDP", kind == "DEEPSPEED")
+    text = path.read_text()
+    assert f"--config_file recipes/accelerate/{path.name}" in text
+    assert "not run" in text.lower()
+    if kind == "DEEPSPEED":
+        assert args.zero_stage == int(path.stem[-1])
+    if kind == "FSDP":
+        for name, value in prepare_multi_gpu_env(args).items():
+            if name.startswith(("FSDP", "ACCELERATE_USE")):
+                monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward is True
+        assert "SHARDED" in str(plugin.state_dict_type)
+        assert engine(SimpleNamespace(deepspeed=None, fsdp=None, world_size=16)) == "fsdp2"
+
+
+def test_the_engine_is_found_in_settings_and_environment(monkeypatch):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+
+    def found(**settings):
+        return engine(
+            SimpleNamespace(**{"deepspeed": None, "fsdp": None, "fsdp_config": None, "world_size": 2, **settings})
+        )
+
+    assert found(world_size=1) == "one"
+    assert found() == "ddp"
+    assert found(fsdp=True, fsdp_config={"version": 2}) == "fsdp2"
+    assert found(fsdp=True, fsdp_config={"version": 1}) == "fsdp1"
+    assert found(deepspeed={"zero_optimization": {}}) == "deepspeed"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert found() == "fsdp1"
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert found() == "fsdp2"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert found() == "deepspeed"
+
+
+def test_what_deepspeed_cannot_do_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("bupo.train.unsupported.engine", lambda args: "deepspeed")
+    config(tmp_path, internal_steps=2)
+    with pytest.raises(ConfigError, match=r"weight_decay 0\.1 would shrink the layers"):
+        config(tmp_path, internal_steps=2, weight_decay=0.1)
+    with pytest.raises(ConfigError, match="internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread"):
+        config(tmp_path, internal_steps="auto", internal_max_steps=2)
+
+
+# -- optimizer state of layers that were not trained yet -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)], ids=["adamw", "sgd"]
+)
+def test_filled_optimizer_state_changes_no_update(make):
+    runs = []
+    for fill in (False, True):
+        torch.manual_seed(0)
+        lower, upper = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))
+        optimizer = make([lower, upper])
+        for step in range(4):
+            optimizer.zero_grad()
+            ((lower**2).sum() + ((upper**3).sum() if step >= 2 else 0)).backward()
+            optimizer.step()
+            if fill and step == 1:
+                fill_optimizer_state(optimizer)
+                assert optimizer.state[upper]
+        runs.append((lower.detach(), upper.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_an_optimizer_with_other_shapes_is_refused():
+    lower, upper = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(3, 2))
+    optimizer = torch.optim.Adafactor([lower, upper])
+    lower.sum().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match="needs AdamW or SGD: the state of Adafactor"):
+        fill_optimizer_state(optimizer)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "accelerator"),
+    (RuntimeError("CUDA error: out of memory"), "accelerator"),
+    (MemoryError(), "host"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "host"),
+    (OSError(12, "Cannot allocate memory"), "host"),
+    (RuntimeError("shapes do not fit"), None),
+    (ValueError("memory"), None),
+]
+
+
+@pytest.mark.parametrize(("error", "whose"), ERRORS, ids=[repr(e)[:40] for e, _ in ERRORS])
+def test_whose_memory_ran_out(error, whose):
+    assert out_of_memory(error) == whose
+
+
+def test_the_advice_names_what_this_run_can_change():
+    trainer = SimpleNamespace(
+        use_vllm=True,
+        args=SimpleNamespace(vllm_mode="colocate", vllm_gpu_memory_utilization=0.3),
+        position=lambda: "update 3 (rollout batch 1, internal phase, layer 6)",
+    )
+    told = _memory_advice(MemoryError(), trainer, Recipe(micro_batch=8, gradient_checkpointing=False))
+    assert told == (
+        "out of host memory in update 3 (rollout batch 1, internal phase, layer 6); lower micro_batch (8) or "
+        "max_completion_length (7168) or trl.vllm_gpu_memory_utilization (0.3), or set gradient_checkpointing to true, "
+        "or use lora. Checkpoints stay"
+    )
+    trainer.use_vllm = False
+    told = _memory_advice(MemoryError(), trainer, Recipe(micro_batch=1))
+    assert "micro_batch" not in told
+    assert "gradient_checkpointing" not in told
+    assert "vllm" not in told
+
+
+def test_real_exhaustion_of_host_memory_is_one_line(capsys, tmp_path, recipe):  # noqa: F811
+    code, _, err = run(capsys, recipe(reward="tests.support.training:much_memory"), "--output", tmp_path / "run")
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
+    assert lines == [
+        "bupo: error: out of host memory in update 1 (rollout batch 1, internal phase, layer 2); lower micro_batch (4) "
+        "or max_completion_length (6), or set gradient_checkpointing to true, or use lora. Checkpoints stay"
+    ]
+    assert "Traceback" not in err

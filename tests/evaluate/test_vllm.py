@@ -1,0 +1,130 @@
+"""Real vLLM on the CPU: against transformers on SmolLM2 (`make smollm2`), and as the sampler of a training run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+import engines_agree
+
+MODEL = Path(__file__).parents[2] / "models" / "smollm2"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(not MODEL.is_dir(), reason="needs models/smollm2 (make smollm2)"),
+]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    questions = engines_agree.write_questions(tmp_path_factory.mktemp("data"), 8)
+    names = ("vllm", "transformers", "continuous")
+    return {name: engines_agree.load(name, str(MODEL), questions, 8, 24) for name in names}
+
+
+def test_first_tokens_come_from_the_models_distribution(engines):
+    """Samples of one request against the softmax that transformers computes for the same prompt token ids."""
+    import torch
+
+    from bupo.data.templates import prompt_ids
+    from bupo.evaluate.engines import Sampling
+
+    _, vllm, tokenizer = engines["vllm"]
+    model = engines["transformers"][1].model
+    prompt = prompt_ids([{"role": "user", "content": "Name a colour."}], tokenizer)
+    n = 300
+    (batch,) = vllm.plan(1, n, 3)
+    responses = vllm.run([prompt], batch, Sampling(1, seed=3))
+    assert len(responses) == n
+    assert all(len(response) == 1 for response in responses)
+    assert vllm.run([prompt], batch, Sampling(1, seed=3)) == responses  # the same seed, the same samples
+    with torch.no_grad():
+        p = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
+    counts = np.bincount([r[0] for r in responses], minlength=p.size)
+    large = p * n >= 5
+    assert large.sum() >= 5
+    expected = np.append(p[large], p[~large].sum()) * n
+    observed = np.append(counts[large], counts[~large].sum())
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    degrees = len(expected) - 1
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)
+
+
+def test_the_engines_agree(engines, tmp_path):
+    """The same prompt token ids, and accuracies that differ by no more than sampling explains."""
+    from bupo.evaluate.metrics import compare
+
+    shares, prompts = {}, {}
+    for name, loaded in engines.items():
+        prompts[name], shares[name], results = engines_agree.measure(loaded, tmp_path / name)
+        assert results["engine"] == name
+    assert 0 < np.mean(shares["transformers"]) < 1
+    for name in ("vllm", "continuous"):
+        assert prompts[name] == prompts["transformers"]
+        found = compare(shares["transformers"], shares[name])
+        assert found.p_value > 0.001, (name, found)
+
+
+# -- as the sampler of a training run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllm_trains_on_a_cpu(monkeypatch):
+    """TRL builds its engine for a GPU. Without one vLLM needs other options, and must not pack its linear weights:
+    packed ones cannot be loaded again after an update."""
+    import torch
+    import vllm
+    import vllm.model_executor.layers.utils as layers
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    build = vllm.LLM.__init__
+
+    def for_a_cpu(self, **options):
+        longest = max(options["max_num_batched_tokens"], options["max_model_len"])
+        more = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": longest}
+        build(self, **{**options, **more, "dtype": "float32"})
+
+    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", plain)
+    monkeypatch.setattr(vllm.LLM, "__init__", for_a_cpu)
+
+
+@pytest.mark.parametrize("synced", [True, False], ids=["synced", "control"])
+def test_training_samples_from_the_full_policy_in_both_phases(tmp_path, vllm_trains_on_a_cpu, monkeypatch, synced):
+    """Colocated vLLM: its log-probabilities are those of the full policy of the updated weights, rollout by rollout.
+
+    In the control the updated weights are withheld from the engine, and the differences grow.
+    """
+    from transformers import AutoModelForCausalLM
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from tests.support.tiny import tiny_model
+    from tests.support.training import make_trainer, tiny_tokenizer
+
+    tiny_model("qwen3", spread=3.0, head_dim=32).save_pretrained(tmp_path / "start")
+    tiny_tokenizer().save_pretrained(tmp_path / "start")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
+    if not synced:
+        monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: None)
+    sampler = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
+    trainer = make_trainer(tmp_path, model=model, internal_steps=2, max_steps=16, **sampler)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "phase" in row]
+    assert [row["phase"] for row in rows] == [1, 1, 2, 2]
+    differences = [row["sampling/sampling_logp_difference/max"] for row in rows]
+    assert differences[0] < 1e-4
+    if synced:
+        assert max(differences) < 1e-4
+    else:
+        assert all(difference > 1e-2 for difference in differences[1:])

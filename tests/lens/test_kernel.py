@@ -1,0 +1,94 @@
+"""The Triton kernel in interpreter mode against float64; skips where triton is not installed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.distributions import Categorical
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton decorates the kernel
+pytest.importorskip("triton", reason="needs triton")
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] != "1" else "cpu"
+
+from bupo.lens import triton_kernel as kernel_triton  # noqa: E402
+
+RULES = [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "bias": True}]
+SMALL = {"rows": 16, "tile": 16, "width_tile": 16}
+
+
+def setting(n=9, d=20, v=53, layers=2, spread=1.0, dtype=torch.float32, bias=False, **rule):
+    torch.manual_seed(0)
+    weight = (torch.randn(v, d) * spread).to(DEVICE, dtype)
+    states = torch.randn(layers, 4, n, d, device=DEVICE).to(dtype)
+    before = torch.randn(n, d, device=DEVICE).to(dtype)
+    rule["bias"] = torch.randn(v, device=DEVICE) if bias else None
+    return before, states, weight, rule
+
+
+def reference(state, weight, bias=None, scale=1.0, softcap=None):
+    z = scale * (state.double() @ weight.double().T)
+    z = z if bias is None else z + bias.double()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return Categorical(logits=z).entropy(), z.logsumexp(-1)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
+def test_a_group_equals_float64(rule, spread):
+    before, states, weight, rule = setting(spread=spread, **rule)
+    entropy, lse = kernel_triton.read(before, states, weight, **rule, **SMALL)
+    stream = before.double()
+    for layer, every in enumerate(states.double()):
+        stream = stream + every[1] + every[3]
+        for site, state in enumerate((*every, stream)):
+            want = reference(state, weight, **rule)
+            torch.testing.assert_close(entropy[layer, site], want[0], rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(lse[layer, site], want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "d", "v"), [(1, 16, 16), (17, 33, 100), (16, 7, 129), (5, 64, 31)])
+@pytest.mark.parametrize("parts", [1, 3, None])
+def test_sizes_that_are_no_multiples_of_the_blocks(n, d, v, parts):
+    before, _, weight, _ = setting(n=n, d=d, v=v)
+    entropy, lse = kernel_triton.read(before, None, weight, parts=parts, **SMALL)
+    want = reference(before, weight)
+    torch.testing.assert_close(entropy, want[0], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(lse, want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_numbers_are_summed_in_float32(dtype):
+    before, states, weight, _ = setting(dtype=dtype, layers=1)
+    entropy, _ = kernel_triton.read(before, states, weight, **SMALL)
+    for site in range(4):
+        torch.testing.assert_close(entropy[0, site], reference(states[0, site], weight)[0], rtol=1e-4, atol=5e-5)
+
+
+def test_non_finite_logits_do_not_pass_as_numbers():
+    before, _, weight, _ = setting()
+    before[3, 2] = float("inf")
+    entropy, _ = kernel_triton.read(before, None, weight, **SMALL)
+    assert torch.isfinite(entropy).tolist() == [i != 3 for i in range(9)]
+
+
+def test_the_readout_uses_it_and_agrees(monkeypatch):
+    from bupo.lens import softmax_stats as readout
+
+    before, states, weight, _ = setting()
+    layers = [readout.LayerStates(every) for every in states]
+    rule = readout.Unembedding(weight, scale=0.7)
+    plain = readout.read_group(before, layers, rule)
+    calls = []
+    real = kernel_triton.read
+    monkeypatch.setattr(kernel_triton, "read", lambda *a, **k: calls.append(1) or real(*a, **k, **SMALL))
+    monkeypatch.setattr(readout, "_kernel", lambda device: kernel_triton)
+    fused = readout.read_group(before, layers, rule)
+    assert calls
+    torch.testing.assert_close(fused["entropy"], plain["entropy"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused["lse"], plain["lse"], rtol=1e-5, atol=1e-5)
+    # what the kernel does not compute goes the other way
+    extra = readout.read_group(before, layers, rule, readout.Extras(varentropy=True))
+    assert len(calls) == 1
+    assert "varentropy" in extra

@@ -1,0 +1,262 @@
+"""Training runs in two processes over gloo on the CPU, forked by `warm`; every process saves what it ended with.
+
+accelerate 1.15 turns FSDP2 on for accelerators only. `enable_fsdp2_on_cpu` lifts that one condition; everything behind
+it (wrapping, the optimizer's parameters, gradient clipping, checkpoints) is accelerate's and transformers' own code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+SECONDS = 240
+
+
+def launch(processes: int, job: str, folder: str, seconds: float = SECONDS, **arguments: Any) -> dict[str, Any]:
+    """Run ``job`` (a function of this module) in so many processes; their exit codes, -1 for one that hung.
+
+    What a process prints goes to ``folder/rank-N.txt``.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_fork(rank, processes, port, job, folder, arguments) for rank in range(processes)]
+    codes: dict[int, int] = {}
+    started = time.monotonic()
+    while len(codes) < processes:
+        for rank, child in enumerate(children):
+            if rank not in codes:
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+        late = time.monotonic() - started > seconds
+        if late or any(codes.values()):  # the others would wait for the one that failed
+            for rank, child in enumerate(children):
+                if rank not in codes:
+                    time.sleep(2)
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    codes[rank] = -1
+        time.sleep(0.01)
+    told = {rank: Path(folder, f"rank-{rank}.txt").read_text() for rank in range(processes)}
+    return {"codes": [codes[rank] for rank in range(processes)], "told": [told[r] for r in range(processes)]}
+
+
+def _fork(rank: int, processes: int, port: int, job: str, folder: str, arguments: dict[str, Any]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with open(Path(folder, f"rank-{rank}.txt"), "w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if processes > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            for name, value in (("RANK", rank), ("LOCAL_RANK", rank)):
+                os.environ[name] = str(value)
+            for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ[name] = str(processes)
+        globals()[job](folder=folder, rank=rank, **arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+
+
+def enable_fsdp2_on_cpu() -> None:
+    """Let accelerate use an FSDP plugin although its processes run on CPUs."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def enable_deepspeed_on_cpu() -> None:
+    """Let accelerate hand its processes to DeepSpeed over gloo although they run on CPUs."""
+    import torch
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # would compile an extension
+    del os.environ["ACCELERATE_USE_CPU"]  # with it accelerate ignores DeepSpeed
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
+def engine_settings(engine: str) -> dict[str, Any]:
+    """What a configuration needs beside the others'."""
+    if engine == "fsdp2":
+        enable_fsdp2_on_cpu()
+        wrap = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", **wrap}}
+    if engine.startswith("zero"):
+        enable_deepspeed_on_cpu()
+        stage = {"stage": int(engine[-1])}
+        return {
+            "use_cpu": False,
+            "deepspeed": {
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "zero_optimization": stage,
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
+            },
+        }
+    return {}
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+VARIETY = 5  # responses of one prompt that differ
+
+
+def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """The same responses for a prompt however the prompts are spread over processes: words that depend on it alone."""
+    ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
+    group = trainer.num_generations
+    made = []
+    for i, prompt in enumerate(ids):
+        start = sum(prompt) + 7 * (i % group) + 3 * trainer.state.global_step
+        made.append([3 + (start * (j + 2) + j * j) % 90 for j in range(3 + (start % VARIETY))])
+    return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
+
+
+def scripted_guard(script: str) -> Any:
+    """A phase guard that says what it was told to: k keep, s switch, r restore, anything else go on."""
+    from bupo.train.guard import PhaseGuard, Verdict
+
+    class Scripted(PhaseGuard):
+        def observe(self, signals: Any) -> Any:
+            self.history.append(signals)
+            letter = script[len(self.history) - 1]
+            action: Any = {"s": "switch", "r": "restore"}.get(letter, "continue")
+            return Verdict(action, "as scripted" if action != "continue" else "", keep=letter == "k")
+
+    return Scripted()
+
+
+def watch_traffic(trainer: Any) -> list[list[int]]:
+    """Gradient elements that this process hands to DDP's all-reduce or FSDP2's reduce-scatter, update by update."""
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import TrainerCallback
+
+    updates: list[list[int]] = [[]]
+    original = dist.reduce_scatter_single
+
+    def counted(**kwargs: Any) -> Any:
+        updates[-1].append(kwargs["input"].numel())
+        return original(**kwargs)
+
+    def hook(state, bucket):  # DDP checks annotations, and takes none but its own
+        updates[-1].append(bucket.buffer().numel())
+        return allreduce_hook(state, bucket)
+
+    class Count(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            dist.reduce_scatter_single = counted
+            if isinstance(trainer.model_wrapped, DistributedDataParallel):
+                trainer.model_wrapped.register_comm_hook(None, hook)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            updates.append([])
+
+    trainer.add_callback(Count())
+    return updates
+
+
+def train(
+    folder: str,
+    rank: int,
+    engine: str = "ddp",
+    resume: str | None = None,
+    sampled: bool = False,
+    script: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """A whole run; losses, log, gradient traffic and final weights of this process go to the folder.
+
+    Args:
+        sampled: the model samples; else `responses`, the same for one process and for two.
+        script: of `scripted_guard`.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from tests.support.training import losses, make_trainer
+
+    torch.set_num_threads(1)
+    more = {} if sampled else {"rollout_func": responses}
+    trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
+    if script is not None:
+        trainer.guard = scripted_guard(script)
+    traffic = watch_traffic(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if engine == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            found = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    else:
+        found = {name: whole(p) for name, p in model.state_dict().items()}
+    save_file(found, Path(folder, f"weights-{rank}.safetensors"))
+    told = {
+        "losses": losses(trainer),
+        "kind": str(trainer.accelerator.distributed_type),
+        "log": [{k: v for k, v in row.items() if "time" not in k} for row in trainer.state.log_history],
+        "traffic": [sum(update) for update in traffic[:-1]],
+        "phase_end": trainer.phase_end,
+    }
+    Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
+
+
+def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp") -> None:
+    """`bupo train` as every process of a launcher runs it; engines come through the environment, as accelerate's do."""
+    if engine == "fsdp2":
+        enable_fsdp2_on_cpu()
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        }
+    from bupo.cli import main
+
+    code = main(["train", *arguments])
+    if code:
+        raise SystemExit(code)
+
+
+def whole(tensor: Any) -> Any:
+    """All of a tensor that may be sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone().contiguous()

@@ -1,0 +1,122 @@
+"""QLoRA: a tiny model in 4 bits, adapters up to the layer in phase 1, all of them in phase 2, and what is saved."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from bupo.errors import ConfigError
+from bupo.recipe import parse
+from bupo.train import lora, run
+from bupo.train.build import build
+from bupo.train.lora import keep_adapters_precise
+from tests.cli.test_cli_train import RECIPE
+
+here = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)}) + "\n" for i in range(6)))
+    wanted = {**RECIPE, "model": str(tiny_folder), "dataset": str(data), "rollouts": 2, "internal_steps": 1}
+    return lambda **changes: parse({**wanted, "lora": {"r": 2, "four_bit": True}, **changes})
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.updates = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.updates.append({n for n, p in model.named_parameters() if p.grad is not None})
+
+
+def packed(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
+
+
+@here
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "estimator": "ppo"}], ids=["grpo", "ppo"])
+def test_both_phases_train_adapters_over_four_bits(tmp_path, recipe, monkeypatch, changes):
+    built = []
+
+    def keep(*args):
+        built.append(build(*args))
+        seen = Watch()
+        built[-1][0].add_callback(seen)
+        built.append((seen, packed(built[-1][0].model)))
+        return built[0]
+
+    monkeypatch.setattr(run, "build", keep)
+    summary = run.train(recipe(**changes), tmp_path / "run", say=lambda line: None)
+    (trainer, *_), (seen, before) = built
+    kinds = {type(m).__name__ for n, m in trainer.model.named_modules() if n.endswith("base_layer")}
+    assert kinds <= {"Linear4bit"}  # no longer there once the run has merged its adapters
+    assert len(before) == 7 * len(trainer.model.base_model.model.model.layers)
+    assert len(seen.updates) == 4
+    for number, names in enumerate(seen.updates):
+        assert names
+        assert all("lora_" in n for n in names)
+        layers = {int(n.split("layers.")[1].split(".")[0]) for n in names}
+        assert layers == set(range(2 if number < 2 else 4)), number
+    assert summary["updates"] == 4
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    assert not getattr(whole, "is_loaded_in_4bit", False)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@here
+def test_the_saved_model_is_the_policy_that_was_trained(tmp_path, recipe):
+    trainer, tokenizer, _ = build(recipe(), tmp_path / "run", lambda line: None)
+    trainer.model.eval()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapters = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapters} == {torch.float32}
+    weights = packed(trainer.model)
+    ids = torch.randint(3, 20, (2, 6))
+    with torch.no_grad():
+        expected = trainer.model(ids).logits
+        with trainer.model.disable_adapter():
+            assert not torch.allclose(trainer.model(ids).logits, expected, rtol=1e-2)
+    assert all(torch.equal(weights[n], p) for n, p in packed(trainer.model).items())
+    run.save_final(trainer, tokenizer, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_without_bitsandbytes_one_line_says_what_to_do(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"lora.four_bit needs bitsandbytes, .*pip install bitsandbytes"):
+        build(recipe(), tmp_path / "run", lambda line: None)
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_split_weights_are_refused(recipe, monkeypatch, launcher):
+    """Also where the launcher splits them, and the recipe says nothing of it."""
+    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: True)
+    alone = SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None, world_size=1)
+    assert lora.four_bit(recipe(), alone)["quantization_config"].load_in_4bit
+    with pytest.raises(ConfigError, match="FSDP and DeepSpeed"):
+        lora.four_bit(recipe(), SimpleNamespace(**{**vars(alone), "fsdp": "full_shard"}))
+    monkeypatch.setenv(launcher, "true")
+    with pytest.raises(ConfigError, match="FSDP and DeepSpeed"):
+        lora.four_bit(recipe(), alone)
+
+
+def test_only_adapters_over_packed_weights_are_widened():
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    keep_adapters_precise(model)
+    assert model.weight.dtype == torch.bfloat16
+    model.is_loaded_in_4bit = True
+    model.bias.requires_grad_(False)
+    keep_adapters_precise(model)
+    assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.bfloat16)
