@@ -222,7 +222,8 @@ def test_a_run_killed_after_its_last_checkpoint_only_writes_the_model(capsys, fi
 def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, recipe, finished, monkeypatch, when):
     monkeypatch.setattr(training, "INTERRUPT_IN_ROLLOUT", [when, 0])
     folder = tmp_path / "stopped"
-    code, out, err = run(capsys, recipe(reward="tests.support.training:digits_then_interrupt", save_every=4), "--output", folder)
+    stopping = recipe(reward="tests.support.training:digits_then_interrupt", save_every=4)
+    code, out, err = run(capsys, stopping, "--output", folder)
     assert code == 130
     assert "stopping after this rollout batch" in err
     assert f"stopped after rollout batch {when}; checkpoint saved" in out
