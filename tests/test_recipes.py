@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from bupo.data.arithmetic import SMALL_MODEL
 from bupo.data.templates import TEMPLATES
+from bupo.models.load import SMALL_MODEL
 from bupo.recipe import parse, read_recipe
 from bupo.train.run import train
 from tests.support.tiny import tiny_model

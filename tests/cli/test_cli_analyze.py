@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bupo.cli import main
-from bupo.data.arithmetic import SMALL_MODEL
+from bupo.models.load import SMALL_MODEL
 from tests.support.tiny import tiny_model
 
 

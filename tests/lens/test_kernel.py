@@ -75,10 +75,12 @@ def test_non_finite_logits_do_not_pass_as_numbers():
 
 def test_the_readout_uses_it_and_agrees(monkeypatch):
     from bupo.lens import softmax_stats as readout
+    from bupo.models.capture import LayerStates
+    from bupo.models.unembed import Unembedding
 
     before, states, weight, _ = setting()
-    layers = [readout.LayerStates(every) for every in states]
-    rule = readout.Unembedding(weight, scale=0.7)
+    layers = [LayerStates(every) for every in states]
+    rule = Unembedding(weight, scale=0.7)
     plain = readout.read_group(before, layers, rule)
     calls = []
     real = kernel_triton.read

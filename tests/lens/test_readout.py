@@ -13,7 +13,9 @@ from torch.distributions import Categorical, kl_divergence
 from bupo.lens.clustered import ClusterMeans
 from bupo.lens.old_tokens import read_tokens
 from bupo.lens.online import Extras, Running
-from bupo.lens.softmax_stats import LOG2_E, LayerStates, Unembedding, entropy, group_entropies, read_group, read_states
+from bupo.lens.softmax_stats import LOG2_E, entropy, group_entropies, read_group, read_states
+from bupo.models.capture import LayerStates
+from bupo.models.unembed import Unembedding
 
 
 def unembedding(vocabulary=50, width=7, *, scale=1.0, softcap=None, bias=False, spread=1.0):
@@ -114,7 +116,7 @@ def test_statistics_that_ride_along(rule, tile, rows, spread):
 
 def test_sixteen_bit_weights_are_multiplied_as_they_are():
     e = unembedding(spread=3.0)
-    half = Unembedding(e.weight.bfloat16(), half=True)
+    half = Unembedding(e.weight.bfloat16(), low_precision=True)
     states = torch.randn(6, 7).bfloat16().float()
     expected = Categorical(logits=states.double() @ half.weight.double().T).entropy()
     torch.testing.assert_close(entropy(states, half, tile=8), expected, rtol=1e-5, atol=1e-5)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small"
 LEVELS = ("standard", "hard")
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1

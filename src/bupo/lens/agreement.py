@@ -19,10 +19,10 @@ from bupo.lens.batching import TokenPair, pad
 from bupo.lens.old_choice import Answer, bootstrap_weights
 from bupo.lens.old_criteria import READINGS, answers, curves, token_values
 from bupo.lens.old_temperature import Comparison, Final, compare, read_final
-from bupo.lens.softmax_stats import LayerStates, Unembedding, entropy
-from bupo.models.capture import capture_stream
+from bupo.lens.softmax_stats import entropy
+from bupo.models.capture import LayerStates, capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
-from bupo.models.unembed import get_unembedding
+from bupo.models.unembed import Unembedding, get_unembedding
 
 DRAWS = 300
 MOST_TOKENS, LEAST_TOKENS, PART = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds

@@ -19,11 +19,11 @@ from bupo.lens.boundary import find_boundary
 from bupo.lens.clustered import ClusterMeans, round_list
 from bupo.lens.old_sampling import Progress, TokenDraw, judge
 from bupo.lens.online import Extras
-from bupo.lens.softmax_stats import GROUP_SITES, LayerStates, Unembedding, read_first_group, read_group, read_states
-from bupo.models.capture import capture_stream
+from bupo.lens.softmax_stats import GROUP_SITES, read_first_group, read_group, read_states
+from bupo.models.capture import LayerStates, capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.processes import join_processes
-from bupo.models.unembed import get_unembedding
+from bupo.models.unembed import Unembedding, get_unembedding
 
 __all__ = ["SITES", "TokenPair", "analyze_rollouts", "batches", "check_rollouts", "context_length", "get_unembedding"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bupo.lens.softmax_stats import Unembedding
+from bupo.models.unembed import Unembedding
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def look_inside(
     weight = unembedding.weight.float()
 
     def log_policy(state: Tensor) -> Tensor:
-        return unembedding.finish_(state @ weight.T, 0, len(weight)).double().log_softmax(-1)
+        return unembedding.to_logits_(state @ weight.T, slice(None)).double().log_softmax(-1)
 
     parts = []
     for first in range(0, len(targets), rows):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bupo.lens.softmax_stats import Unembedding, matmul_fp32_
+from bupo.models.unembed import Unembedding, matmul_fp32_
 
 HELD = 2**26  # logits of one layer kept between two looks at them, 256 MiB; beyond it they are made again
 CHUNK = 2**21  # logits made by one product
@@ -190,16 +190,16 @@ class _Logits:
 
 def _logits(states: Tensor, unembedding: Unembedding) -> Tensor:
     """(n, V) float32, made tile by tile: a 16-bit ``E_u`` is never held in float32 as a whole."""
-    weight, half = unembedding.weight, unembedding.half
+    weight, half = unembedding.weight, unembedding.low_precision
     states = states.to(weight.dtype) if half else states.float()
     logits = torch.empty(len(states), len(weight), dtype=torch.float32, device=weight.device)
     for start in range(0, len(weight), TILE):
         part = weight[start : start + TILE]
         out = logits[:, start : start + len(part)]
         product = torch.empty(out.shape, dtype=torch.float32, device=weight.device)
-        matmul_fp32_(states, part if half and part.is_cuda else part.float(), product, half=half)
+        matmul_fp32_(states, part if half and part.is_cuda else part.float(), product, low_precision=half)
         out.copy_(product)
-    return unembedding.finish_(logits, 0, len(weight))
+    return unembedding.to_logits_(logits, slice(None))
 
 
 def _slices(rows: int, columns: int) -> Iterator[slice]:

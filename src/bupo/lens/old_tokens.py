@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bupo.lens.softmax_stats import Unembedding
+from bupo.models.unembed import Unembedding
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_tokens(
 
 def _log_softmax(state: Tensor, unembedding: Unembedding) -> Tensor:
     weight = unembedding.weight.float()
-    return unembedding.finish_(state @ weight.T, 0, len(weight)).double().log_softmax(-1)
+    return unembedding.to_logits_(state @ weight.T, slice(None)).double().log_softmax(-1)
 
 
 def _read(logps: Tensor, reference: Tensor, targets: Tensor, top: int) -> tuple[Tensor, ...]:

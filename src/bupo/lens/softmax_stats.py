@@ -27,86 +27,12 @@ import torch
 from torch import Tensor
 
 from bupo.lens.online import Extras, Running
+from bupo.models.capture import LayerStates
+from bupo.models.unembed import Unembedding, matmul_fp32_
 
 # The sites of one layer whose entropies are new; a layer's `layer_in` is the `layer_out` of the one before.
 GROUP_SITES = ("attn_in", "attn_out", "ffn_in", "ffn_out", "layer_out")
 LOG2_E = 1 / math.log(2)
-
-
-@dataclass(frozen=True)
-class Unembedding:
-    """How a model turns a state into logits: ``softcap * tanh((scale * S E_u^T + bias) / softcap)``.
-
-    Attributes:
-        weight: ``E_u`` (V, d), in any floating dtype; products are accumulated in float32 and given as float32.
-        bias: (V,) or None.
-        scale: logit multiplier (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``); 1 for most models.
-        softcap: Gemma-2's final soft-capping, or None.
-        half: multiply in the dtype of the weight, where that is a 16-bit one and the states are exact in it.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    half: bool = False
-
-    def finish_(self, products: Tensor, start: int, stop: int) -> Tensor:
-        """Turn the products of vocabulary entries ``start:stop`` (..., stop - start) into logits, in place."""
-        return self._finish_(products, None if self.bias is None else self.bias[start:stop])
-
-    def finish_at_(self, products: Tensor, targets: Tensor) -> Tensor:
-        """The same for the products of one vocabulary entry a token, (..., N) with ``targets`` (N,)."""
-        return self._finish_(products, None if self.bias is None else self.bias[targets])
-
-    def _finish_(self, products: Tensor, bias: Tensor | None) -> Tensor:
-        if self.scale != 1.0:
-            products.mul_(self.scale)
-        if bias is not None:
-            products.add_(bias)
-        if self.softcap is not None:
-            products.div_(self.softcap).tanh_().mul_(self.softcap)
-        return products
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether logits are a multiple of the products, so that the factor can be folded into the states."""
-        return self.bias is None and self.softcap is None and not self.half
-
-    @property
-    def products(self) -> str:
-        """The dtype that the products run in, for the result file."""
-        return str(self.weight.dtype if self.half else torch.float32).removeprefix("torch.")
-
-
-@dataclass
-class LayerStates:
-    """The states of one layer at N tokens (Eq. 4), as one tensor (4, N, d): `attn_in`, `attn_out`, `ffn_in`, `ffn_out`.
-
-    Attributes:
-        attn_in: what the attention receives, ``LN(H^{l-1})``, (N, d).
-        attn_out: ``A^l``, what it adds to the stream.
-        ffn_in: what the FFN receives, ``LN(H^{l-1} + A^l)``.
-        ffn_out: ``F^l``.
-    """
-
-    every: Tensor
-
-    @property
-    def attn_in(self) -> Tensor:
-        return self.every[0]
-
-    @property
-    def attn_out(self) -> Tensor:
-        return self.every[1]
-
-    @property
-    def ffn_in(self) -> Tensor:
-        return self.every[2]
-
-    @property
-    def ffn_out(self) -> Tensor:
-        return self.every[3]
 
 
 @dataclass
@@ -198,7 +124,7 @@ def _read_group(
     kernel = _kernel(before.device) if _only_entropy(extras) else None
     if kernel is not None:
         e, dtype = unembedding, unembedding.weight.dtype
-        states = torch.stack([layer.every.to(dtype) for layer in layers])
+        states = torch.stack([layer.stacked.to(dtype) for layer in layers])
         entropies, lse = kernel.read(before.to(dtype), states, e.weight, e.bias, e.scale, e.softcap)
         first = read_states(before[None], unembedding, extras) if begin_too else {}
         return first, {"entropy": entropies, "lse": lse}
@@ -206,7 +132,7 @@ def _read_group(
     tiling = Tiling.of(before.device, rows, tile)
     for part, wanted in _rows(len(before), extras, tiling.rows):
         work = _Work(unembedding, wanted, tiling)
-        flat = [work.prepare(layer.every[:, part].flatten(0, 1)) for layer in layers]
+        flat = [work.prepare(layer.stacked[:, part].flatten(0, 1)) for layer in layers]
         begin = work.prepare(before[part])
         n = len(begin)
         running = work.running((5,), flat, begin)
@@ -244,21 +170,6 @@ def group_entropies(
 ) -> Tensor:
     """The entropies of :func:`read_group`, (G, 5, N) float64."""
     return read_group(before, layers, unembedding, tile=tile, rows=rows)["entropy"]
-
-
-def matmul_fp32_(states: Tensor, weight: Tensor, out: Tensor, *, half: bool) -> None:
-    """``states @ weight.T`` into ``out`` (float32), with ``half`` on the device's 16-bit units (see `Unembedding`)."""
-    if not half:
-        torch.mm(states, weight.T, out=out)
-    elif weight.is_cuda:
-        out.copy_(torch.mm(states, weight.T, out_dtype=torch.float32))
-    else:  # the library rounds its float32 arguments to bfloat16, which these are exact in, and sums in float32
-        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-        try:
-            torch.mm(states.float(), weight.T, out=out)
-        finally:
-            matmul.fp32_precision = before
 
 
 def _only_entropy(extras: Extras | None) -> bool:
@@ -305,7 +216,7 @@ class _Work:
 
     def prepare(self, states: Tensor) -> Tensor:
         """States as the products take them: contiguous, with the factor folded in where logits are linear."""
-        if self.unembedding.half:
+        if self.unembedding.low_precision:
             return states.to(self.unembedding.weight.dtype)
         if self.unembedding.is_linear:
             return states.float() * (LOG2_E * self.unembedding.scale)
@@ -315,7 +226,7 @@ class _Work:
         weight = self.unembedding.weight
         for start in range(0, len(weight), self.tile):
             part = weight[start : start + self.tile]
-            yield start, part if self.unembedding.half and part.is_cuda else part.float()
+            yield start, part if self.unembedding.low_precision and part.is_cuda else part.float()
 
     def buffers(self, sites: int, size: int) -> tuple[Tensor, Tensor]:
         """Two tensors (sites, n, size), the same memory each time."""
@@ -327,12 +238,12 @@ class _Work:
         return self._space[:used].view(sites, n, size), self._space[whole : whole + used].view(sites, n, size)
 
     def product(self, states: Tensor, weight: Tensor, out: Tensor) -> None:
-        matmul_fp32_(states, weight, out, half=self.unembedding.half)
+        matmul_fp32_(states, weight, out, low_precision=self.unembedding.low_precision)
 
     def finish(self, products: Tensor, start: int, size: int) -> None:
         """Products (..., size) to logits to the base 2, in place."""
         if not self.unembedding.is_linear:
-            self.unembedding.finish_(products, start, start + size).mul_(LOG2_E)
+            self.unembedding.to_logits_(products, slice(start, start + size)).mul_(LOG2_E)
 
     def fold(self, sums: Running, logits: Tensor, scratch: Tensor, start: int, reference: Tensor | None) -> None:
         self.finish(logits, start, logits.shape[-1])
@@ -369,4 +280,4 @@ class _Work:
                 stream = stream + found[1] + found[3]
                 found = torch.cat([found, stream[None]])
             assert len(found) == sites
-            yield found if self.unembedding.is_linear else self.unembedding.finish_at_(found, targets).mul_(LOG2_E)
+            yield found if self.unembedding.is_linear else self.unembedding.to_logits_(found, targets).mul_(LOG2_E)

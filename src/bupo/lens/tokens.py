@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bupo.lens.analyze import TokenPair, check_rollouts, get_unembedding
 from bupo.lens.old_tokens import TokenReadings, read_tokens
-from bupo.lens.softmax_stats import Unembedding
 from bupo.models.capture import capture_layers
 from bupo.models.layout import eval_mode, unwrap
+from bupo.models.unembed import Unembedding
 
 GROUP = 4
 

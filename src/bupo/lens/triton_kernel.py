@@ -163,7 +163,7 @@ def read(
         before: ``H^{l-1}`` (N, d), in the dtype of the weight.
         states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer; None reads ``before`` itself.
         weight: ``E_u`` (V, d), float32, bfloat16 or float16; products accumulate in float32.
-        bias, scale, softcap: see :class:`bupo.lens.softmax_stats.Unembedding`.
+        bias, scale, softcap: see :class:`bupo.models.unembed.Unembedding`.
         parts: of the vocabulary, read by programs of their own (default: enough to occupy the device).
 
     Returns:

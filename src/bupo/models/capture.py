@@ -1,33 +1,56 @@
-"""The residual stream of one forward, handed out in groups of layers as it is produced; nothing else is kept.
+"""The states of every layer in one forward pass: the residual stream, attention and FFN outputs [Eq. 4].
 
-Shape legend: B batch, T positions, N kept tokens, d width.
+States are handed out in groups of layers as they are produced, and nothing else is kept in memory.
+
+Shape legend: B batch, T positions, N selected tokens, d width, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bupo.lens.softmax_stats import LayerStates
 from bupo.models.layout import find_layout, first_tensor, module_input
-from bupo.models.residual import find_residual_writes
+from bupo.models.residual import LayerWrites, find_residual_writes
 
-Consumer = Callable[[int, Tensor, list[LayerStates], Tensor], None]
-_PLACES = {"attn_in": 0, "attn_out": 1, "ffn_in": 2, "ffn_out": 3}
+_INDEX = {"attn_in": 0, "attn_out": 1, "ffn_in": 2, "ffn_out": 3}
 
 
 @dataclass
-class _Group:
-    """What has been produced and not handed out yet."""
+class LayerStates:
+    """The states of one layer at N tokens.
 
-    first_layer: int = 1
-    before: Tensor | None = None  # H^{l-1} before the first layer of the group
-    layers: list[LayerStates] = field(default_factory=list)
-    current: Tensor | None = None  # the states of the layer that is running, (4, N, d)
-    seen: set[str] = field(default_factory=set)
+    Attributes:
+        stacked: ``attn_in``, ``attn_out``, ``ffn_in`` and ``ffn_out`` in this order, (4, N, d).
+    """
+
+    stacked: Tensor
+
+    @property
+    def attn_in(self) -> Tensor:
+        """What the attention receives, ``LN(H^{l-1})``, (N, d)."""
+        return self.stacked[0]
+
+    @property
+    def attn_out(self) -> Tensor:
+        """``A^l``, what the attention adds to the residual stream, (N, d)."""
+        return self.stacked[1]
+
+    @property
+    def ffn_in(self) -> Tensor:
+        """What the FFN receives, ``LN(H^{l-1} + A^l)``, (N, d)."""
+        return self.stacked[2]
+
+    @property
+    def ffn_out(self) -> Tensor:
+        """``F^l``, what the FFN adds to the residual stream, (N, d)."""
+        return self.stacked[3]
+
+
+GroupCallback = Callable[[int, Tensor, list[LayerStates], Tensor], None]
 
 
 @torch.no_grad()
@@ -35,126 +58,140 @@ def capture_stream(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
-    keep: Tensor,
-    consume: Consumer | None,
+    positions: Tensor,
+    on_group: GroupCallback | None,
     *,
     group: int = 4,
 ) -> Tensor:
-    """Run the backbone once and hand out the states of the kept tokens, ``group`` layers at a time.
+    """Run the backbone once and hand out the states of the selected tokens, ``group`` layers at a time.
 
     Args:
-        model: a causal LM (see :func:`bupo.models.layout.find_layout`), in evaluation mode.
+        model: a causal LM (see :func:`bupo.models.layout.find_layout`) in evaluation mode.
         input_ids: (B, T).
-        attention_mask: (B, T), 1 for tokens.
-        keep: (B, T) bool, the N positions to read (row-major order).
-        consume: called as ``consume(first_layer, before, layers, after)``: the group's first layer (from 1),
-            ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after the last (N, d); float32 tensors.
-            None: only the final state is wanted.
-        group: layers handed out together.
+        attention_mask: (B, T), 1 for tokens and 0 for padding.
+        positions: (B, T) bool; True at the N tokens to read, which are returned in row-major order.
+        on_group: called as ``on_group(first_layer, before, layers, after)`` with the number of the group's first
+            layer (from 1), ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after its last layer
+            (N, d), all in float32. Pass None if only the final state is needed.
+        group: number of layers per call.
 
     Returns:
-        ``LN(H^L)`` (N, d), float32: what the unembedding receives in an ordinary forward.
+        ``LN(H^L)`` (N, d) in float32: what the unembedding receives in an ordinary forward pass.
 
     Raises:
         InputError: the layers do not add two contributions to the stream (see
             :func:`bupo.models.residual.find_residual_writes`).
     """
     layout = find_layout(model)
-    blocks = find_residual_writes(model)
-    rows = keep.reshape(-1).nonzero().squeeze(-1)
-    home = layout.unembedding.weight.device
-    state = _Group()
-
-    def pick(tensor: Tensor | None) -> Tensor:
-        assert tensor is not None
-        # indexing copies; with a device_map, layers live on several devices, their states meet at the unembedding
-        return tensor.reshape(-1, tensor.shape[-1])[rows.to(tensor.device)].to(home, torch.float32)
-
-    def finish_layer(index: int, output: Tensor) -> None:
-        assert state.current is not None
-        assert len(state.seen) == len(_PLACES)
-        state.layers.append(LayerStates(state.current))
-        state.current, state.seen = None, set()
-        if len(state.layers) == group or index + 1 == layout.n_layers:
-            after = pick(output)
-            assert state.before is not None
-            assert consume is not None
-            consume(state.first_layer, state.before, state.layers, after)
-            state.first_layer, state.before, state.layers = index + 2, after, []
-
-    hooks = []
-
-    def place(name: str, tensor: Tensor | None, scale: float = 1.0) -> None:
-        """Write a state where it stays until it is consumed: never two copies of a layer."""
-        assert tensor is not None
-        if state.current is None:
-            state.current = torch.empty(4, len(rows), tensor.shape[-1], dtype=torch.float32, device=home)
-        found, into = pick(tensor), state.current[_PLACES[name]]
-        if name in state.seen:  # a contribution of two modules that run side by side
-            into.add_(found, alpha=scale)
-        elif scale != 1.0:
-            torch.mul(found, scale, out=into)
-        else:
-            into.copy_(found)
-        state.seen.add(name)
-
-    def on_input(module: nn.Module, name: str) -> None:
-        def hook(m: nn.Module, args: tuple, kwargs: dict) -> None:
-            place(name, module_input(args, kwargs))
-
-        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def on_output(module: nn.Module, name: str, scale: float) -> None:
-        def hook(m: nn.Module, args: tuple, output: object) -> None:
-            place(name, first_tensor(output), scale)
-
-        hooks.append(module.register_forward_hook(hook))
-
-    def on_layer(module: nn.Module, index: int) -> None:
-        if index == 0:
-
-            def first(m: nn.Module, args: tuple, kwargs: dict) -> None:
-                state.before = pick(module_input(args, kwargs))
-
-            hooks.append(module.register_forward_pre_hook(first, with_kwargs=True))
-
-        def done(m: nn.Module, args: tuple, output: object) -> None:
-            whole = first_tensor(output)
-            assert whole is not None
-            finish_layer(index, whole)
-
-        hooks.append(module.register_forward_hook(done))
-
-    for index, (layer, block) in enumerate(zip(layout.layers, blocks, strict=True)):
-        if consume is None:
-            break
-        for part, name in ((block.attn, "attn"), (block.ffn, "ffn")):
-            on_input(layer.get_submodule(part.module), f"{name}_in")
-            for source, scale in part.terms:
-                on_output(layer.get_submodule(source), f"{name}_out", scale)
-        on_layer(layer, index)
+    recorder = _Recorder(positions, layout.unembedding.weight.device, layout.n_layers, on_group, group)
     try:
+        if on_group is not None:
+            writes = find_residual_writes(model)
+            for index, (layer, layer_writes) in enumerate(zip(layout.layers, writes, strict=True)):
+                recorder.attach(index, layer, layer_writes)
         output = layout.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
-        for hook in hooks:
+        recorder.detach()
+    return recorder.select(output.last_hidden_state)
+
+
+class _Recorder:
+    """Hooks that write the states of a group of layers where they stay until ``on_group`` receives them."""
+
+    def __init__(
+        self, positions: Tensor, device: torch.device, n_layers: int, on_group: GroupCallback | None, group: int
+    ):
+        self._rows = positions.reshape(-1).nonzero().squeeze(-1)
+        self._device, self._n_layers, self._on_group, self._group = device, n_layers, on_group, group
+        self._hooks: list = []
+        self._first_layer = 1
+        self._before: Tensor | None = None  # H^{l-1} before the first layer of the group
+        self._layers: list[LayerStates] = []
+        self._current: Tensor | None = None  # the states of the layer that is running, (4, N, d)
+        self._recorded: set[str] = set()
+
+    def select(self, tensor: Tensor | None) -> Tensor:
+        """The selected tokens of (B, T, d) as float32 (N, d), copied to the device of the unembedding."""
+        assert tensor is not None
+        # with a device_map, layers live on several devices; their states meet at the unembedding
+        return tensor.reshape(-1, tensor.shape[-1])[self._rows.to(tensor.device)].to(self._device, torch.float32)
+
+    def attach(self, index: int, layer: nn.Module, writes: LayerWrites) -> None:
+        """Hook the layer and the submodules that write to the residual stream."""
+        for write, name in ((writes.attn, "attn"), (writes.ffn, "ffn")):
+            self._on_input(layer.get_submodule(write.module), f"{name}_in")
+            for source, scale in write.terms:
+                self._on_output(layer.get_submodule(source), f"{name}_out", scale)
+
+        def before_first(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._before = self.select(module_input(args, kwargs))
+
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            self._finish_layer(index, first_tensor(output))
+
+        if index == 0:
+            self._hooks.append(layer.register_forward_pre_hook(before_first, with_kwargs=True))
+        self._hooks.append(layer.register_forward_hook(after))
+
+    def detach(self) -> None:
+        for hook in self._hooks:
             hook.remove()
-    return pick(output.last_hidden_state)
+
+    def _on_input(self, module: nn.Module, name: str) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._record(name, module_input(args, kwargs))
+
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _on_output(self, module: nn.Module, name: str, scale: float) -> None:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            self._record(name, first_tensor(output), scale)
+
+        self._hooks.append(module.register_forward_hook(hook))
+
+    def _record(self, name: str, tensor: Tensor | None, scale: float = 1.0) -> None:
+        state = self.select(tensor)
+        if self._current is None:
+            self._current = torch.empty(4, *state.shape, dtype=torch.float32, device=self._device)
+        target = self._current[_INDEX[name]]
+        if name in self._recorded:  # the contribution is the sum of two modules that run side by side
+            target.add_(state, alpha=scale)
+        elif scale != 1.0:
+            torch.mul(state, scale, out=target)
+        else:
+            target.copy_(state)
+        self._recorded.add(name)
+
+    def _finish_layer(self, index: int, output: Tensor | None) -> None:
+        assert self._current is not None
+        assert len(self._recorded) == len(_INDEX)
+        self._layers.append(LayerStates(self._current))
+        self._current, self._recorded = None, set()
+        if len(self._layers) == self._group or index + 1 == self._n_layers:
+            after = self.select(output)
+            assert self._before is not None
+            assert self._on_group is not None
+            self._on_group(self._first_layer, self._before, self._layers, after)
+            self._first_layer, self._before, self._layers = index + 2, after, []
 
 
 def capture_layers(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: Tensor, *, group: int = 4
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, group: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) of few tokens, float32; arguments as of `capture_stream`."""
+    """Return ``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) in float32; the arguments are those of `capture_stream`.
+
+    All layers are in memory at once, so this is for few tokens.
+    """
     states: list[Tensor] = []
 
-    def consume(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
-        # H^l within the group is the sum of what its layers add; the group's last state is the model's own
+    def on_group(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
+        # within the group, H^l is the sum of what its layers add; the group's last state is the model's own
         stream = before
         for layer in layers[:-1]:
             stream = stream + layer.attn_out + layer.ffn_out
             states.append(stream)
         states.append(after)
 
-    final = capture_stream(model, input_ids, attention_mask, keep, consume, group=group)
+    final = capture_stream(model, input_ids, attention_mask, positions, on_group, group=group)
     assert len(states) == find_layout(model).n_layers
     return torch.stack(states), final

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.models.layout import DecoderLayout, find_layout, first_tensor, unwrap
+from bupo.models.layout import DecoderLayout, find_layout, first_tensor, n_layers, unwrap
 from bupo.models.residual import ResidualWrite, find_residual_writes
 
 Component = Literal["layer", "attn", "ffn"]
@@ -206,20 +206,4 @@ class _PartOfLayer:
         return state if isinstance(output, Tensor) else (state, *output[1:])
 
 
-def n_layers(model: nn.Module) -> int:
-    """L, the number of decoder layers."""
-    return find_layout(model).n_layers
-
-
-def unembedding(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """``E_u`` (V, d) and the unembedding's bias (V,) or None, whole even where FSDP2 shards them."""
-    head = find_layout(model).unembedding
-    weight, bias = head.weight, getattr(head, "bias", None)
-    return _whole(weight), None if bias is None else _whole(bias)
-
-
-def _whole(parameter: Any) -> Tensor:
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
-
-
-__all__ = ["COMPONENTS", "Component", "check_layer", "internal_policy", "n_layers", "unembedding"]
+__all__ = ["COMPONENTS", "Component", "check_layer", "internal_policy", "n_layers"]

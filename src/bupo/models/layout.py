@@ -110,6 +110,11 @@ def find_layout(model: nn.Module) -> DecoderLayout:
     )
 
 
+def n_layers(model: nn.Module) -> int:
+    """L, the number of decoder layers."""
+    return find_layout(model).n_layers
+
+
 def _check_unembedding(unembedding: Any, name: str) -> None:
     """Refuse an ``E_u`` whose numbers cannot be read: packed by quantisation, or not in memory."""
     weight = unembedding.weight

@@ -8,6 +8,7 @@ from typing import Any
 
 from bupo.errors import InputError
 
+SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -18,8 +19,6 @@ def resolve_model(name: str) -> str:
         InputError: ``name`` looks like a path but no model folder is there.
     """
     if name == "small":
-        from bupo.data.arithmetic import SMALL_MODEL
-
         return str(SMALL_MODEL)
     path = Path(name).expanduser()
     if path.is_dir():
