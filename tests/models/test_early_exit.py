@@ -251,4 +251,4 @@ def test_the_probe_refuses_a_layer_that_adds_something_else():
     original = layer.forward
     layer.forward = lambda *a, **k: original(*a, **k) + 0.5
     with pytest.raises(InputError, match=r"layer 3.*deviation"):
-        find_residual_writes(model, refresh=True)
+        find_residual_writes(model)

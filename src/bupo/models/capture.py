@@ -8,7 +8,6 @@ Shape legend: B batch, T positions, N selected tokens, d width, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +18,20 @@ from bupo.models.residual import LayerWrites, find_residual_writes
 _INDEX = {"attn_in": 0, "attn_out": 1, "ffn_in": 2, "ffn_out": 3}
 
 
-@dataclass
 class LayerStates:
-    """The states of one layer at N tokens.
+    """The states of one layer at N tokens, as one tensor and as views (N, d) of it.
 
     Attributes:
-        stacked: ``attn_in``, ``attn_out``, ``ffn_in`` and ``ffn_out`` in this order, (4, N, d).
+        stacked: the four states in the order below, (4, N, d).
+        attn_in: what the attention receives, ``LN(H^{l-1})``.
+        attn_out: ``A^l``, what the attention adds to the residual stream.
+        ffn_in: what the FFN receives, ``LN(H^{l-1} + A^l)``.
+        ffn_out: ``F^l``, what the FFN adds to the residual stream.
     """
 
-    stacked: Tensor
-
-    @property
-    def attn_in(self) -> Tensor:
-        """What the attention receives, ``LN(H^{l-1})``, (N, d)."""
-        return self.stacked[0]
-
-    @property
-    def attn_out(self) -> Tensor:
-        """``A^l``, what the attention adds to the residual stream, (N, d)."""
-        return self.stacked[1]
-
-    @property
-    def ffn_in(self) -> Tensor:
-        """What the FFN receives, ``LN(H^{l-1} + A^l)``, (N, d)."""
-        return self.stacked[2]
-
-    @property
-    def ffn_out(self) -> Tensor:
-        """``F^l``, what the FFN adds to the residual stream, (N, d)."""
-        return self.stacked[3]
+    def __init__(self, stacked: Tensor):
+        self.stacked = stacked
+        self.attn_in, self.attn_out, self.ffn_in, self.ffn_out = stacked
 
 
 GroupCallback = Callable[[int, Tensor, list[LayerStates], Tensor], None]

@@ -1,29 +1,34 @@
-"""Load a model and its tokenizer by hub id, folder or the name of a shipped model; errors say what to do."""
+"""Loads a model and its tokenizer by hub id, folder or the name of the shipped model; errors say what to do."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
 from bupo.errors import InputError
+from bupo.models.unembed import has_low_precision_units
 
 SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small"
 DTYPES = ("float32", "bfloat16", "float16")
+# words in transformers' messages where the hub does not have the model, or could not be asked
+_NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model identifier", "cannot find")
 
 
 def resolve_model(name: str) -> str:
-    """``small`` means the model shipped in the package; anything else is a folder or a hub id and stays as it is.
+    """Return the folder of the shipped model for ``small``; a folder or hub id is returned as it is.
 
     Raises:
-        InputError: ``name`` looks like a path but no model folder is there.
+        InputError: ``name`` looks like a path, but there is no model folder.
     """
     if name == "small":
         return str(SMALL_MODEL)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise InputError(f"model folder {path} has no config.json; name the folder save_pretrained wrote")
+            raise InputError(f"model folder {path} has no config.json; name the folder that save_pretrained wrote")
         return str(path)
     if path.exists():
         raise InputError(f"model {path} is a file; name the model's folder")
@@ -38,13 +43,11 @@ def model_revision(model: Any) -> str | None:
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model; where it has no padding token, the end-of-sequence token is used.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is no tokenizer, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -64,70 +67,55 @@ def load_model(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A causal LM in evaluation mode and its tokenizer.
+    """Load a causal LM in evaluation mode and its tokenizer.
 
     Args:
-        name: hub id, model folder, or ``small`` (shipped).
-        dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` (what the checkpoint holds), or ``fitting``: that too,
-            unless it is a 16-bit one and the device has no units for it. Then float32 is exact as well, and faster.
-        device: torch device; the accelerator if there is one, else the CPU. Models that are quantised, or sharded by a
-            ``device_map`` among the further arguments of ``from_pretrained``, stay where they were loaded.
+        name: hub id, model folder, or ``small`` (the shipped model).
+        dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` (the dtype of the checkpoint), or ``fitting``: the same,
+            but float32 where the checkpoint is 16-bit and the device has no units for it, which is exact and faster.
+        device: torch device. Default: the accelerator if there is one, else the CPU. Quantised models, and models with
+            a ``device_map`` in ``kwargs``, stay where they were loaded.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: whether to run model code from the hub.
+        kwargs: further arguments of ``from_pretrained``.
 
     Raises:
-        InputError: no such model, not a causal LM, a damaged file, an unknown dtype, or an unreachable hub.
+        InputError: there is no such model, it is not a causal LM, a file is damaged, the dtype is unknown, or the hub
+            cannot be reached.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
     if dtype not in (*DTYPES, "auto", "fitting"):
         raise InputError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
     path = resolve_model(name)
-    model: Any
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    _refuse_unsafe(path, name)
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        # a multimodal model is read as the language model that it holds
+        config = AutoConfig.from_pretrained(path, **source)
+        # of a multimodal model, the language model is read
         multimodal = type(config) in AutoModelForImageTextToText._model_mapping
         auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        model = auto.from_pretrained(
-            path,
-            dtype="auto" if dtype in ("auto", "fitting") else getattr(torch, dtype),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **kwargs,
-        )
+        torch_dtype = "auto" if dtype in ("auto", "fitting") else getattr(torch, dtype)
+        model = auto.from_pretrained(path, dtype=torch_dtype, use_safetensors=True, **source, **kwargs)
     except Exception as error:
         raise InputError(_explain("model", name, error)) from error
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "fitting" and not getattr(model, "is_quantized", False):
-        from bupo.models.unembed import has_low_precision_units
-
-        if model.dtype in (torch.bfloat16, torch.float16) and not has_low_precision_units(
-            torch.device(device), model.dtype
-        ):
-            model = model.float()
-    # quantised and sharded models are where they belong already, and refuse to be moved
-    if "device_map" not in kwargs and not getattr(model, "is_quantized", False):
-        try:
-            model = model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"cannot put the model on {device!r}: {_first_line(error)}") from error
+    if not getattr(model, "is_quantized", False):  # quantised models refuse to be moved
+        model = _place(model, dtype, device or _default_device(), move="device_map" not in kwargs)
     return model.eval(), tokenizer
 
 
-def _refuse_unsafe(path: str, name: str) -> None:
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"model folder {name} holds no .safetensors file (other weight formats are not loaded)")
+def _default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _place(model: Any, dtype: str, device: str, *, move: bool) -> Any:
     try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+        target = torch.device(device)
+        sixteen_bit = model.dtype in (torch.bfloat16, torch.float16)
+        if dtype == "fitting" and sixteen_bit and not has_low_precision_units(target, model.dtype):
+            model = model.float()
+        return model.to(target) if move else model
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot put the model on {device!r}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -136,19 +124,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def _explain(what: str, name: str, error: BaseException) -> str:
-    text = str(error)
-    if not Path(name).expanduser().exists() and name != "small":
-        hub_words = (
-            "offline",
-            "connect",
-            "not a local folder",
-            "not a valid model identifier",
-            "couldn't",
-            "cannot find",
-        )
-        if any(word in text.lower() for word in hub_words) or isinstance(error, OSError):
-            return (
-                f"cannot load {what} {name!r}: no such local folder, and the hub has none by this name or cannot be "
-                f"reached (check the spelling, log in for gated models, or pass a local folder)"
-            )
-    return f"cannot load {what} {name!r}: {_first_line(error)}"
+    message = f"cannot load {what} {name!r}: "
+    local = name == "small" or Path(name).expanduser().exists()
+    if local or not any(words in str(error).lower() for words in _NOT_ON_HUB):
+        return message + _first_line(error)
+    message += (
+        "there is no such local folder, and the hub has no model of this name or cannot be reached (check the "
+        "spelling, log in for gated models, or pass a local folder)"
+    )
+    # transformers says "couldn't connect" for a wrong certificate or proxy too: the first error of the chain tells
+    cause = error
+    while (earlier := cause.__cause__ or cause.__context__) is not None:
+        cause = earlier
+    return message if cause is error else f"{message}; the cause was: {_first_line(cause)}"

@@ -1,4 +1,4 @@
-"""The processes that a launcher (torchrun, `accelerate launch`) started, joined into one group."""
+"""Joins the processes that a launcher (torchrun, `accelerate launch`) started into one group."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from bupo.errors import InputError
 
 
 def join_processes() -> PartialState:
-    """accelerate's state of this process, with the group set up; gloo on a CPU.
+    """Return accelerate's state of this process, with the process group set up (gloo on CPUs).
 
     Raises:
-        InputError: the launcher started several processes and accelerate did not make a group of them.
+        InputError: the launcher started several processes, but accelerate did not form a group of them.
     """
-    # `PartialState` makes no group of CPU processes unless it is told that they are meant to be
+    # without `cpu`, PartialState does not form a group of CPU processes
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu)
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != wanted:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != world_size:
         raise InputError(
-            f"the launcher started {wanted} processes, but their group has {state.num_processes}; start them with "
-            f"torchrun --nproc_per_node {wanted} -m bupo ..."
+            f"the launcher started {world_size} processes, but {state.num_processes} form a group; start them with "
+            f"torchrun --nproc_per_node {world_size} -m bupo ..."
         )
     return state
