@@ -96,11 +96,11 @@ def test_an_evaluation_through_the_command(tiny_folder, tmp_path, capsys):
 
 
 def test_models_that_cannot_are_refused_in_one_line(tiny, capfd):
-    from tests.support.zoo import BY_NAME, species_model
+    from tests.support.zoo import zoo_model
 
     _, tokenizer = tiny
     with pytest.raises(InputError, match="use --engine transformers"):
-        ContinuousEngine(species_model(BY_NAME["bamba"]), tokenizer).run(PROMPTS, Batch(((0, 0),), 1), Sampling(2))
+        ContinuousEngine(zoo_model("bamba"), tokenizer).run(PROMPTS, Batch(((0, 0),), 1), Sampling(2))
     broken = tiny_model("llama")
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))

@@ -305,10 +305,10 @@ def test_one_response_of_one_token_gives_a_block():
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "gpt2", "falcon"])
 def test_softcap_logit_scale_biased_norms_and_tied_embeddings(family):
-    from tests.support.zoo import ZOO, species_model
+    from tests.support.zoo import ZOO, zoo_model
 
-    species = next(s for s in ZOO if s.family == family)
-    model, responses = species_model(species), rows(6, 5)
+    name = next(entry.name for entry in ZOO if entry.family == family)
+    model, responses = zoo_model(name), rows(6, 5)
     block = choose_layer(model, responses, analyze_rollouts(model, responses), tokens=11, draws=5)
     assert block["curves"]["norm"]["kl"][-1] == pytest.approx(0, abs=2e-4)
     assert block["curves"]["norm"]["top1"][-1] == 1

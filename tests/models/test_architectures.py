@@ -1,4 +1,4 @@
-"""Every family of the zoo: what a layer adds, its internal policies, decoding, analysis; and what is refused, how."""
+"""Every family of the zoo: residual writes, internal policies, decoding, analysis, and the errors of those refused."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 from bupo.models.residual import find_residual_writes
 from tests.support.tiny import tokens
-from tests.support.zoo import BY_NAME, ZOO, species_model
-from tests.support.zoo_checks import Rollout, generated, greedy, read, read_everything, stream
+from tests.support.zoo import BY_NAME, ZOO, zoo_model
+from tests.support.zoo_checks import Rollout, generated, greedy, read, read_all, stream
 
-WHOLE = [s.name for s in ZOO if s.refused is None]
-LAYER_ONLY = [s.name for s in ZOO if s.refused is not None and not s.unreadable]
-UNREADABLE = [s.name for s in ZOO if s.unreadable]
+WHOLE = [m.name for m in ZOO if m.refused is None]
+LAYER_ONLY = [m.name for m in ZOO if m.refused is not None and not m.unreadable]
+UNREADABLE = [m.name for m in ZOO if m.unreadable]
 ROLLOUTS = [Rollout([5, 6, 7], [8, 9, 10, 11]), Rollout([5, 6], [8, 90, 10])]
 # parallel and sequential, post-norms, soft-capping, logit scale, residual multipliers, bias, three contributions,
-# a norm used twice, the sum made inside a submodule
+# a norm used twice, the sum computed inside a submodule, a logit multiplier
 RECOMPUTED = ["qwen3_next", "gemma2", "cohere2", "granitemoehybrid", "phi", "falcon", "falcon_h1", "nanochat", "bloom"]
+RECOMPUTED += ["hyperclovax"]
 
 
 @functools.cache
 def model_of(name: str):
-    return species_model(BY_NAME[name])
+    return zoo_model(name)
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_layers_add_what_the_probe_finds(name):
-    blocks = find_residual_writes(model_of(name))
-    assert len(blocks) == 4
-    assert max(block.deviation for block in blocks) < 1e-6
-    assert (str(blocks[0].attn), str(blocks[0].ffn)) == BY_NAME[name].found
+    writes = find_residual_writes(model_of(name))
+    assert len(writes) == 4
+    assert max(layer.deviation for layer in writes) < 1e-6
+    assert (str(writes[0].attn), str(writes[0].ffn)) == BY_NAME[name].writes
 
 
 @pytest.mark.parametrize("name", WHOLE + LAYER_ONLY)
@@ -43,9 +44,9 @@ def test_internal_policies_equal_an_independent_reading(name):
     with torch.no_grad():
         before = model(input_ids=ids, use_cache=False).logits
     dictionaries = [(set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    found = read_everything(model, ids, ("layer", "attn", "ffn") if name in WHOLE else ("layer",))
-    assert found.deviation < 1e-5
-    assert found.wrong_layers == []
+    reading = read_all(model, ids, ("layer", "attn", "ffn") if name in WHOLE else ("layer",))
+    assert reading.deviation < 1e-5
+    assert reading.wrong_layers == []
     after = [(set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     assert after == dictionaries
     with torch.no_grad():
@@ -71,11 +72,12 @@ def test_analysis_runs(name):
 
 def assert_entropies(model, result):
     """Means over response tokens of the entropies of an independent reading's logits, sites that are contributions."""
-    blocks = find_residual_writes(model)
+    writes = find_residual_writes(model)
     sums = {site: torch.zeros(4, dtype=torch.float64) for site in ("layer", "attn", "ffn")}
     for rollout in ROLLOUTS:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        states = stream(model, ids, blocks)
+        with torch.no_grad():
+            states = stream(model, ids, writes)
         for site in sums:
             for layer, logits in enumerate(read(model, ids, states[site])):
                 chosen = logits[0, len(rollout.prompt_ids) - 1 : -1].double().log_softmax(-1)
@@ -104,6 +106,6 @@ def test_a_stream_changed_on_its_way_to_the_unembedding_is_refused(name, norm):
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "granitemoeshared", "falcon"])
 def test_the_probe_works_in_bfloat16(name):
-    blocks = find_residual_writes(species_model(BY_NAME[name]).bfloat16())
-    assert (str(blocks[0].attn), str(blocks[0].ffn)) == BY_NAME[name].found
-    assert max(block.deviation for block in blocks) < 2e-2
+    writes = find_residual_writes(zoo_model(name).bfloat16())
+    assert (str(writes[0].attn), str(writes[0].ffn)) == BY_NAME[name].writes
+    assert max(layer.deviation for layer in writes) < 2e-2

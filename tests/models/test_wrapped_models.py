@@ -12,7 +12,7 @@ from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 from bupo.models.layout import find_layout
 from tests.support.tiny import COMMON, tiny_model, tokens
-from tests.support.zoo_checks import Rollout, generated, greedy, read_everything
+from tests.support.zoo_checks import Rollout, generated, greedy, read_all
 
 VISION = {
     "hidden_size": 16,
@@ -59,9 +59,9 @@ def multimodal_model(family: str, **changes):
 
 def assert_reads(model):
     ids = tokens(2, 6)
-    found = read_everything(model, ids)
-    assert found.deviation < 1e-5
-    assert found.wrong_layers == []
+    reading = read_all(model, ids)
+    assert reading.deviation < 1e-5
+    assert reading.wrong_layers == []
     with internal_policy(model, 2):
         assert torch.equal(generated(model, ids, 3), greedy(model, ids, 3))
     assert analyze_rollouts(model, ROLLOUTS)["layers"] == 4

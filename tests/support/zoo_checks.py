@@ -1,9 +1,10 @@
-"""What an architecture has to pass: internal policies against an independent reading of an ordinary forward."""
+"""Checks of an architecture: its internal policies against states of an ordinary forward, recorded without bupo."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,41 +29,33 @@ def layer_list(model: nn.Module, n_layers: int = 4) -> nn.ModuleList:
     return next(m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers)
 
 
-def tensor_of(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+def stream(model: nn.Module, ids: Tensor, writes: tuple[LayerWrites, ...] | None = None) -> dict[str, list[Tensor]]:
+    """H^l (and A^l, F^l according to ``writes``) of an ordinary forward, before any norm; copies with gradients."""
+    states: dict[str, list[Tensor]] = {"layer": [], "attn": [], "ffn": []}
 
+    def add(kind: str, index: int, scale: float, module: nn.Module, args: Any, output: Any) -> None:
+        state = (output if isinstance(output, Tensor) else output[0]).clone().reshape(*ids.shape, -1) * scale
+        if len(states[kind]) > index:
+            state = state + states[kind].pop()
+        states[kind].append(state)
 
-@torch.no_grad()
-def stream(model: nn.Module, ids: Tensor, blocks: tuple[LayerWrites, ...] | None = None) -> dict[str, list[Tensor]]:
-    """Raw H^l (and A^l, F^l as ``blocks`` say) of an ordinary whole forward, by hooks; copies."""
-    found: dict[str, list[Tensor]] = {"layer": [], "attn": [], "ffn": []}
     hooks = []
-
-    def add(kind: str, index: int, scale: float) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = tensor_of(output).clone().reshape(*ids.shape, -1) * scale
-            if len(found[kind]) > index:
-                value = value + found[kind].pop()
-            found[kind].append(value)
-
-        return hook
-
     for index, layer in enumerate(layer_list(model)):
-        hooks.append(layer.register_forward_hook(add("layer", index, 1.0)))
-        for kind, part in () if blocks is None else (("attn", blocks[index].attn), ("ffn", blocks[index].ffn)):
-            for name, scale in part.terms:
-                hooks.append(layer.get_submodule(name).register_forward_hook(add(kind, index, scale)))
+        hooks.append(layer.register_forward_hook(partial(add, "layer", index, 1.0)))
+        for kind in () if writes is None else ("attn", "ffn"):
+            for name, scale in getattr(writes[index], kind).terms:
+                hooks.append(layer.get_submodule(name).register_forward_hook(partial(add, kind, index, scale)))
     try:
         model(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return states
 
 
 @torch.no_grad()
 def read(model: nn.Module, ids: Tensor, states: list[Tensor], norm: bool = False) -> list[Tensor]:
-    """Logits (B, T, V) that the model's own code after its final norm makes of each state, all layers running."""
+    """Logits (B, T, V) that the model's own code after its final norm returns for each state; all layers run."""
     module, calls, total = find_layout(model).final_norm, 0, 0
 
     def count(*_: Any) -> None:
@@ -72,8 +65,8 @@ def read(model: nn.Module, ids: Tensor, states: list[Tensor], norm: bool = False
     def replace(m: nn.Module, args: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
-        every = torch.cat(states).to(output.dtype)
-        return (m.forward(every) if norm else every) if calls == total else output
+        stacked = torch.cat(states).to(output.dtype)
+        return (m.forward(stacked) if norm else stacked) if calls == total else output
 
     handle = module.register_forward_hook(count)
     model(input_ids=ids, use_cache=False)  # some models use this module for the embedding too: the last call counts
@@ -88,19 +81,19 @@ def read(model: nn.Module, ids: Tensor, states: list[Tensor], norm: bool = False
 
 @dataclass
 class Reading:
-    """What `read_everything` found: largest relative deviation of logits, and sites where other layers ran."""
+    """The largest relative deviation of logits, and the internal policies for which other layers ran."""
 
     deviation: float
     wrong_layers: list[str]
 
 
 @torch.no_grad()
-def read_everything(
+def read_all(
     model: nn.Module, ids: Tensor, components: Sequence[str] = ("layer", "attn", "ffn"), norm: bool = True
 ) -> Reading:
-    """Internal policies of every layer and component against the independent reading."""
-    blocks = find_residual_writes(model) if len(components) > 1 else None
-    states, worst, wrong = stream(model, ids, blocks), 0.0, []
+    """Compare the internal policies of every layer and component with :func:`read`."""
+    writes = find_residual_writes(model) if len(components) > 1 else None
+    states, worst, wrong = stream(model, ids, writes), 0.0, []
     sites = [(c, layer, False) for c in components for layer in range(1, len(states["layer"]) + 1)]
     expected = read(model, ids, [states[c][layer - 1] for c, layer, _ in sites])
     if norm:

@@ -1,6 +1,9 @@
-"""`internal_policy` against the definition: states of an ordinary forward times the unembedding."""
+"""`internal_policy`: gradients, wrappers, what it restores and what it refuses; its logits are checked on the zoo."""
 
 from __future__ import annotations
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -9,44 +12,12 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, T5Config, T5For
 
 from bupo import internal_policy
 from bupo.errors import InputError
-from bupo.models.layout import find_layout, unwrap
 from bupo.models.residual import find_residual_writes
 from tests.support.tiny import LAYOUTS, tiny_model, tokens
+from tests.support.zoo_checks import stream
 
 L = 4
 EVERY = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]
-
-
-def stream(model, ids):
-    """Raw H^1..H^L, A^l, F^l of an ordinary forward, by hooks (the library's last hidden state is already normed)."""
-    states = {"layer": [], "attn": [], "ffn": []}
-    hooks = []
-    inner = unwrap(model)
-    for layer in find_layout(model).layers:
-        hooks.append(layer.register_forward_hook(lambda m, i, o: states["layer"].append(o)))
-        hooks.append(layer.self_attn.register_forward_hook(lambda m, i, o: states["attn"].append(o[0])))
-        hooks.append(layer.mlp.register_forward_hook(lambda m, i, o: states["ffn"].append(o)))
-    try:
-        inner(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return states
-
-
-@pytest.mark.parametrize(("layout", "tied"), EVERY)
-@pytest.mark.parametrize("component", ["layer", "attn", "ffn"])
-def test_logits_are_states_times_unembedding(layout, tied, component):
-    model, ids = tiny_model(layout, tie_word_embeddings=tied), tokens()
-    with torch.no_grad():
-        states = stream(model, ids)[component]
-        for layer in range(1, L + 1):
-            for norm in (False, True):
-                state = states[layer - 1]
-                expected = model.lm_head(model.model.norm(state) if norm else state)
-                with internal_policy(model, layer, component, norm=norm):
-                    got = model(ids).logits
-                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_last_layer_with_norm_is_the_model_itself():
@@ -57,7 +28,7 @@ def test_last_layer_with_norm_is_the_model_itself():
 
 
 def surrogate(logits, ids):
-    """Any scalar function of a policy's log-probabilities will do."""
+    """A scalar function of a policy's log-probabilities."""
     return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).square().mean()
 
 
@@ -92,7 +63,8 @@ def test_gradients_equal_the_full_forward_and_vanish_above(layout, tied, checkpo
 def test_gradients_of_components(component, checkpointing):
     ids, layer = tokens(), 2
     reference = tiny_model("qwen3")
-    surrogate(reference.lm_head(stream(reference, ids)[component][layer - 1]), ids).backward()
+    states = stream(reference, ids, find_residual_writes(reference))
+    surrogate(reference.lm_head(states[component][layer - 1]), ids).backward()
     model = tiny_model("qwen3").train()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -105,36 +77,6 @@ def test_gradients_of_components(component, checkpointing):
             assert p.grad is None or not p.grad.any(), name
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * q.grad.abs().max().item(), msg=name)
-
-
-def test_no_layer_above_runs():
-    model, ran = tiny_model(), []
-    for index, layer in enumerate(model.model.layers, start=1):
-        layer.register_forward_hook(lambda m, i, o, index=index: ran.append(index))
-    for component in ("layer", "attn", "ffn"):
-        find_residual_writes(model)
-        ran.clear()
-        with torch.no_grad(), internal_policy(model, 2, component):
-            model(tokens())
-        assert ran == [1, 2]
-
-
-@torch.no_grad()
-def greedy(model, ids, layer, steps):
-    """Greedy decoding from pi^l by whole forwards, without a cache."""
-    for _ in range(steps):
-        logits = model.lm_head(stream(model, ids)["layer"][layer - 1])[:, -1]
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    return ids
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_generate_decodes_from_the_internal_policy(layout):
-    model, ids = tiny_model(layout), tokens(2, 5)
-    model.generation_config.eos_token_id = None
-    with internal_policy(model, 2):
-        got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    assert torch.equal(got, greedy(model, ids, 2, 6))
 
 
 def test_left_padding_changes_nothing():
@@ -215,6 +157,15 @@ def test_nesting_is_refused():
         pass
 
 
+@pytest.mark.parametrize("component", ["layer", "attn"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_a_copy_cannot_remain_an_internal_policy(component, duplicate):
+    model = tiny_model()
+    with internal_policy(model, 2, component), pytest.raises(InputError, match="outside"):
+        duplicate(model)
+    assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
+
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
 
 
@@ -231,18 +182,6 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 def test_models_without_internal_policies_are_refused(make, words):
     with pytest.raises(InputError, match=words), internal_policy(make(), 1):
         pass
-
-
-@pytest.mark.parametrize(("layout", "tied"), EVERY)
-def test_residual_identity(layout, tied):
-    model = tiny_model(layout, tie_word_embeddings=tied).double()
-    ids = tokens()
-    states = stream(model, ids)
-    before = model.model.embed_tokens(ids)
-    for layer in range(L):
-        after = before + states["attn"][layer] + states["ffn"][layer]
-        torch.testing.assert_close(after, states["layer"][layer], rtol=1e-12, atol=1e-12)
-        before = states["layer"][layer]
 
 
 def test_the_probe_refuses_a_layer_that_adds_something_else():
