@@ -87,7 +87,8 @@ def phase2(args) -> dict:
 
     from bupo import load_model
     from bupo.data.problems import load_problems
-    from bupo.train.trainer import BuPOConfig, BuPOTrainer
+    from bupo.train.config import BuPOConfig
+    from bupo.train.trainer import BuPOTrainer
 
     rounds, updates = args.rounds_phase2, 4
     problems = load_problems("arithmetic", split="train", limit=16 * (rounds + 1), seed=args.seed)

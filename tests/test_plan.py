@@ -183,7 +183,9 @@ def test_the_plan_of_a_recipe_adds_up():
     assert plain["phase1"] is None
     assert "internal" not in plain["memory"]
     assert plain["memory"]["full"] == made["memory"]["full"]
-    joint = make_plan(parse({**RECIPE, "internal_weight": 0.5}), shape, Question(find_device("cpu")))
+    phase = {"layer": RECIPE["internal_layer"], "rollouts": RECIPE["internal_steps"], "weight": 0.5}
+    joined = parse({**RECIPE, "internal_layer": None, "internal_steps": None, "phases": [phase]})
+    joint = make_plan(joined, shape, Question(find_device("cpu")))
     both = made["flops"]["updates_internal"] + made["flops"]["updates_full"]
     assert joint["flops"]["updates_internal"] == both
     assert joint["memory"]["internal"]["update"] > made["memory"]["full"]["update"]

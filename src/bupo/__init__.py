@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from bupo.lens.analyze import analyze_rollouts
     from bupo.models.internal_policy import internal_policy
     from bupo.models.load import load_model
-    from bupo.train.trainer import BuPOConfig, BuPOTrainer
+    from bupo.train.config import BuPOConfig
+    from bupo.train.trainer import BuPOTrainer
 
 # Imported on first use: the command line must start without torch.
 _HOMES = {
     "internal_policy": "bupo.models.internal_policy",
     "load_model": "bupo.models.load",
     "analyze_rollouts": "bupo.lens.analyze",
-    "BuPOConfig": "bupo.train.trainer",
+    "BuPOConfig": "bupo.train.config",
     "BuPOTrainer": "bupo.train.trainer",
 }
 __all__ = ["BuPOConfig", "BuPOTrainer", "analyze_rollouts", "internal_policy", "load_model"]

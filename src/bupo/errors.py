@@ -20,3 +20,7 @@ class ConfigError(InputError):
     def __init__(self, problems: str | list[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("; ".join(self.problems))
+
+
+class TrainingStopped(BupoError):
+    """Training cannot continue; the message names the update and what to try."""

@@ -26,10 +26,9 @@ from typing import Any, Literal
 
 from bupo.errors import ConfigError, InputError
 from bupo.schema import build, either, key, load_yaml
-from bupo.train.schedule import ladder_problems
 
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
-Estimator = Literal["grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "reinforce++-baseline", "ppo"]
+Estimator = Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline", "ppo"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -50,13 +49,11 @@ _OWNED = {
     "learning_rate": "learning_rate",
     "temperature": "temperature",
     "internal_layer": "internal_layer",
-    "internal_rule": "internal_rule",
     "internal_steps": "internal_steps",
     "internal_max_steps": "internal_max_steps",
     "internal_norm": "internal_norm",
     "internal_temperature": "internal_temperature",
-    "internal_weight": "internal_weight",
-    "internal_ladder": "internal_ladder",
+    "phases": "phases",
     "estimator": "estimator",
     "frozen_layers": "frozen_layers",
     "critic_learning_rate": "critic_learning_rate",
@@ -126,20 +123,14 @@ class Recipe:
     learning_rate: float = key(1e-6, "of AdamW, constant", above=0)
 
     internal_layer: int | str | None = key(None, "l of the internal policy, 1 to L, or auto: the boundary layer")
-    internal_rule: Literal["boundary", "recommended"] = key(
-        "boundary", "the layer that auto takes: the paper's boundary layer, or what `bupo analyze` recommends"
-    )
-    internal_steps: int | Literal["auto"] = key(
-        0, "s_inter: rollout batches on the internal policy; 0: plain GRPO, auto: until the guard ends them", low=0
+    internal_steps: int | Literal["auto"] | None = key(
+        None, "s_inter: rollout batches on the internal policy; 0: plain GRPO, auto: until the guard ends them", low=0
     )
     internal_max_steps: int | None = key(None, "with auto: the most of them (default: a third of all)", low=1)
     internal_norm: bool = key(False, "read the internal policy through the final norm (ablation)")
-    internal_temperature: float | Literal["auto"] = key(
-        1.0, "T of softmax(H^l E_u^T / T); auto: fitted on the first rollout batch", above=0
-    )
+    internal_temperature: float = key(1.0, "T of softmax(H^l E_u^T / T)", above=0)
 
-    internal_weight: float = key(1.0, "share of the internal surrogate in them; below 1: joint objective", above=0)
-    internal_ladder: list | None = key(None, "[[layer, rollout batches], ...] in place of one layer and its steps")
+    phases: list | None = key(None, "internal phases, [{layer, rollouts, weight}, ...], in place of one layer's steps")
     estimator: Estimator = key("grpo", "advantages: see bupo.train.advantages")
 
     critic_learning_rate: float = key(1e-5, "with ppo: the critic's", above=0)
@@ -204,13 +195,11 @@ class Recipe:
             "temperature": self.temperature,
             "learning_rate": self.learning_rate,
             "internal_layer": self.internal_layer,
-            "internal_rule": self.internal_rule,
             "internal_steps": self.internal_steps,
             "internal_max_steps": self.internal_max_steps,
             "internal_norm": self.internal_norm,
             "internal_temperature": self.internal_temperature,
-            "internal_weight": self.internal_weight,
-            "internal_ladder": self.internal_ladder,
+            "phases": self.phases,
             "estimator": self.estimator,
             "frozen_layers": self.frozen_layers,
             "critic_learning_rate": self.critic_learning_rate,
@@ -297,24 +286,10 @@ def _cross_problems(recipe: Recipe) -> list[str]:
     layer = recipe.internal_layer
     if isinstance(layer, str) and layer != "auto":
         problems.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
-    if recipe.internal_rule != "boundary" and layer != "auto":
-        problems.append("internal_rule goes with internal_layer auto")
     if isinstance(layer, int) and layer < 1:
         problems.append(f"internal_layer counts from 1, not {layer}")
     if recipe.internal_steps and layer is None:
         problems.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
-    if recipe.internal_temperature != 1.0 and not (recipe.internal_steps or recipe.internal_ladder):
-        problems.append("internal_temperature is that of an internal phase; set internal_steps, or leave it at 1")
-    if recipe.internal_weight > 1.0:
-        problems.append(f"internal_weight is a share: at most 1, not {recipe.internal_weight}")
-    if recipe.internal_ladder is not None:
-        wrong = ladder_problems(recipe.internal_ladder)
-        problems += [f"internal_ladder: {line}" for line in wrong]
-        total = 0 if wrong else sum(rollouts for _, rollouts in recipe.internal_ladder)
-        if total > recipe.rollouts:
-            problems.append(f"internal_ladder takes {total} rollout batches, more than rollouts {recipe.rollouts}")
-        if recipe.internal_steps or layer is not None:
-            problems.append("give either internal_ladder or internal_layer and internal_steps, not both")
     if (recipe.upper_learning_rate_scale is None) != (recipe.upper_learning_rate_above is None):
         problems.append("upper_learning_rate_scale and upper_learning_rate_above go together")
     if recipe.internal_steps and recipe.frozen_layers and isinstance(layer, int) and 1 <= layer <= recipe.frozen_layers:
@@ -325,11 +300,9 @@ def _cross_problems(recipe: Recipe) -> list[str]:
         steps = getattr(recipe, name)
         if isinstance(steps, int) and steps > recipe.rollouts:
             problems.append(f"{name} {steps} is more than rollouts {recipe.rollouts}")
-    if recipe.internal_max_steps is not None and recipe.internal_steps != "auto":
-        problems.append("internal_max_steps goes with internal_steps auto")
     if not recipe.inside_every and (recipe.inside_layer is not None or recipe.inside_responses is not None):
         problems.append("inside_layer and inside_responses go with inside_every")
-    known = recipe.inside_layer or isinstance(layer, int) or recipe.internal_ladder or recipe.internal_steps
+    known = recipe.inside_layer or isinstance(layer, int) or recipe.phases or recipe.internal_steps
     if recipe.inside_every and not known:
         problems.append("inside_every needs a layer to compare with the others: inside_layer, or an internal phase's")
     unknown = [name for name in recipe.report_to if name not in TRACKERS]

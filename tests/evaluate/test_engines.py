@@ -10,7 +10,7 @@ import torch
 
 from bupo.errors import ConfigError
 from bupo.recipe import Recipe
-from bupo.train.resume import fill_optimizer_state
+from bupo.train.checkpoint import fill_optimizer_state
 from bupo.train.run import _memory_advice, out_of_memory
 from bupo.train.unsupported import engine
 from tests.cli.test_cli_train import recipe, run  # noqa: F401  (a fixture)
@@ -91,7 +91,7 @@ def test_what_deepspeed_cannot_do_is_refused(tmp_path, monkeypatch):
     config(tmp_path, internal_steps=2)
     with pytest.raises(ConfigError, match=r"weight_decay 0\.1 would shrink the layers"):
         config(tmp_path, internal_steps=2, weight_decay=0.1)
-    with pytest.raises(ConfigError, match="internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread"):
+    with pytest.raises(ConfigError, match="internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard"):
         config(tmp_path, internal_steps="auto", internal_max_steps=2)
 
 

@@ -150,14 +150,14 @@ def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
 
 def scripted_guard(script: str) -> Any:
     """A phase guard that says what it was told to: k keep, s switch, r restore, anything else go on."""
-    from bupo.train.guard import PhaseGuard, Verdict
+    from bupo.train.guard import Decision, PhaseGuard
 
     class Scripted(PhaseGuard):
         def observe(self, signals: Any) -> Any:
             self.history.append(signals)
             letter = script[len(self.history) - 1]
             action: Any = {"s": "switch", "r": "restore"}.get(letter, "continue")
-            return Verdict(action, "as scripted" if action != "continue" else "", keep=letter == "k")
+            return Decision(action, "as scripted" if action != "continue" else "", keep=letter == "k")
 
     return Scripted()
 
@@ -217,7 +217,7 @@ def train(
     more = {} if sampled else {"rollout_func": responses}
     trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
     if script is not None:
-        trainer.guard = scripted_guard(script)
+        trainer.monitor.guard = scripted_guard(script)
     traffic = watch_traffic(trainer)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 
-from bupo.train.trainer import BuPOConfig, BuPOTrainer
+from bupo.train.config import BuPOConfig
+from bupo.train.trainer import BuPOTrainer
 from tests.support.tiny import tiny_model
 
 VOCABULARY = 97

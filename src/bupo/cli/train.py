@@ -56,7 +56,7 @@ def train(
 ) -> int:
     from bupo.recipe import parse, read_recipe
     from bupo.schema import override
-    from bupo.train.checkpoints import saved_recipe
+    from bupo.train.checkpoint import saved_recipe
 
     if output is None:
         raise InputError("--output is missing: name the folder of the run")

@@ -16,7 +16,7 @@ from bupo.plan.devices import Device
 from bupo.plan.measure import Speeds
 from bupo.plan.shape import Shape
 from bupo.plan.simulate import RolloutBytes, Settings, UpdateBytes, simulate_rollout, simulate_update
-from bupo.plan.work import batch_flops, run_tokens, savings, seconds_of
+from bupo.plan.work import batch_flops, is_joint, run_tokens, savings, seconds_of
 from bupo.recipe import Recipe
 
 NF4 = 4.127 / 8  # bytes a weight in 4 bits, with its share of the twice quantised scales
@@ -58,7 +58,7 @@ def make_plan(recipe: Recipe, shape: Shape, asked: Question, speeds: Speeds | No
         # the full policy runs in an internal phase too: a part of the responses is watched without gradient
         beside = simulate_update(shape.config, len(shape.layers), settings, whole=True, narrow=True)
         internal = replace(internal, scoring=max(internal.scoring, beside.scoring))
-        if recipe.internal_weight < 1.0:
+        if is_joint(recipe):
             internal = _joint(internal, beside)
     rollout = None if _vllm(recipe) else simulate_rollout(shape.config, len(shape.layers), settings)
     flops = batch_flops(recipe, shape, batch, layer, settings)
@@ -133,8 +133,8 @@ def _batch(recipe: Recipe, asked: Question) -> dict[str, int]:
 def internal_layer(recipe: Recipe, layers: int) -> int | None:
     """The layer whose internal phase is planned: the highest of a ladder, L // 6 in place of ``auto``."""
     found: Any = recipe.internal_layer if recipe.internal_steps else None
-    if recipe.internal_ladder:
-        found = max(layer for layer, _ in recipe.internal_ladder)
+    if recipe.phases:
+        found = max(phase["layer"] for phase in recipe.phases)
     if found == "auto":
         found = max(1, layers // 6)
     if found is not None and not 1 <= found <= layers:
@@ -144,11 +144,11 @@ def internal_layer(recipe: Recipe, layers: int) -> int | None:
 
 def internal_rollouts(recipe: Recipe) -> int:
     """Rollout batches of the internal phase; the most where the guard may end it."""
-    if recipe.internal_ladder:
-        return sum(rollouts for _, rollouts in recipe.internal_ladder)
+    if recipe.phases:
+        return sum(phase["rollouts"] for phase in recipe.phases)
     if recipe.internal_steps == "auto":
         return recipe.internal_max_steps or max(recipe.rollouts // 3, 1)
-    return int(recipe.internal_steps)
+    return int(recipe.internal_steps or 0)
 
 
 def settings_of(recipe: Recipe, asked: Question) -> Settings:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from bupo.models.layout import find_layout
 from bupo.plan.shape import cut, fake_model
-from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_words
+from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_width
 
 PROBED = (4, 8)  # layers of the two runs that a deeper model's figures are drawn from
 _Found = TypeVar("_Found")
@@ -282,7 +282,7 @@ def _score(
         flat = states.reshape(-1, states.shape[-1])
         if flat.requires_grad:
             flat.register_hook(lambda grad: mark())
-        words = tile_words(ids.numel()) if narrow and not settings.triton else WIDEST
+        words = tile_width(ids.numel()) if narrow and not settings.triton else WIDEST
         return _TiledHead.apply(flat, layout.unembedding.weight, settings.compute, settings.triton, words)
 
 

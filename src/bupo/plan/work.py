@@ -41,7 +41,7 @@ def batch_flops(
     if layer is not None:
         share = max(batch["micro_batch"] * (samples // batch["samples_a_process"]), samples // PROBE_SHARE) / samples
         probe = share * (2 * found["scoring_full"] + found["scoring_internal"])
-        if recipe.internal_weight < 1.0:  # the joint objective does both
+        if is_joint(recipe):  # the joint objective does both
             found["scoring_internal"] += found["scoring_full"]
             found["updates_internal"] += found["updates_full"]
         found["probe_internal"] = probe + (found["scoring_full"] if _corrected(recipe) else 0.0)
@@ -96,7 +96,7 @@ def seconds_of(
         if depth is None:
             continue
         if speeds is not None:
-            joint = recipe.internal_weight < 1.0
+            joint = is_joint(recipe)
             parts[name] = speeds.rollout_batch(
                 shape, batch, depth, internal=name == "internal", joint=joint, scores=_scores(recipe, batch)
             )
@@ -134,3 +134,8 @@ def _generation_seconds(
     waves = max(1.0, wanted / room) if room else 1.0
     read = batch["response"] * (shape.total * size * waves + batch["samples_a_process"] * cache)
     return max(flops["generation"] / asked.processes / asked.device.flops, read / asked.device.bandwidth)
+
+
+def is_joint(recipe: Recipe) -> bool:
+    """Whether any internal phase also optimises the full policy."""
+    return any(phase.get("weight", 1.0) < 1.0 for phase in recipe.phases or [])

@@ -1,4 +1,4 @@
-"""``internal_layer: auto``: the layer that ``internal_rule`` names in a quick analysis of the first rollout batch."""
+"""Analyses the model in training on its own responses, and finds the layer that ``internal_layer: auto`` stands for."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from bupo.lens import agreement as choice
+from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 
 RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
 
 
 @dataclass(frozen=True)
-class TokenRollout:
+class Response:
     """One response of a training batch as token ids."""
 
     prompt_ids: list[int]
@@ -25,51 +26,64 @@ class TokenRollout:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The layer found, or None with a message that lists the alternatives; ``analysis`` as in ``analysis.json``."""
+    """The boundary layer, or None with a message that lists the candidates; ``analysis`` as in ``analysis.json``."""
 
     layer: int | None
     message: str
     analysis: dict[str, Any] = field(repr=False, default_factory=dict)
 
 
-def choose_layer(
-    model: nn.Module, batch: Mapping[str, Tensor], *, rule: str = "boundary", responses: int = RESPONSES
-) -> LayerChoice:
-    """Analyse some responses of a rollout batch (spread evenly over it) and name the layer that a rule gives.
-
-    Args:
-        rule: ``boundary``, the paper's, or ``recommended`` (:func:`bupo.lens.agreement.choose_layer`).
-    """
-    rollouts = unpad(batch)
-    rows = torch.linspace(0, len(rollouts) - 1, min(responses, len(rollouts))).round().long().tolist()
-    with torch.no_grad():
-        chosen = [rollouts[i] for i in rows]
-        analysis = analyze_rollouts(model, chosen)
-        if rule == "recommended":
-            analysis["layer_choice"] = choice.choose_layer(model, chosen, analysis)
-    layer, reason = choice.chosen_layer(analysis, rule)
+def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> LayerChoice:
+    """Apply the paper's boundary rule to a quick analysis of a rollout batch; all processes get the same answer."""
+    try:
+        analysis = analyze_batch(model, batch, RESPONSES, accelerator)
+    except InputError as error:
+        return LayerChoice(None, f"internal_layer auto: {error}")
+    layer, reason = analysis["boundary_layer"], analysis["boundary_reason"]
     if layer is not None:
         return LayerChoice(layer, reason, analysis)
-    return LayerChoice(None, f"internal_layer auto: {reason}. {_alternatives(analysis)}", analysis)
+    return LayerChoice(None, f"internal_layer auto: {reason}. {_candidates(analysis)}", analysis)
 
 
-def _alternatives(analysis: dict[str, Any]) -> str:
-    layers = analysis["layers"]
+def _candidates(analysis: dict[str, Any]) -> str:
     change = analysis["entropy_change"]["ffn"]
-    positive = [str(i) for i, value in enumerate(change, start=1) if value > 0]
-    seen = f"layers with a positive FFN entropy change: {', '.join(positive) or 'none'}"
+    positive = ", ".join(str(layer) for layer, value in enumerate(change, start=1) if value > 0)
     return (
-        f"Set internal_layer to a number from 1 to {layers} ({seen}; the paper's choices lie at 1/6 of the depth in "
-        "Qwen3 and just below the last layers in Llama), or internal_steps to 0 for plain GRPO"
+        f"Set internal_layer to a number from 1 to {analysis['layers']} (layers with a positive FFN entropy change: "
+        f"{positive or 'none'}; the paper's choices lie at 1/6 of the depth in Qwen3 and just below the last layers in "
+        "Llama; `bupo analyze` also shows where the layers begin to agree with the output), or internal_steps to 0 for "
+        "plain GRPO"
     )
 
 
-def unpad(batch: Mapping[str, Tensor]) -> list[TokenRollout]:
-    """The responses of a padded batch (prompts padded left, responses right), empty ones left out."""
-    found = []
+def analyze_batch(model: nn.Module, batch: Mapping[str, Tensor], responses: int, accelerator: Any) -> dict[str, Any]:
+    """Analyse some of the first process's responses, spread evenly over its part of the batch.
+
+    A forward pass of a sharded model is a collective operation, so there every process runs the same passes. Otherwise
+    the processes divide the responses among themselves.
+
+    Returns: the content of ``analysis.json``, the same on every process.
+
+    Raises:
+        InputError: (on every process) the model cannot be analysed.
+    """
+    rows = first_process_responses(batch)
+    rows = [rows[i] for i in spread_rows(len(rows), responses).tolist()]
+    sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+    return analyze_rollouts(model, rows, share=accelerator.num_processes > 1 and not sharded)
+
+
+def first_process_responses(batch: Mapping[str, Tensor]) -> list[Response]:
+    """The first process's responses of a padded batch, on every process; empty ones are left out."""
+    rows = []
     for row in range(len(batch["prompt_ids"])):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
         response = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
         if prompt and response:
-            found.append(TokenRollout(prompt, response))
-    return found
+            rows.append(Response(prompt, response))
+    return broadcast_object_list([rows], from_process=0)[0]
+
+
+def spread_rows(size: int, n: int) -> Tensor:
+    """Indices of at most n of ``size`` rows, spread evenly (the responses to one prompt lie next to each other)."""
+    return torch.linspace(0, size - 1, min(size, n)).round().long()

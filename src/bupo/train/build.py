@@ -19,10 +19,11 @@ from bupo.lens.analyze import context_length
 from bupo.models.load import load_model
 from bupo.recipe import Recipe
 from bupo.schema import nearest
+from bupo.train.config import BuPOConfig
+from bupo.train.diagnostics import check_trackers
 from bupo.train.lora import four_bit, lora_config
-from bupo.train.panels import check_trackers
 from bupo.train.rewards import make_reward
-from bupo.train.trainer import BuPOConfig, BuPOTrainer
+from bupo.train.trainer import BuPOTrainer
 
 
 def build(

@@ -1,4 +1,4 @@
-"""What happens beside the updates: when to save, what is written to ``log.jsonl``, what is shown, how to stop."""
+"""Trainer callbacks for checkpoint timing, logging, console output and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-PHASES = {1.0: "internal", 2.0: "full"}
+from bupo.run_folder import write_text
+
 # names in log.jsonl of what every reader needs, and the trainer's names for them
 COLUMNS = {
     "reward": "reward",
@@ -26,7 +27,7 @@ COLUMNS = {
 
 
 class SaveBetweenRollouts(TrainerCallback):
-    """Move every save to the end of the rollout batch: in its middle, samples would be lost with the checkpoint."""
+    """Delays every save to the end of the rollout batch, because a checkpoint within one would lose its samples."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
@@ -41,31 +42,31 @@ class SaveBetweenRollouts(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) lets the rollout batch end, saves and stops; a second one stops at once."""
+    """The first Ctrl-C (or SIGTERM) stops after the rollout batch and saves; a second one stops at once."""
 
-    def __init__(self, trainer: Any, say: Callable[[str], None]):
-        self._trainer, self._say = trainer, say
-        self.asked = False
+    def __init__(self, trainer: Any, log: Callable[[str], None]):
+        self._trainer, self._log = trainer, log
+        self.requested = False
         self.stopped = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+                self._handlers[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Put back the handlers that were there before training."""
-        for number, handler in self._before.items():
+        """Put back the signal handlers from before training."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             self.restore()
             raise KeyboardInterrupt
-        self.asked = True
-        self._say("stopping after this rollout batch; press Ctrl-C again to stop at once (from the last checkpoint)")
+        self.requested = True
+        self._log("stopping after this rollout batch; press Ctrl-C again to stop at once (from the last checkpoint)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self._trainer.between_rollouts and self._anywhere() and state.global_step < state.max_steps:
@@ -73,11 +74,11 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def _anywhere(self) -> bool:
-        """Whether any process was asked to stop: all must do so after the same update."""
+        """Whether any process received a signal; all processes must stop after the same update."""
         accelerator = self._trainer.accelerator
         if accelerator.num_processes == 1:
-            return self.asked
-        flag = torch.tensor(float(self.asked), device=accelerator.device)
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=accelerator.device)
         return bool(accelerator.reduce(flag, reduction="sum") > 0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,10 +86,10 @@ class StopOnSignal(TrainerCallback):
 
 
 class LogWriter(TrainerCallback):
-    """Appends one JSON object a log call to ``log.jsonl`` and shows one line a rollout batch.
+    """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
 
     A row has ``step`` (updates so far), ``rollout`` (from 1), ``phase`` (``internal``, ``joint`` or ``full``),
-    ``layer``, ``reward``, ``entropy`` (full policy, nats a token), ``internal_entropy``, ``mean_length`` (tokens),
+    ``layer``, ``reward``, ``entropy`` (full policy, nats per token), ``internal_entropy``, ``mean_length`` (tokens),
     ``loss``, ``seconds`` (since this process began to train), and every other metric under the trainer's own name.
     Evaluations are rows with ``eval_*`` names. A resumed run drops the rows after its checkpoint.
     """
@@ -98,12 +99,11 @@ class LogWriter(TrainerCallback):
     ):
         self.path, self._trainer, self._show, self._rollouts = path, trainer, show, rollouts
         self._started = time.monotonic()
-        self.last: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.monotonic()
         if state.is_world_process_zero:
-            keep_until(self.path, state.global_step)
+            drop_rows_after(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
@@ -112,41 +112,41 @@ class LogWriter(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
             stream.flush()
-        if "reward" in row:
-            self.last = row
-        if self._show is not None:
-            ended = self._trainer.phase_end
-            if ended is not None and row.get("rollout") == ended["rollouts"] + 1:
-                back = "; went back to the best weights" if ended["action"] == "restore" else ""
-                self._show(f"internal phase ended after {ended['rollouts']} rollout batches: {ended['reason']}{back}")
-            self._show(self.line(row))
+        if self._show is None or ("rollout" in row and "rollout" not in logs):  # a later update of a rollout batch
+            return
+        ended = self._trainer.phase_end
+        if ended is not None and row.get("rollout") == ended["rollouts"] + 1:
+            back = "; the best weights were restored" if ended["action"] == "restore" else ""
+            self._show(f"internal phase ended after {ended['rollouts']} rollout batches: {ended['reason']}{back}")
+        self._show(self.line(row))
 
     def row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         """The row of one log call."""
-        clean = {name: _finite(value) for name, value in logs.items()}
+        metrics = {name: _finite(value) for name, value in logs.items()}
         seconds = round(time.monotonic() - self._started, 2)
-        if any(name.startswith("eval_") for name in clean):
-            return {"step": step, "seconds": seconds, **clean}
-        rollout = clean.pop("rollout", None)
-        number = clean.pop("phase", None)
-        row: dict[str, Any] = {"step": step, "rollout": None if rollout is None else int(rollout)}
-        row["phase"] = PHASES.get(number) if number is not None else None
-        row["layer"] = None
-        if rollout is not None:
-            stage = self._trainer.schedule.at(int(rollout) - 1)
-            row["phase"], row["layer"] = stage.phase, stage.layer
-        row |= {short: clean.pop(name, None) for short, name in COLUMNS.items()}
-        return {**row, "seconds": seconds, **clean}
+        if any(name.startswith("eval_") for name in metrics):
+            return {"step": step, "seconds": seconds, **metrics}
+        for name in ("rollout", "phase"):
+            metrics.pop(name, None)
+        phase = self._trainer.phase
+        return {
+            "step": step,
+            "rollout": (self._trainer._step - 1) // self._trainer.args.generate_every + 1,  # of the last micro-batch
+            "phase": phase.name,
+            "layer": phase.layer,
+            **{short: metrics.pop(name, None) for short, name in COLUMNS.items()},
+            "seconds": seconds,
+            **metrics,
+        }
 
     def line(self, row: dict[str, Any]) -> str:
-        """One line for a person."""
+        """One line for the console."""
         if "rollout" not in row:
-            reward = row.get("eval_reward")
-            return f"evaluation after update {row['step']}: reward {_number(reward)}"
-        of = f"/{self._rollouts}" if self._rollouts else ""
+            return f"evaluation after update {row['step']}: reward {_number(row.get('eval_reward'))}"
+        total = f"/{self._rollouts}" if self._rollouts else ""
         phase = f"{row['phase']} l={row['layer']}" if row["layer"] else f"{row['phase']}"
         parts = [
-            f"rollout {row['rollout']}{of}",
+            f"rollout {row['rollout']}{total}",
             f"{phase:<14}",
             f"reward {_number(row['reward'])}",
             f"entropy {_number(row['entropy'])}",
@@ -169,8 +169,8 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop rows after update ``step`` and a torn last line (a run killed while writing)."""
+def drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows of a log after update ``step``, and a torn last line (of a run that was killed while writing)."""
     if not path.exists():
         return
     kept = []
@@ -180,7 +180,5 @@ def keep_until(path: Path, step: int) -> None:
         except ValueError:
             continue
         if isinstance(row, dict) and row.get("step", 0) <= step and step > 0:
-            kept.append(line)
-    from bupo.run_folder import write_text
-
-    write_text(path, "".join(line + "\n" for line in kept))
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

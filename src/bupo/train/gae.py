@@ -1,7 +1,7 @@
-"""Generalised advantage estimation over response tokens (arXiv 1506.02438), and what goes with it in PPO.
+"""Generalised advantage estimation over response tokens (arXiv 1506.02438), and PPO's value loss.
 
-Shape legend: B responses, T response tokens. ``mask`` (B, T) is 1 for tokens that the policy chose and 0 for padding
-and for a tool's output, over which values and advantages are carried unchanged.
+Shapes: B responses, T response tokens. ``mask`` (B, T) is 1 for tokens that the policy chose, and 0 for padding and for
+the output of a tool, over which values and advantages are carried unchanged.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     """Advantages and returns.
 
     ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``, with ``V = A = 0`` after the last
-    token (a response cut off at its longest length ends there too); the return is ``A_t + V_t``.
+    token (a truncated response ends there too). The return is ``A_t + V_t``.
 
     Args:
         rewards: reward of each token, (B, T).
         values: ``V_t`` of the state before each token, (B, T).
-        gamma, lam: discount, and the weight between one-step (0) and whole returns (1).
+        gamma: discount factor per token.
+        lam: weight between one-step differences (0) and whole returns (1).
 
     Returns: two (B, T) tensors, 0 where the mask is 0.
     """
     next_value = torch.zeros_like(values[:, 0])
     carried = torch.zeros_like(next_value)
-    found = torch.zeros_like(values)
+    advantages = torch.zeros_like(values)
     for t in range(values.size(1) - 1, -1, -1):
         chosen = mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         carried = torch.where(chosen, delta + gamma * lam * carried, carried)
         next_value = torch.where(chosen, values[:, t], next_value)
-        found[:, t] = torch.where(chosen, carried, 0.0)
-    return found, (found + values) * mask
+        advantages[:, t] = torch.where(chosen, carried, 0.0)
+    return advantages, (advantages + values) * mask
 
 
-def outcome_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
+def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
     """The reward of each response (B,) at the last token that the policy chose, (B, T)."""
     positions = torch.arange(1, mask.size(1) + 1, device=mask.device)
     last = (positions * mask.bool()).argmax(dim=1, keepdim=True)
@@ -44,6 +45,6 @@ def outcome_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2`` for each token (PPO as verl and TRL write it)."""
+    """``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2`` for each token, as in verl and TRL."""
     near = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)

@@ -2,8 +2,8 @@
 
 The output folder holds ``run.json`` (what was asked and with what), ``log.jsonl``, ``checkpoints/``, ``model/`` (the
 final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it), with ``flow_every`` the entropy flows in
-``flow/``, with ``inside_every`` the readings in ``inside/`` (`bupo.train.inside`), and, for ``internal_layer: auto``,
-the analysis it rests on in ``auto_layer.json``.
+``flow/``, with ``inside_every`` the readings in ``inside/`` (`bupo.train.layer_drift`), and, for
+``internal_layer: auto``, the analysis it rests on in ``auto_layer.json``.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from bupo.errors import ConfigError, InputError
+from bupo.errors import ConfigError, InputError, TrainingStopped
 from bupo.models.load import model_revision
 from bupo.recipe import Recipe
 from bupo.run_folder import RUN_FILE, claim, describe_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
-from bupo.train.checkpoints import last_checkpoint, read_state, rotate, saved_recipe
-from bupo.train.inside import FOLDER as INSIDE
-from bupo.train.inside import inside_readings
+from bupo.train.checkpoint import last_checkpoint, read_state, rotate, saved_recipe
+from bupo.train.diagnostics import Draw, add_diagnostics
+from bupo.train.layer_drift import FOLDER as INSIDE
+from bupo.train.layer_drift import LayerDrift
 from bupo.train.lora import merged
-from bupo.train.panels import Draw, add_panels
 from bupo.train.rewards import AnswerReward
-from bupo.train.trainer import BuPOTrainer, TrainingStopped
+from bupo.train.trainer import BuPOTrainer
 
 LOG_FILE = "log.jsonl"
 _FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every", "inside_every")  # of a resumed run
@@ -50,8 +50,8 @@ def train(
         resume: go on from the last complete checkpoint in ``output``.
         overwrite: replace a run that ``output`` holds.
         say: is given one line a rollout batch, and whatever else a person should know.
-        draw: draws the entropy flow that ``flow_every`` asks for, see `bupo.train.panels`; without it only its JSON is
-            saved.
+        draw: draws the entropy flow that ``flow_every`` asks for, see `bupo.train.diagnostics`; without it only its
+            JSON is saved.
 
     Returns:
         ``{"output", "model" (None if interrupted), "interrupted", "rollouts", "updates", "seconds", "internal_layer",
@@ -73,7 +73,7 @@ def train(
     try:
         trainer, tokenizer, reward = build(recipe, folder, say)
         if recipe.inside_every:
-            readings = inside_readings(recipe, trainer, tokenizer, folder, say)
+            readings = LayerDrift(recipe, trainer, tokenizer, folder, say)
             trainer.on_rollout.append(readings)
             trainer.add_callback(readings)
     except BaseException:
@@ -115,13 +115,14 @@ def _run(
     log = LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts)
     stop = StopOnSignal(trainer, say)
     trackers = bool(recipe.report_to)
-    add_panels(trainer, folder, trackers=trackers, flow_every=recipe.flow_every, say=say, draw=draw)
+    add_diagnostics(trainer, folder, trackers=trackers, flow_every=recipe.flow_every, log=say, draw=draw)
     trainer.add_callback(log)
     trainer.add_callback(stop)
     try:
         done = checkpoint is not None and _updates(checkpoint) >= trainer.args.max_steps
         if done:
             trainer._load_from_checkpoint(str(checkpoint))
+            trainer.checkpointer.restore(str(checkpoint))
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (RuntimeError, MemoryError) as error:
@@ -143,8 +144,8 @@ def _run(
         "rollouts": trainer._step // trainer.args.generate_every if not done else recipe.rollouts,
         "updates": _updates(checkpoint) if done and checkpoint else trainer.state.global_step,
         "seconds": round(time.monotonic() - started, 1),
-        "internal_layer": next((layer for layer in trainer.schedule.layers if layer != "auto"), None),
-        "internal_temperature": trainer.schedule.stages[0].temperature,
+        "internal_layer": next(iter(trainer.schedule.layers), None),
+        "internal_temperature": recipe.internal_temperature,
         "phase_end": trainer.phase_end,
         **_rewards(folder / LOG_FILE),
     }

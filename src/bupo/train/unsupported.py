@@ -1,8 +1,7 @@
-"""Settings that would silently compute something else in an internal phase: each is refused with one clear line.
+"""TRL settings that would compute something else in an internal phase, each refused with one message.
 
-Read from TRL 1.16's ``GRPOTrainer``; nothing here imports it. In an internal phase the log-probabilities and entropies
-that the loss sees are those of the internal policy, so every term built from them must be meant for it. The ratio is
-(token or sequence level, any clipped surrogate); what follows is not.
+In an internal phase the loss sees the log-probabilities and entropies of the internal policy. The clipped ratio is
+meant for them (at token or sequence level); the terms below are not. Read from TRL 1.16's ``GRPOTrainer``.
 """
 
 from __future__ import annotations
@@ -10,15 +9,17 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-# loss types whose only use of log-probabilities is the ratio (cispo: also the score function of the same policy)
-RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+from bupo.models.internal_policy import check_layer, n_layers
+from bupo.train.layerwise import layerwise_problems
 
+# losses that use log-probabilities in the ratio only (cispo also as the score function of the same policy)
+RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 
 Engine = Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"]
 
 
 def engine(args: Any) -> Engine:
-    """What spreads the model: asked for in the settings, or by ``accelerate launch`` through its environment."""
+    """What distributes the model, by the settings or by the environment that ``accelerate launch`` sets."""
 
     def launched(name: str) -> bool:
         return os.environ.get(name, "").lower() in ("1", "true")
@@ -32,64 +33,98 @@ def engine(args: Any) -> Engine:
     return "ddp" if args.world_size > 1 else "one"
 
 
-def guard_hazards(args: Any) -> list[str]:
-    """Problems of ``internal_steps: auto``, which keeps weights to go back to."""
+def unsupported_by_guard(args: Any) -> list[str]:
+    """Problems of ``internal_steps: auto``, which keeps the best weights."""
     if engine(args) not in ("deepspeed", "fsdp1"):
         return []
-    return ["internal_steps auto keeps weights, which DeepSpeed and FSDP1 spread; use FSDP2, or give a number"]
+    return ["internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number"]
 
 
-def hazards(args: Any) -> list[str]:
-    """Problems of a `BuPOConfig` whose schedule has an internal phase; one line each."""
-    found = []
-    if args.beta != 0.0:
-        found.append(
-            f"beta {args.beta} adds a penalty between the internal policy and the full reference model, which is the "
-            "KL of neither; set beta to 0 or internal_steps to 0"
-        )
-    if args.entropy_coef != 0.0 or args.use_adaptive_entropy:
-        found.append(
-            "entropy_coef / use_adaptive_entropy would act on the internal policy's entropy and carry that over the "
-            "switch; set entropy_coef to 0 and use_adaptive_entropy to false, or internal_steps to 0"
-        )
-    if args.top_entropy_quantile < 1.0:
-        found.append(
+def unsupported_settings(args: Any) -> list[str]:
+    """Problems of a `BuPOConfig` that has an internal phase, one message each."""
+    adds_entropy = args.entropy_coef != 0.0 or args.use_adaptive_entropy
+    distributed = engine(args)
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    checks = [
+        (
+            args.beta != 0.0,
+            f"beta {args.beta} would penalise the distance from the internal policy to the full reference model, which "
+            "is the KL divergence of neither; set beta to 0 or internal_steps to 0",
+        ),
+        (
+            adds_entropy,
+            "entropy_coef and use_adaptive_entropy would act on the internal policy's entropy and keep that state "
+            "after the phase; set entropy_coef to 0 and use_adaptive_entropy to false, or internal_steps to 0",
+        ),
+        (
+            args.top_entropy_quantile < 1.0,
             f"top_entropy_quantile {args.top_entropy_quantile} would choose tokens by the internal policy's entropy; "
-            "set it to 1.0 or internal_steps to 0"
+            "set it to 1.0 or internal_steps to 0",
+        ),
+        (
+            args.loss_type not in RATIO_LOSSES,
+            f"loss_type {args.loss_type!r} mixes the ratio with other weights; an internal phase needs one of "
+            f"{', '.join(RATIO_LOSSES)}",
+        ),
+        (
+            args.off_policy_mask_threshold is not None,
+            "off_policy_mask_threshold would drop samples by the internal policy's drift (under vLLM it would compare "
+            "that with the sampler's log-probabilities); leave it unset or set internal_steps to 0",
+        ),
+        (args.use_liger_kernel, "use_liger_kernel replaces forwards that the internal policy relies on; leave it off"),
+        (args.torch_compile, "torch_compile would keep the graph of one phase for the other; leave it off"),
+        (
+            args.ddp_find_unused_parameters is False,
+            "ddp_find_unused_parameters false leaves gradients unsynchronised in an internal phase, which does not use "
+            "the upper layers; set it to true",
+        ),
+        (
+            args.ddp_static_graph,
+            "ddp_static_graph fails when the internal phase ends and the graph changes; leave it unset",
+        ),
+        (
+            distributed == "deepspeed" and args.weight_decay != 0.0,
+            f"weight_decay {args.weight_decay} would shrink the layers that an internal phase does not use, because "
+            "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP",
+        ),
+        (
+            distributed == "ddp" and reentrant,
+            "reentrant gradient checkpointing does not work with DDP and unused parameters, which an internal phase "
+            "has; set use_reentrant to false in gradient_checkpointing_kwargs",
+        ),
+    ]
+    return [message for applies, message in checks if applies]
+
+
+def model_problems(trainer: Any) -> list[str]:
+    """Problems of a trainer's settings with its model, optimizer and dataset."""
+    args, schedule, model = trainer.args, trainer.schedule, trainer.model
+    problems = layerwise_problems(model, args)
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    foreign = trainer.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
+    if args.upper_learning_rate_above is not None and foreign:
+        problems.append(
+            "upper_learning_rate_scale needs the trainer's own optimizer; do not pass one, and leave the optimizer out "
+            "of DeepSpeed's configuration"
         )
-    if args.loss_type not in RATIO_LOSSES:
-        found.append(
-            f"loss_type {args.loss_type!r} mixes the ratio with other weights; with an internal phase use one of "
-            f"{', '.join(RATIO_LOSSES)}"
+    if trainer._is_vlm and (schedule.internal or args.estimator == "ppo"):
+        problems.append("internal phases and estimator ppo support text models only, and this model takes images")
+    for layer in schedule.layers:
+        try:
+            check_layer(n_layers(model), layer)
+        except ValueError as error:
+            problems.append(f"internal_layer: {error}")
+    cast_to = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    casts = args.use_transformers_continuous_batching and cast_to is not None
+    if casts and any(str(p.dtype) != f"torch.{cast_to}" for p in model.parameters()):
+        problems.append(
+            f"use_transformers_continuous_batching would turn the trained weights to {cast_to} for good (TRL casts the "
+            f"model to sample); load it with dtype {cast_to}, or set precision float32"
         )
-    if args.off_policy_mask_threshold is not None:
-        found.append(
-            "off_policy_mask_threshold would drop samples by the internal policy's drift (and compare it with the "
-            "sampler's log-probabilities under vLLM); leave it unset or set internal_steps to 0"
+    if trainer.micro_batches_per_epoch == 0:
+        problems.append(
+            f"the dataset has {len(trainer.train_dataset)} prompts, fewer than the {trainer.prompts_per_rollout} of "
+            "one rollout batch"
         )
-    if args.use_liger_kernel:
-        found.append("use_liger_kernel replaces layer forwards that early exit relies on; leave it off")
-    if args.torch_compile:
-        found.append("torch_compile would keep the graph of one phase for the other; leave it off")
-    if args.ddp_find_unused_parameters is False:
-        found.append(
-            "ddp_find_unused_parameters false leaves gradients unsynchronised in the internal phase, where upper "
-            "layers are unused; set it to true"
-        )
-    if args.ddp_static_graph:
-        found.append("ddp_static_graph cannot hold: the graph changes when the internal phase ends; leave it unset")
-    if engine(args) == "deepspeed" and args.weight_decay != 0.0:
-        found.append(
-            f"weight_decay {args.weight_decay} would shrink the layers that the internal phase does not use, because "
-            "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP"
-        )
-    if (
-        engine(args) == "ddp"
-        and args.gradient_checkpointing
-        and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    ):
-        found.append(
-            "reentrant gradient checkpointing does not work with DDP and unused parameters (the internal phase has "
-            "them); set use_reentrant to false in gradient_checkpointing_kwargs"
-        )
-    return found
+        return problems
+    return problems + trainer.alignment_problems(schedule)

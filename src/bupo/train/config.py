@@ -1,0 +1,280 @@
+"""The settings of BuPO beside TRL's: their only declaration and their only checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from trl import GRPOConfig
+
+from bupo.errors import ConfigError
+from bupo.train.advantages import ESTIMATORS
+from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
+from bupo.train.unsupported import engine, unsupported_by_guard, unsupported_settings
+
+_CRITIC = ("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda")
+
+
+@dataclass
+class BuPOConfig(GRPOConfig):
+    """`GRPOConfig` with the internal phases; the defaults follow the set-up of arXiv 2512.19673.
+
+    Defaults that differ from TRL's: ``updates_per_rollout`` is 4 (so that old log-probabilities and clipping matter),
+    the learning rate is constant, and the trainer logs once per rollout batch. As in TRL: ``loss_type="dapo"``, the
+    paper's token mean (the split into micro-batches does not change the result), clip 0.2, no KL penalty, no entropy
+    bonus, temperature 1, rewards scaled by group, learning rate 1e-6, gradient clip 1.
+
+    The class parses with ``HfArgumentParser`` and ``TrlParser``. In a Mixture-of-Experts model the load-balancing loss
+    of an internal phase covers the layers up to l.
+
+    Raises:
+        ConfigError: with every problem that the settings have.
+    """
+
+    phases: list | str | None = field(
+        default=None,
+        metadata={
+            "help": "Internal phases in order, as [{layer: l, rollouts: N, weight: w}, ...] (JSON on a command line). "
+            "A weight below 1 adds the full policy's surrogate with weight 1 - w. Replaces internal_layer and "
+            "internal_steps."
+        },
+    )
+    internal_layer: int | str | None = field(
+        default=None,
+        metadata={"help": "Layer l of the internal policy, from 1 to L, or 'auto' for the boundary layer."},
+    )
+    internal_steps: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Number of rollout batches that optimise the internal policy (s_inter). 0 is plain GRPO, whatever "
+            "the other internal settings are; 'auto' lets the phase guard end the phase."
+        },
+    )
+    internal_max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Upper limit of internal_steps 'auto', in rollout batches. Default: a third of the run."},
+    )
+    internal_norm: bool = field(
+        default=False,
+        metadata={"help": "Apply the final norm inside the internal policy (an ablation of the paper)."},
+    )
+    internal_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T of the internal policy softmax(H^l E_u^T / T)."}
+    )
+    estimator: str = field(default="grpo", metadata={"help": f"Advantage estimator, one of {', '.join(ESTIMATORS)}."})
+    critic_learning_rate: float = field(
+        default=1e-5, metadata={"help": "Constant learning rate of the critic (estimator ppo)."}
+    )
+    critic_clip: float = field(
+        default=0.5, metadata={"help": "Largest move of a value within a rollout batch (estimator ppo)."}
+    )
+    gae_gamma: float = field(default=1.0, metadata={"help": "Discount factor per token (estimator ppo)."})
+    gae_lambda: float = field(
+        default=1.0,
+        metadata={"help": "Weight between one-step differences (0) and whole returns (1) (estimator ppo)."},
+    )
+    frozen_layers: int | None = field(
+        default=None, metadata={"help": "Freeze layers 1 to this one (a comparison of the paper)."}
+    )
+    upper_learning_rate_scale: float | None = field(
+        default=None,
+        metadata={"help": "Factor on the learning rate of layers above upper_learning_rate_above and the final norm."},
+    )
+    upper_learning_rate_above: int | None = field(
+        default=None, metadata={"help": "Layer, from 1 to L - 1, above which upper_learning_rate_scale applies."}
+    )
+    updates_per_rollout: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer updates per rollout batch. Default: 4, unless steps_per_generation or "
+            "generation_batch_size is set."
+        },
+    )
+    probe_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses per process on which the full policy is measured once per rollout batch of an internal "
+            "phase. Default: one in eight, at least one micro-batch."
+        },
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    logging_steps: float = field(
+        default=0, metadata={"help": "Number of updates between two log lines; 0 logs once per rollout batch."}
+    )
+
+    def __post_init__(self) -> None:
+        self.internal_layer, self.internal_steps = as_int(self.internal_layer), as_int(self.internal_steps)
+        self.phases, problems = parse_phases(self.phases)
+        problems += self._set_updates_per_rollout() + self._set_estimator()
+        if self.has_internal_phase and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # an internal phase does not use the layers above l
+        log_per_rollout = self.logging_steps == 0
+        if log_per_rollout:
+            self.logging_steps = 1
+        super().__post_init__()
+        if log_per_rollout:
+            self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
+        problems += self._problems()
+        problems = problems or self._schedule_problems()
+        if problems:
+            raise ConfigError(problems)
+
+    # -- what follows from the settings ------------------------------------------------------------------------------
+
+    @property
+    def generate_every(self) -> int:
+        """Micro-batches that one rollout batch feeds."""
+        assert self.steps_per_generation is not None
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def has_internal_phase(self) -> bool:
+        """Whether any rollout batch optimises an internal policy."""
+        return bool(self.internal_steps or (self.phases and self.internal_steps is None))
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the phase guard may end the internal phase."""
+        return self.internal_steps == "auto"
+
+    def schedule(self) -> Schedule:
+        """The schedule that these settings describe."""
+        if not self.has_internal_phase:
+            return Schedule()
+        if isinstance(self.phases, list):
+            return Schedule.of(self.phases)
+        rollouts = self._longest_guarded_phase() if self.guarded else self.internal_steps
+        return Schedule.of([{"layer": self.internal_layer, "rollouts": rollouts}])
+
+    def _longest_guarded_phase(self) -> int:
+        """``internal_max_steps``, or a third of the run, rounded to whole updates."""
+        if self.internal_max_steps is not None:
+            return self.internal_max_steps
+        rollouts = self.max_steps * self.gradient_accumulation_steps // self.generate_every
+        step = self.gradient_accumulation_steps // math.gcd(self.gradient_accumulation_steps, self.generate_every)
+        return max(rollouts // 3 // step, 1) * step
+
+    def _set_updates_per_rollout(self) -> list[str]:
+        if self.steps_per_generation is not None or self.generation_batch_size is not None:
+            if self.updates_per_rollout is None:
+                return []
+            return ["set either updates_per_rollout or steps_per_generation / generation_batch_size, not both"]
+        updates = 4 if self.updates_per_rollout is None else self.updates_per_rollout
+        self.steps_per_generation = max(updates, 1) * self.gradient_accumulation_steps
+        return [] if updates >= 1 else [f"updates_per_rollout must be at least 1, not {updates}"]
+
+    def _set_estimator(self) -> list[str]:
+        """Switch off TRL's own scaling for the estimators that it does not have."""
+        if self.estimator not in ESTIMATORS:
+            return [f"estimator must be one of {', '.join(ESTIMATORS)}, not {self.estimator!r}"]
+        if self.estimator == "grpo":
+            return []
+        problems = []
+        if self.scale_rewards in ("group", True):
+            self.scale_rewards = "none"
+        elif self.scale_rewards not in ("none", False):
+            problems.append(
+                f"estimator {self.estimator} does not scale rewards by {self.scale_rewards!r}; leave scale_rewards"
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            problems.append(
+                f"estimator {self.estimator} needs the weighted sum of the rewards; leave multi_objective_aggregation"
+            )
+        return problems
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _problems(self) -> list[str]:
+        """What is wrong with single settings."""
+        problems = []
+        if not self.guarded and self.internal_steps is not None and not is_whole(self.internal_steps, low=0):
+            problems.append(
+                f"internal_steps must be a whole number of rollout batches from 0, or auto, not {self.internal_steps!r}"
+            )
+        elif self.internal_steps and self.phases:
+            problems.append("set either phases or internal_layer and internal_steps, not both")
+        elif self.internal_steps and self.internal_layer is None:
+            problems.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
+        if self.internal_layer not in (None, "auto") and not is_whole(self.internal_layer):
+            problems.append(f"internal_layer must be a layer from 1 to L, or auto, not {self.internal_layer!r}")
+        limit = None if self.internal_steps == 0 else self.internal_max_steps
+        if limit is not None and not (self.guarded and is_whole(limit)):
+            problems.append("internal_max_steps must be a whole number from 1, and needs internal_steps auto")
+        if self.guarded and self.internal_max_steps is None and self.max_steps <= 0:
+            problems.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
+        temperature = self.internal_temperature
+        if not isinstance(temperature, (int, float)) or not 0.0 < temperature < math.inf:
+            problems.append(f"internal_temperature must be a number above 0, not {temperature!r}")
+        if self.probe_samples is not None and self.probe_samples < 1:
+            problems.append(f"probe_samples must be at least 1, not {self.probe_samples}")
+        if self.save_total_limit == 1:
+            problems.append(
+                "save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2"
+            )
+        return problems + self._layerwise_problems() + self._critic_problems()
+
+    def _layerwise_problems(self) -> list[str]:
+        problems = []
+        for name in ("frozen_layers", "upper_learning_rate_above"):
+            layer = getattr(self, name)
+            if layer is not None and not is_whole(layer):
+                problems.append(f"{name} must be a layer from 1 to L, not {layer!r}")
+        scale, above = self.upper_learning_rate_scale, self.upper_learning_rate_above
+        if (scale is None) != (above is None):
+            problems.append(
+                "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither"
+            )
+        if scale is not None and not scale > 0:
+            problems.append(f"upper_learning_rate_scale must be above 0, not {scale}; use frozen_layers to keep layers")
+        return problems
+
+    def _critic_problems(self) -> list[str]:
+        if self.estimator != "ppo":
+            default = {f.name: f.default for f in fields(self)}
+            changed = [name for name in _CRITIC if getattr(self, name) != default[name]]
+            return [f"{name} needs estimator ppo, not {self.estimator}" for name in changed]
+        problems = [
+            f"{name} must be above 0, not {getattr(self, name)}" for name in _CRITIC[:2] if not getattr(self, name) > 0
+        ]
+        problems += [
+            f"{name} must be between 0 and 1, not {getattr(self, name)}"
+            for name in _CRITIC[2:]
+            if not 0.0 <= getattr(self, name) <= 1.0
+        ]
+        if engine(self) not in ("one", "ddp"):
+            problems.append(
+                "estimator ppo keeps a whole critic on every process; it does not run under FSDP or DeepSpeed"
+            )
+        if self.fp16:
+            problems.append("estimator ppo does not scale the critic's loss as fp16 needs; use bfloat16 or float32")
+        if self.generate_every // self.num_iterations % self.gradient_accumulation_steps:
+            problems.append(
+                f"estimator ppo needs whole updates: steps_per_generation {self.steps_per_generation} is not a "
+                f"multiple of gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
+        return problems
+
+    def _schedule_problems(self) -> list[str]:
+        """What an internal phase does not allow; empty without one."""
+        schedule = self.schedule()
+        if not schedule.internal:
+            return []
+        problems = frozen_problems(self.frozen_layers, schedule) + unsupported_settings(self)
+        rollouts = math.ceil(self.max_steps * self.gradient_accumulation_steps / self.generate_every)
+        if self.max_steps > 0 and schedule.ends[-1] > rollouts:
+            problems.append(
+                f"the internal phases take {schedule.ends[-1]} rollout batches, more than the {rollouts} of the run"
+            )
+        if self.guarded:
+            problems += unsupported_by_guard(self)
+        return problems + alignment_problems(schedule, self.generate_every, self.gradient_accumulation_steps)
+
+
+def frozen_problems(frozen: int | None, schedule: Schedule) -> list[str]:
+    """One message per internal policy whose layers are all frozen."""
+    return [
+        f"frozen_layers {frozen} freezes every layer of the internal policy of layer {layer}; freeze fewer layers, or "
+        "set internal_steps to 0"
+        for layer in schedule.layers
+        if frozen is not None and layer <= frozen
+    ]
