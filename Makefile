@@ -43,24 +43,24 @@ $(VSTAMP): pyproject.toml
 	touch $@
 
 test-vllm: $(VSTAMP) smollm2  ## real vLLM on the CPU against transformers (several GB of packages)
-	$(VLLM)/bin/python -m pytest -m slow tests/test_vllm.py
+	$(VLLM)/bin/python -m pytest -m slow tests/evaluate/test_vllm.py
 
 # triton (a gigabyte) in a folder of its own: PyTorch's CPU builds come without it, and nothing else needs it
 .triton: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .triton 'triton>=3.6'
 
 test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without a GPU
-	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/lens/test_kernel.py
 
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2, and sums for it
-	$(BIN)/python experiments/fetch_smollm2.py --out models/smollm2
-	$(BIN)/python experiments/smollm2_sums.py --out models/sums
+	$(BIN)/python -m experiments.fetch_smollm2 --out models/smollm2
+	$(BIN)/python -m experiments.smollm2_sums --out models/sums
 
 figures: $(STAMP)         ## the figures and tables of docs/evidence.md and README.md, from experiments/results
-	$(BIN)/python experiments/summary.py > /dev/null
-	$(BIN)/python experiments/styles.py --summary
-	$(BIN)/python experiments/figures.py
-	$(BIN)/python experiments/tables.py
+	$(BIN)/python -m experiments.summary > /dev/null
+	$(BIN)/python -m experiments.styles --summary
+	$(BIN)/python -m experiments.figures
+	$(BIN)/python -m experiments.tables
 
 clean:
 	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info

@@ -1,6 +1,6 @@
 """What `bupo analyze` costs, against the arithmetic it cannot avoid and against the plain procedure; one run, in turns.
 
-Command: ``make smollm2 && python benchmarks/analysis.py --out benchmarks/results/analysis.json`` (about 25 minutes on
+Command: ``make smollm2 && python -m benchmarks.analysis --out benchmarks/results/analysis.json`` (about 25 minutes on
 two cores; ``--parts time`` etc. for some of it)
 
 time       On SmolLM2-135M and on a random-weight model with a 151,936-token vocabulary (d=896, 24 layers), for the same
@@ -43,6 +43,7 @@ from bupo.models.load import load_model
 from bupo.models.unembed import get_unembedding
 from bupo.run_folder import describe_run, write_json
 
+MODULE = ("-m", "benchmarks.analysis")
 PARTS = ("time", "memory", "processes")
 MODELS = ("smollm2", "wide")
 
@@ -254,7 +255,7 @@ def measure_processes(args: argparse.Namespace) -> dict:
         for _ in range(args.rounds):
             for processes in seconds:
                 launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-                own = [__file__, "--share", into, "--smollm2", args.smollm2, "--tokens", str(args.tokens)]
+                own = [*MODULE, "--share", into, "--smollm2", args.smollm2, "--tokens", str(args.tokens)]
                 subprocess.run([*launcher, "--master_port", "29655", *own], check=True, env=environment)
                 found = json.loads(Path(into).read_text())
                 seconds[processes].append(found["seconds"])
@@ -299,7 +300,7 @@ def main() -> None:
     if "time" in parts:
         result["time"] = {name: measure_time(name, args) for name in models}
     if "memory" in parts:
-        own = [sys.executable, __file__, "--smollm2", args.smollm2, "--long", str(args.long), "--dtype", args.dtype]
+        own = [sys.executable, *MODULE, "--smollm2", args.smollm2, "--long", str(args.long), "--dtype", args.dtype]
         result["memory"] = {
             name: json.loads(subprocess.run([*own, "--memory-of", name], check=True, capture_output=True).stdout)
             for name in models

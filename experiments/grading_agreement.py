@@ -3,7 +3,7 @@
 Every answer of MATH500 is written in each equivalent form that applies to it, and perturbed in several ways; the
 table says how many of each were accepted.
 
-Run: ``python experiments/grading_agreement.py [--data FILE] [--show] [--output experiments/results/FILE.json]``.
+Run: ``python -m experiments.grading_agreement [--data FILE] [--show] [--output experiments/results/FILE.json]``.
 """
 
 from __future__ import annotations

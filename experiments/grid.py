@@ -1,6 +1,6 @@
 """Trains and evaluates the arms of a grid, seed by seed, and keeps what comes out as one line of JSON a run.
 
-Command: ``python experiments/grid.py experiments/grids/small.yaml`` (resumable: runs that have a line are left out)
+Command: ``python -m experiments.grid experiments/grids/small.yaml`` (resumable: runs that have a line are left out)
 
 A grid is a YAML mapping: ``recipe``; ``base``, changes to it that every arm shares; ``arms``, a name to further changes
 and, where not all are wanted, ``seeds``; ``seeds``; ``evaluate``, the options of `bupo eval`; ``order``, which arms run

@@ -2,7 +2,7 @@ r"""Pretrain the small model that ships in the package: a character-level langua
 
 Command (22 minutes on one core of a busy machine)::
 
-    OMP_NUM_THREADS=1 python experiments/pretrain_small.py --out src/bupo/assets/small
+    OMP_NUM_THREADS=1 python -m experiments.pretrain_small --out src/bupo/assets/small
 
 The text is made on the fly from the train split of ``bupo.data.arithmetic``: sums, differences, products, two-step
 and a few three-step problems. In a share of the longer ones the working is left out, so that sampling the model

@@ -2,7 +2,7 @@
 
 Command (about eight minutes on two cores)::
 
-    python experiments/small_model_room.py --out experiments/results/small_model_room.json
+    python -m experiments.small_model_room --out experiments/results/small_model_room.json
 
 Every run is ``bupo train`` with the demonstration's recipe (one seed), then ``bupo eval`` on 256 held-out problems with
 4 samples each; two runs go beside each other on a core each. Only GRPO is tuned; BuPO takes the same rate.

@@ -1,6 +1,6 @@
 r"""Sums of reasoning-gym's ``chain_sum`` as continuations of a solved one, which SmolLM2-135M-Instruct can learn.
 
-Command: ``make smollm2`` (runs ``python experiments/smollm2_sums.py --out models/sums``), three files of JSON lines:
+Command: ``make smollm2`` (runs ``python -m experiments.smollm2_sums --out models/sums``), three files of JSON lines:
 ``train.jsonl`` and ``held-out.jsonl``, sums and differences of two numbers of one digit, none in both; and
 ``shifted.jsonl``, three numbers of one digit or two of two digits, which training never shows.
 

@@ -1,6 +1,6 @@
 """The small model pretrained in Qwen3 and in Llama style, tied and untied, and what its layers' entropies look like.
 
-Command: ``python experiments/styles.py`` (resumable: models that have a line are left out; about five minutes a model
+Command: ``python -m experiments.styles`` (resumable: models that have a line are left out; about five minutes a model
 on one core), lines in ``experiments/results/styles.jsonl`` and their summary in ``styles.json``.
 
 All models see the same texts in the same order for a seed (`experiments/pretrain_small.py`), have the same width, depth
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.run_folder import write_json
+from experiments.summary import STUDENT
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -57,7 +58,7 @@ def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
         if settings.items() <= json.loads((SHIPPED / "pretraining.json").read_text())["settings"].items():
             model = SHIPPED
         else:
-            _run(REPOSITORY / "experiments" / "pretrain_small.py", "--out", model, *flags(settings))
+            _run("-m", "experiments.pretrain_small", "--out", model, *flags(settings))
         trained = json.loads((model / "pretraining.json").read_text())
         _run(
             "-m", "bupo", "analyze", "--model", model, "--dataset", "arithmetic", "--split", "test",
@@ -117,7 +118,6 @@ def measures(row: dict[str, Any]) -> dict[str, float]:
 def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, Any], since: int = 0) -> dict[str, Any]:
     """Differences of every measure, ``one`` minus ``other``, paired by seed (and by tying, where both
     have tied and untied models), with Student's 95 % interval."""
-    from summary import STUDENT
 
     def cell(wanted: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, float]]:
         mine = [r for r in rows if all(r[k] == v for k, v in wanted.items()) and r["seed"] >= since]

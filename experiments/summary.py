@@ -1,6 +1,6 @@
 """Tables from the lines of `experiments/grid.py`: means over seeds, and differences paired by seed with 95 % intervals.
 
-Command: ``python experiments/summary.py`` (all tables whose lines are there; or names of `TABLES`), written to
+Command: ``python -m experiments.summary`` (all tables whose lines are there; or names of `TABLES`), written to
 ``experiments/results/NAME.json``
 
 A difference is taken seed by seed (the same prompts, order and held-out problems in both arms); its interval is

@@ -1,6 +1,6 @@
 """Tables of README.md and docs/evidence.md, written into them from the result files.
 
-Command: ``make figures``, or after `experiments/summary.py` ``python experiments/tables.py``; ``--check`` only says
+Command: ``make figures``, or after `experiments/summary.py` ``python -m experiments.tables``; ``--check`` only says
 whether a page differs from the files, with exit code 1 where one does.
 
 A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
@@ -20,6 +20,8 @@ import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from experiments.summary import TABLES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -158,8 +160,6 @@ def _seeds(name: str, task: str) -> str:
 
 def _cost(name: str) -> str:
     """How many runs a table rests on, and how long one took, from its lines."""
-    from summary import TABLES
-
     wanted = TABLES.get(name, {"rows": f"{name}.jsonl"})
     lines = [json.loads(line) for line in (RESULTS / wanted["rows"]).read_text(encoding="utf-8").splitlines()]
     mine = (

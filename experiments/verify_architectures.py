@@ -1,6 +1,6 @@
 """Check every family of the zoo and write ``docs/architectures.md`` and ``experiments/results/architectures.json``.
 
-    python experiments/verify_architectures.py [NAME ...] [--no-write]
+    python -m experiments.verify_architectures [NAME ...] [--no-write]
 
 Builds a tiny random model of each family (four layers, width 32, no download), and compares its internal policies with
 an independent reading: the model's own code after the final norm, applied to states caught by hooks in an ordinary
@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-COMMAND = "python experiments/verify_architectures.py"
+COMMAND = "python -m experiments.verify_architectures"
 PAGE = """# Architectures
 
 This page is written by `{command}` ({transformers}, {torch}); do not edit it. It lists {count} layouts of {families}

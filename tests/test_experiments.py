@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import json
 
 import pytest
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import figures  # noqa: E402
-import styles  # noqa: E402
-import summary  # noqa: E402
-import tables  # noqa: E402
+from experiments import figures, styles, summary, tables
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -24,8 +17,6 @@ def test_pages_say_what_the_result_files_say(page):
 
 @pytest.mark.parametrize("name", [n for n in summary.TABLES if (summary.RESULTS / f"{n}.json").exists()])
 def test_tables_are_made_from_the_lines(name):
-    import json
-
     made = json.loads(json.dumps(summary.make(name)))
     assert made == json.loads((summary.RESULTS / f"{name}.json").read_text())
 
@@ -114,8 +105,6 @@ def a_reading(cosines: list[float], entropy: float, perplexity: float, kl: list[
 
 
 def test_readings_inside_are_paired_by_seed(tmp_path, monkeypatch):
-    import json
-
     before = a_reading([0.1, 1.0, 0.5, 0.3], 2.0, 1.5, [0.2, 0.4, 0.6])
     rows = [
         {"arm": "a", "seed": s, "inside": [before, a_reading([0.1, 1.0, 0.5, 0.3 + 0.1 * s], 2.0 - s, 1.5, [0.2] * 3)]}

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -138,8 +137,7 @@ def test_every_hostile_answer_is_rejected_in_bounded_time():
 
 @pytest.mark.slow
 def test_agreement_on_math500(shared_data, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
-    import grading_agreement
+    from experiments import grading_agreement
 
     monkeypatch.setattr(sys, "argv", ["grading_agreement", "--data", str(shared_data / "math500.parquet")])
     equivalent, perturbed = grading_agreement.main()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-
-import engines_agree
+from experiments import engines_agree
 
 MODEL = Path(__file__).parents[2] / "models" / "smollm2"
 pytestmark = [
