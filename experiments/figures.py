@@ -1,7 +1,7 @@
-"""The figures of docs/evidence.md, drawn from the result files alone (nothing is trained or read anew).
+"""Draws the figures of docs/evidence.md from the result files; nothing is trained or evaluated.
 
-Command: ``make figures``, or ``python -m experiments.figures [NAME ...]``; PNG files in ``docs/images/evidence``. A
-figure whose results are not there is left out with a line.
+Run ``make figures``, or ``python -m experiments.figures [NAME ...]``; PNG files in ``docs/images/evidence``. Figures
+whose results do not exist are skipped with a message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bupo.report.inside_training import inside_training_figure
 from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, looks, new_figure, save, styled
-from experiments.summary import RESULTS, Rows, read
+from experiments.summary import RESULTS, Rows, read, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ NAMES = {
 
 
 def result(name: str) -> Any:
-    """A table of `experiments/summary.py`."""
+    """A table of `experiments.summary`."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -40,8 +40,10 @@ def result(name: str) -> Any:
 
 
 def dots(name: str) -> Callable[[], Figure]:
-    """Differences from the baseline, a panel a task and metric: a small dot a seed, the interval over
-    seeds as a line, that over problems as a pale band."""
+    """Draw the differences from the baseline, one panel per task and metric.
+
+    Each seed is a small dot, the interval over seeds a line, the interval over problems a pale band.
+    """
 
     def draw() -> Figure:
         found = result(name)
@@ -81,7 +83,7 @@ def _task(name: str) -> str:
 
 
 def steps() -> Figure:
-    """Accuracy against the length of the internal phase, with the guarded run as a band beside it (Table 2's shape)."""
+    """Accuracy against the length of the internal phase (as in Table 2), with the guarded run as a band."""
     found = result("guard")
     with styled():
         figure = new_figure(8.4, 3.4)
@@ -111,47 +113,35 @@ def steps() -> Figure:
 # -- dynamics ----------------------------------------------------------------------------------------------------------
 
 
-def layers() -> Figure:
-    """Reward, entropy and length over training by the layer of the internal phase (Figures 4 and 7's shape)."""
-    rows = read(RESULTS / "small.jsonl")
-    arms = [("GRPO", "grpo"), ("layer 2", "layer2"), ("layer 4", "bupo"), ("layer 6", "layer6"), ("layer 8", "layer8")]
-    return _curves(rows, arms, (0, 1, 2), 8)
-
-
-def dynamics() -> Figure:
-    """The same by the length of the internal phase."""
-    rows = read(RESULTS / "small.jsonl")
-    arms = [("0 (GRPO)", "grpo"), ("8", "bupo"), ("16", "steps16"), ("30", "steps30"), ("45", "steps45")]
-    return _curves(rows, arms, (0, 1, 2), None)
-
-
-def smollm2() -> Figure:
-    """The same for the arms on SmolLM2, not smoothed; all its responses have the greatest length."""
-    rows = read(RESULTS / "smollm2.jsonl")
-    arms = [("GRPO", "grpo"), ("RLOO", "rloo"), ("REINFORCE++", "reinforce++"), ("BuPO, layer 6", "bupo")]
-    return _curves(rows, arms, (0, 1, 2), 2, near=0, shown=2)
-
-
-def twice() -> Figure:
-    """Twice as many rollout batches on SmolLM2; a thin line a seed."""
-    rows = read(RESULTS / "smollm2.jsonl")
-    arms = [("GRPO", "grpo20"), ("BuPO, layer 6", "bupo20")]
-    return _curves(rows, arms, (0, 1, 2, 3, 4), 2, near=0, shown=2, each=True)
-
-
-def _curves(
-    rows: Rows,
-    arms: Sequence[tuple[str, str]],
-    seeds: Sequence[int],
-    switch: int | None,
+def curves(
+    name: str,
+    arms: dict[str, str],
+    switch: int | None = None,
     *,
     near: int = 2,
     shown: int = 3,
+    seeds: Sequence[int] = (0, 1, 2),
     each: bool = False,
+) -> Callable[[], Figure]:
+    """Draw reward, entropy and length over training (as in Figures 4 and 7).
+
+    Args:
+        name: the file of result lines.
+        arms: label per arm.
+        switch: the rollout batch after which the internal phase ends, drawn as a line.
+        near: points are means over this many rollout batches to each side, and over the seeds that all arms have.
+        shown: number of panels.
+        seeds: the seeds to draw.
+        each: draw a thin line per seed, too.
+    """
+    return lambda: _draw_curves(read(RESULTS / f"{name}.jsonl"), arms, switch, near, shown, seeds, each)
+
+
+def _draw_curves(
+    rows: Rows, arms: dict[str, str], switch: int | None, near: int, shown: int, seeds: Sequence[int], each: bool
 ) -> Figure:
-    """Means over the seeds that all arms have, and over ``near`` rollout batches to each side; ``each`` seed too."""
-    arms = [(label, arm) for label, arm in arms if arm in rows]
-    seeds = [seed for seed in seeds if all(seed in rows[arm] for _, arm in arms)]
+    arms = {arm: label for arm, label in arms.items() if arm in rows}
+    seeds = [seed for seed in seeds if all(seed in rows[arm] for arm in arms)]
     panels = (
         ("reward", "Reward"),
         ("entropy", "Entropy of the full policy (nats)"),
@@ -160,7 +150,7 @@ def _curves(
     with styled():
         figure = new_figure(3.2 * shown, 3.4)
         for axes, (name, title) in zip(figure.subplots(1, shown), panels[:shown], strict=True):
-            for number, (label, arm) in enumerate(arms):
+            for number, (arm, label) in enumerate(arms.items()):
                 have = [rows[arm][s]["curves"][name] for s in seeds]
                 points = []
                 for i in range(min(map(len, have))):
@@ -179,13 +169,11 @@ def _curves(
     return figure
 
 
-# -- inside ------------------------------------------------------------------------------------------------------------
-
 INSIDE = (("GRPO", "grpo", None), ("BuPO, 8 batches", "bupo", 8.0), ("layer 4 throughout", "steps45", None))
 
 
 def inside() -> Figure:
-    """Readings over training (Figure 5's shape), means over the seeds; bands are two standard errors over them."""
+    """Measurements inside the model over training (as in Figure 5): means over seeds; bands are two standard errors."""
     rows = read(RESULTS / "inside.jsonl")
     runs = []
     for name, arm, switch in INSIDE:
@@ -195,7 +183,7 @@ def inside() -> Figure:
 
 
 def over_seeds(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One sequence of readings from several runs': means, and in ``change`` the standard errors over the runs."""
+    """Join several runs' measurements into one sequence: means, and in ``change`` their standard errors over runs."""
     joined = []
     for at in zip(*runs, strict=True):
         changes = [[_minus(now[n]["mean"], then[n]["mean"]) for now, then in zip(at, _firsts(runs), strict=True)]
@@ -224,7 +212,7 @@ def _error(found: list[float]) -> float:
 
 
 def flow() -> Figure:
-    """On the same responses before and after: entropy of every layer's policy, and KL from layer l's to each later one.
+    """Entropy of each layer's policy, and KL from layer l to each later layer, on the same responses before and after.
 
     Thin lines are seeds; l is the layer that the internal phase trains.
     """
@@ -266,7 +254,7 @@ def flow() -> Figure:
 
 
 def _later(axes: Axes, runs: list[dict[str, Any]], colour: str, marker: str, *, before: bool) -> None:
-    """KL from layer l's policy to those of layers l + 1 to L and to the output, before (once) and after."""
+    """Draw the KL from layer l to the layers l + 1 to L and to the output, after training and (once) before it."""
     layer = runs[0]["inside"][0]["layer"]
     states: list[tuple[int, dict[str, Any]]] = [(-1, {"color": colour, "marker": marker})]
     if before:
@@ -282,8 +270,8 @@ def _later(axes: Axes, runs: list[dict[str, Any]], colour: str, marker: str, *, 
 
 
 def styles() -> Figure:
-    """Entropy of the layer policies and FFN entropy change by architecture, tying and data; a thin line a seed."""
-    lines = [json.loads(line) for line in (RESULTS / "styles.jsonl").read_text().splitlines()]
+    """Entropy of the layer policies and FFN entropy change by architecture, tying and data; one thin line per seed."""
+    lines = read_lines(RESULTS / "styles.jsonl")
     names = {
         (False, "worked"): "untied", (True, "worked"): "tied", (False, "bare"): "untied, answers only",
         (False, "longer"): "untied, trained longer",
@@ -329,12 +317,24 @@ def _some(lines: list[dict[str, Any]], tied: bool, data: str) -> list[dict[str, 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "main": dots("main"),
     "main_smollm2": dots("main_smollm2"),
-    "dynamics_smollm2": smollm2,
-    "twice_smollm2": twice,
+    "dynamics_smollm2": curves(
+        "smollm2",
+        {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO, layer 6"},
+        switch=2,
+        near=0,
+        shown=2,
+    ),
+    "twice_smollm2": curves(
+        "smollm2", {"grpo20": "GRPO", "bupo20": "BuPO, layer 6"}, 2, near=0, shown=2, seeds=range(5), each=True
+    ),
     "steps": steps,
-    "dynamics": dynamics,
+    "dynamics": curves("small", {"grpo": "0 (GRPO)", "bupo": "8", "steps16": "16", "steps30": "30", "steps45": "45"}),
     "layer": dots("layers"),
-    "layer_dynamics": layers,
+    "layer_dynamics": curves(
+        "small",
+        {"grpo": "GRPO", "layer2": "layer 2", "bupo": "layer 4", "layer6": "layer 6", "layer8": "layer 8"},
+        switch=8,
+    ),
     "reading": dots("reading"),
     "rates": dots("rates"),
     "inside": inside,

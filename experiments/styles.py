@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.run_folder import write_json
-from experiments.summary import STUDENT
+from experiments.summary import read_lines, student
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -125,18 +125,14 @@ def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, A
 
     first, second = cell(one), cell(other)
     seeds = sorted(first.keys() & second.keys())
-    found: dict[str, Any] = {"one": one, "other": other, "seeds": [key[0] for key in seeds], "differences": {}}
+    result: dict[str, Any] = {"one": one, "other": other, "seeds": [key[0] for key in seeds], "differences": {}}
     for name in first[seeds[0]] if seeds else ():
         values = [first[s][name] - second[s][name] for s in seeds if None not in (first[s][name], second[s][name])]
         if not values:
             continue
-        mean = statistics.fmean(values)
-        away: dict[str, Any] = {"mean": round(mean, 4), "each": [round(v, 4) for v in values]}
-        if len(values) > 1:
-            half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-            away["ci95"] = [round(mean - half, 4), round(mean + half, 4)]
-        found["differences"][name] = away
-    return found
+        each = [round(value, 4) for value in values]
+        result["differences"][name] = {"mean": round(statistics.fmean(values), 4), "each": each, **student(values)}
+    return result
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,7 +201,7 @@ def main() -> None:
     parser.add_argument("--untied", action="store_true", help="only untied models")
     parser.add_argument("--summary", action="store_true", help="only write styles.json from the lines that are there")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = read_lines(args.out) if args.out.exists() else []
     if not args.summary:
         done = {(r["arch"], r["tied"], r["data"], r["seed"]) for r in rows}
         wanted = [(*cell, int(seed)) for seed in args.seeds.split(",") for cell in CELLS]

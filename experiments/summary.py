@@ -1,13 +1,13 @@
-"""Tables from the lines of `experiments/grid.py`: means over seeds, and differences paired by seed with 95 % intervals.
+"""Summaries of the result lines of `experiments.grid`: means over seeds, and paired differences with 95 % intervals.
 
-Command: ``python -m experiments.summary`` (all tables whose lines are there; or names of `TABLES`), written to
-``experiments/results/NAME.json``
+Run ``python -m experiments.summary`` for all tables whose lines exist, or add names of `TABLES`; each is written to
+``experiments/results/NAME.json``.
 
-A difference is taken seed by seed (the same prompts, order and held-out problems in both arms); its interval is
-Student's over seeds, so that it speaks of other seeds, not of other problems. Intervals of few seeds are wide: that is
-what few seeds are worth. Beside it stands the interval over problems (bootstrap of each problem's mean over the seeds
-that both arms have), which speaks of other problems of these seeds. Neither alone covers both. In the table ``guard``
-the baseline is the best fixed schedule by its mean over the same seeds, which favours it.
+Differences are paired by seed: both arms have the same prompts, order and held-out problems. ``ci95`` is Student's
+interval over seeds, which covers other seeds but not other problems, and is wide for few seeds. ``ci95_problems`` is a
+bootstrap over problems (of each problem's mean over the seeds of both arms), which covers other problems but not other
+seeds. In the table ``guard``, the baseline is the fixed schedule with the best mean over the same seeds, which favours
+the baseline.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import scipy.stats
 
 from bupo.evaluate.metrics import bootstrap, pass_at_k
 from bupo.run_folder import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Student's 97.5 % quantile by degrees of freedom
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 SMALL, SMOLLM2 = "small.jsonl", "smollm2.jsonl"
 STEPS = ["steps4", "bupo", "steps16", "steps30", "steps45"]
 TABLES: dict[str, dict[str, Any]] = {
@@ -46,17 +47,21 @@ TABLES: dict[str, dict[str, Any]] = {
 Rows = dict[str, dict[int, dict[str, Any]]]
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def read(path: Path) -> Rows:
     """Rows by arm and seed."""
-    found: Rows = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found.setdefault(row["arm"], {})[row["seed"]] = row
-    return found
+    rows: Rows = {}
+    for row in read_lines(path):
+        rows.setdefault(row["arm"], {})[row["seed"]] = row
+    return rows
 
 
-def values(row: dict[str, Any], task: str) -> dict[str, list[float]]:
-    """Of every problem: the share of right samples (Avg@K), and whether one of all of them is right (Pass@K)."""
+def metrics_of(row: dict[str, Any], task: str) -> dict[str, list[float]]:
+    """Avg@K (the share of correct samples) and Pass@K (whether any sample is correct) of every problem."""
     samples = row["tasks"][task]["samples"]
     correct = [int(c) for c in row["tasks"][task]["correct"].split()]
     return {
@@ -65,94 +70,103 @@ def values(row: dict[str, Any], task: str) -> dict[str, list[float]]:
     }
 
 
-def interval(found: list[float]) -> dict[str, Any]:
-    """Mean and Student's 95 % interval, in points of percent."""
-    mean = statistics.fmean(found)
-    result: dict[str, Any] = {"mean": round(100 * mean, 2), "seeds": len(found)}
-    if len(found) > 1:
-        half = STUDENT[len(found) - 1] * statistics.stdev(found) / len(found) ** 0.5
-        result["ci95"] = [round(100 * (mean - half), 2), round(100 * (mean + half), 2)]
-    return result
+def student(values: Sequence[float], scale: float = 1.0, digits: int = 4) -> dict[str, list[float]]:
+    """Student's 95 % interval of the mean, times ``scale``, as ``{"ci95": [low, high]}``; empty for a single value."""
+    if len(values) < 2:
+        return {}
+    mean = statistics.fmean(values)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return {"ci95": [round(scale * float(end), digits) for end in (mean - half, mean + half)]}
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over seeds and Student's interval, in percentage points."""
+    mean = round(100 * statistics.fmean(values), 2)
+    return {"mean": mean, "seeds": len(values), **student(values, scale=100, digits=2)}
 
 
 def difference(
     one: dict[int, dict], other: dict[int, dict], task: str, metric: str, seeds: list[int]
 ) -> dict[str, Any]:
-    """``one`` minus ``other`` in points: paired by seed, and by problem."""
+    """``one`` minus ``other`` in percentage points, paired by seed and by problem."""
     both = [seed for seed in seeds if seed in one and seed in other]
-    pairs = [(values(one[s], task)[metric], values(other[s], task)[metric]) for s in both]
-    each = [statistics.fmean(a) - statistics.fmean(b) for a, b in pairs]
+    pairs = [(metrics_of(one[s], task)[metric], metrics_of(other[s], task)[metric]) for s in both]
+    by_seed = [statistics.fmean(a) - statistics.fmean(b) for a, b in pairs]
     by_problem = [statistics.fmean(a[i] - b[i] for a, b in pairs) for i in range(len(pairs[0][0]))]
     over = bootstrap(by_problem)
     return {
-        **interval(each),
+        **interval(by_seed),
         "ci95_problems": [round(100 * over.low, 2), round(100 * over.high, 2)],
-        "each": {str(s): round(100 * v, 2) for s, v in zip(both, each, strict=True)},
+        "each": {str(s): round(100 * v, 2) for s, v in zip(both, by_seed, strict=True)},
     }
 
 
-def table(rows: Rows, wanted: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
-    """Means of all arms that are there, and differences from a baseline: the first, the best of some, each its own."""
-    seeds = list(range(wanted["seeds"]))
-    arms = {}
-    for name in wanted["arms"]:
-        have = [seed for seed in seeds if seed in rows.get(name, {})]
-        if not have:
-            continue
-        means = {seed: statistics.fmean(values(rows[name][seed], task)[metric]) for seed in have}
-        arms[name] = {
-            "changes": rows[name][have[0]]["changes"],
-            **interval(list(means.values())),
-            "each": {str(s): round(100 * v, 2) for s, v in means.items()},
-            "mean_length": round(statistics.fmean(rows[name][s]["tasks"][task]["mean_length"] for s in have), 2),
-        }
-        ended = {str(s): rows[name][s]["phase_end"] for s in have if rows[name][s].get("phase_end")}
-        if ended:
-            arms[name]["phase_end"] = ended
+def summarise_arm(by_seed: dict[int, dict], task: str, metric: str, seeds: list[int]) -> dict[str, Any]:
+    """One arm's mean over ``seeds``, with the value of each seed."""
+    rows = {seed: by_seed[seed] for seed in seeds if seed in by_seed}
+    means = {seed: statistics.fmean(metrics_of(row, task)[metric]) for seed, row in rows.items()}
+    ends = {str(seed): row["phase_end"] for seed, row in rows.items() if row.get("phase_end")}
+    return {
+        "changes": next(iter(rows.values()))["changes"],
+        **interval(list(means.values())),
+        "each": {str(s): round(100 * v, 2) for s, v in means.items()},
+        "mean_length": round(statistics.fmean(row["tasks"][task]["mean_length"] for row in rows.values()), 2),
+        **({"phase_end": ends} if ends else {}),
+    }
+
+
+def table(rows: Rows, settings: dict[str, Any], task: str, metric: str) -> dict[str, Any]:
+    """Means of the arms in ``rows``, and their differences from the baseline.
+
+    The baseline is the first arm, the best of the arms in ``best_of``, or given per arm in ``against``.
+    """
+    seeds = list(range(settings["seeds"]))
+    arms = {
+        name: summarise_arm(rows[name], task, metric, seeds)
+        for name in settings["arms"]
+        if any(seed in rows.get(name, {}) for seed in seeds)
+    }
     whole = [name for name, arm in arms.items() if arm["seeds"] == len(seeds)]
-    choices = [name for name in wanted.get("best_of", wanted["arms"][:1]) if name in whole]
-    baseline = max(choices, key=lambda name: arms[name]["mean"], default=None)
-    against = wanted.get("against") or ({} if baseline is None else dict.fromkeys(arms, baseline))
+    candidates = [name for name in settings.get("best_of", settings["arms"][:1]) if name in whole]
+    baseline = max(candidates, key=lambda name: arms[name]["mean"], default=None)
+    against = settings.get("against") or ({} if baseline is None else dict.fromkeys(arms, baseline))
     pairs = {one: other for one, other in against.items() if one != other and one in arms and other in arms}
-    found: dict[str, Any] = {"arms": arms, "baseline": wanted.get("against", baseline)}
+    result: dict[str, Any] = {"arms": arms, "baseline": settings.get("against", baseline)}
     if pairs:
-        found["minus_baseline"] = {
+        result["minus_baseline"] = {
             one: difference(rows[one], rows[other], task, metric, seeds) for one, other in pairs.items()
         }
-    return found
+    return result
 
 
 def make(name: str) -> dict[str, Any] | None:
-    """A table's content, or None where its lines are not there."""
-    wanted = TABLES[name]
-    path = RESULTS / wanted["rows"]
+    """The content of a table, or None if its lines do not exist."""
+    settings = TABLES[name]
+    path = RESULTS / settings["rows"]
     rows = read(path) if path.exists() else {}
-    if "start" not in rows or not any(arm in rows for arm in wanted["arms"]):
+    if "start" not in rows or not any(arm in rows for arm in settings["arms"]):
         return None
     start = rows["start"][0]
-    tasks = {}
-    for task in start["tasks"]:
-        metrics = values(start, task)
-        tasks[task] = {
-            metric: {"start": round(100 * statistics.fmean(found), 2), **table(rows, wanted, task, metric)}
-            for metric, found in metrics.items()
+    tasks = {
+        task: {
+            metric: {"start": round(100 * statistics.fmean(values), 2), **table(rows, settings, task, metric)}
+            for metric, values in metrics_of(start, task).items()
         }
-    seconds = [row["seconds"] for arm in wanted["arms"] for row in rows.get(arm, {}).values()]
+        for task in start["tasks"]
+    }
+    seconds = [row["seconds"] for arm in settings["arms"] for row in rows.get(arm, {}).values()]
     return {
         "schema": 1,
         "table": name,
-        "rows": wanted["rows"],
-        "problems": len(next(iter(values(start, next(iter(start["tasks"]))).values()))),
+        "rows": settings["rows"],
+        "problems": len(start["tasks"][next(iter(tasks))]["correct"].split()),
         "seconds_a_run": {"median": statistics.median(seconds), "most": max(seconds)},
         "tasks": tasks,
     }
 
 
-# -- inside ------------------------------------------------------------------------------------------------------------
-
-
 def inside_measures(reading: dict[str, Any]) -> dict[str, float]:
-    """The four quantities of Figure 5 in one reading: of the chosen layer l, and of the full policy."""
+    """The quantities of Figure 5 in one measurement: of the chosen layer l, and of the full policy."""
     at, layers = reading["layer"] - 1, reading["layers"]
     top = reading["cosine_of_layer"]["mean"][max(at + 1, layers - max(1, layers // 4)) :]
     return {
@@ -165,7 +179,7 @@ def inside_measures(reading: dict[str, Any]) -> dict[str, float]:
 
 
 def inside(name: str = "inside") -> dict[str, Any] | None:
-    """First and last readings of every arm, and the last minus the first: mean over seeds, Student's interval."""
+    """First and last measurements inside the model per arm, and their change: means over seeds, Student's interval."""
     path = RESULTS / f"{name}.jsonl"
     if not path.exists():
         return None
@@ -181,11 +195,8 @@ def inside(name: str = "inside") -> dict[str, Any] | None:
                 "after": round(statistics.fmean(after), 4),
                 "change": round(statistics.fmean(change), 4),
                 "each": {str(s): round(c, 4) for s, c in zip(pairs, change, strict=True)},
+                **student(change),
             }
-            if len(change) > 1:
-                half = STUDENT[len(change) - 1] * statistics.stdev(change) / len(change) ** 0.5
-                mean = statistics.fmean(change)
-                measures[key]["ci95"] = [round(mean - half, 4), round(mean + half, 4)]
         first = next(iter(by_seed.values()))["inside"][0]
         arms[arm] = {"layer": first["layer"], "seeds": sorted(by_seed), "measures": measures}
     return {"schema": 1, "table": name, "rows": path.name, "arms": arms}
@@ -195,20 +206,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *TABLES], default=[])
     args = parser.parse_args()
-    if not args.names and (found := inside()) is not None:
-        write_json(RESULTS / "inside.json", found)
+    if not args.names and (changes := inside()) is not None:
+        write_json(RESULTS / "inside.json", changes)
     for name in args.names or TABLES:
         result = make(name)
-        if result is None:
-            continue
-        write_json(RESULTS / f"{name}.json", result)
-        for task, metrics in result["tasks"].items():
-            for metric, found in metrics.items():
-                print(f"{name}, {task}, {metric}: start {found['start']} %")
-                for arm, row in found["arms"].items():
-                    away = found.get("minus_baseline", {}).get(arm)
-                    far = "" if away is None else f"{away['mean']:+.2f} {away.get('ci95', '')}"
-                    print(f"  {arm:12} {row['mean']:6.2f} {row.get('ci95', '')} {far}")
+        if result is not None:
+            write_json(RESULTS / f"{name}.json", result)
+            print_table(name, result)
+
+
+def print_table(name: str, result: dict[str, Any]) -> None:
+    for task, metrics in result["tasks"].items():
+        for metric, values in metrics.items():
+            print(f"{name}, {task}, {metric}: start {values['start']} %")
+            for arm, row in values["arms"].items():
+                away = values.get("minus_baseline", {}).get(arm)
+                far = "" if away is None else f"{away['mean']:+.2f} {away.get('ci95', '')}"
+                print(f"  {arm:12} {row['mean']:6.2f} {row.get('ci95', '')} {far}")
 
 
 if __name__ == "__main__":
