@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from bupo.data.templates import TEMPLATES
+from bupo.data.prompts import TEMPLATES
 from bupo.models.load import SMALL_MODEL
 from bupo.recipe import parse, read_recipe
 from bupo.train.run import train

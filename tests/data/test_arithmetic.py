@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bupo.data.answers import last_boxed
 from bupo.data.arithmetic import LEVELS, TEST_SHARE, draw, draw_from, problems, split_of
-from bupo.data.problems import last_boxed, load_problems
+from bupo.data.problems import load_problems
 from bupo.models.load import SMALL_MODEL
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo.data import grading_pool
-from bupo.data.grading import Grader, equal_at_sight, extract_answer
-from bupo.data.grading_worker import bare, gold_is_usable, grade_math, is_words, plain_text
+from bupo.data.answers import equal_at_sight, extract_answer, is_words, plain_text, strip_answer
+from bupo.data.grading import Grader, default_workers
 from bupo.data.problems import Problem, load_problems
+from bupo.data.same_answer import gold_is_usable, grade_math
 from tests.support import hostile
 
 
@@ -88,8 +87,8 @@ def test_words():
     assert not is_words("xy")  # a product
     assert not is_words("2k")
     assert plain_text(" $\\text{ Two  words }$. ") == "two words"
-    assert bare("{ $x^{2}$ }") == "x^{2}"
-    assert bare("\\{1\\}") == "\\{1\\}"
+    assert strip_answer("{ $x^{2}$ }") == "x^{2}"
+    assert strip_answer("\\{1\\}") == "\\{1\\}"
 
 
 HANGING = ["9^{9^{9^{9}}}", "(10^{10})!!", "\\sqrt{" * 400 + "2" + "}" * 400, "2^{2^{2^{2^{2^{2^{2}}}}}}"]
@@ -119,7 +118,7 @@ def test_hostile_answers():
 @pytest.mark.timeout(1200)
 def test_every_hostile_answer_is_rejected_in_bounded_time():
     """`benchmarks/grading.py` measures the time on a quiet machine; here others may have the processor."""
-    before = set(family(os.getpid()))
+    before = set(grading_processes())
     with Grader(workers=2) as grader:
         status(grader, "4", "x^2")
         kinds = hostile.answers()
@@ -128,9 +127,9 @@ def test_every_hostile_answer_is_rejected_in_bounded_time():
             for text in texts:
                 start = time.monotonic()
                 (grade,) = grader.grade([text], [problem(hostile.GOLD)])
-                assert time.monotonic() - start < 1.6 * grading_pool._LOAD_PATIENCE + 1, (kind, text[:100])
+                assert time.monotonic() - start < 30, (kind, text[:100])
                 assert grade.status != "correct", (kind, text[:100])
-        mine = [p for p in family(os.getpid()) if p not in before]
+        mine = [p for p in grading_processes() if p not in before]
         assert len(mine) <= 3  # the source and two workers, however many were killed
     assert gone(mine)
 
@@ -208,27 +207,27 @@ def test_scorers_cannot_be_made_to_act(grader, tmp_path):
 
 
 def test_extraction():
-    gym = Problem("g/0", "?", "", "reasoning_gym/x", {"reasoning_gym": {"task": "x", "entry": {}}})
-    assert extract_answer("<answer>1</answer> <answer> 2 </answer>", gym) == "2"
-    assert extract_answer("a\nb\n", gym) == "b"
-    assert extract_answer("<answer>1</answer> \\boxed{3}", gym) == "3"
-    assert extract_answer("<answer>1</answer>", problem("1")) is None
+    assert extract_answer("<answer>1</answer> <answer> 2 </answer>", tagged=True) == "2"
+    assert extract_answer("a\nb\n", tagged=True) == "b"
+    assert extract_answer("<answer>1</answer> \\boxed{3}", tagged=True) == "3"
+    assert extract_answer("<answer>1</answer>") is None
 
 
-def test_a_worker_killed_while_idle_is_replaced():
-    with Grader(workers=2) as grader:
-        assert status(grader, "4", "{4}", "x") == ["correct", "wrong"]
-        for worker in grader._pools["math"].workers:
-            os.kill(worker.pid, signal.SIGKILL)
-        assert status(grader, "4", "2^2", "y") == ["correct", "wrong"]
-        grader._pools["math"].process.kill()  # the source of workers itself
-        for worker in grader._pools["math"].workers:
-            os.kill(worker.pid, signal.SIGKILL)
-        assert status(grader, "4", "2+2", "z") == ["correct", "wrong"]
+def test_killed_processes_are_replaced(grader):
+    assert status(grader, "4", "{4}", "x") == ["correct", "wrong"]
+    for process in grading_processes():
+        process.kill()
+    assert status(grader, "4", "2^2", "y") == ["correct", "wrong"]
+    server = psutil.Process(grader._server.pid)
+    for worker in server.children():
+        worker.kill()
+    assert status(grader, "4", "2+2", "z") == ["correct", "wrong"]
 
 
-def family(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+def grading_processes(pid: int | None = None) -> list[psutil.Process]:
+    """Servers and workers below a process (default: this one)."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "bupo.data.grading_worker" in child.cmdline()]
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -237,9 +236,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 def test_close_ends_every_process():
     grader = Grader(workers=2)
-    before = set(family(os.getpid()))
+    before = set(grading_processes())
     assert status(grader, "4", "5.5+x", "4.4+x") == ["wrong", "wrong"]
-    mine = [p for p in family(os.getpid()) if p not in before]
+    mine = [p for p in grading_processes() if p not in before]
     assert len(mine) == 3
     grader.close()
     assert gone(mine)
@@ -261,7 +260,7 @@ def test_workers_die_with_a_killed_parent_and_need_no_torch():
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline().strip() == "False"
-    children = family(parent.pid)
+    children = grading_processes(parent.pid)
     assert len(children) == 3
     maps = [c.memory_maps() for c in children if c.is_running()]
     assert not any("libtorch" in m.path for process in maps for m in process)
@@ -270,22 +269,10 @@ def test_workers_die_with_a_killed_parent_and_need_no_torch():
     assert gone(children)
 
 
-def test_time_spent_waiting_for_a_processor_is_given_back(monkeypatch):
-    assert grading_pool.waited(os.getpid()) >= 0
-    assert grading_pool.waited(2**22 + 1) == 0
-    now = time.monotonic()
-    worker = grading_pool._Worker(None, 1, set(), 0, deadline=now - 1, last=now + 500, waited=3.0)
-    monkeypatch.setattr(grading_pool, "waited", lambda pid: 3.5)
-    assert not grading_pool._extend(worker)  # half a second back is not enough
-    monkeypatch.setattr(grading_pool, "waited", lambda pid: 103.5)
-    assert grading_pool._extend(worker)
-    assert worker.deadline == pytest.approx(now + 99.5)
-    monkeypatch.setattr(grading_pool, "waited", lambda pid: 1003.5)
-    assert grading_pool._extend(worker)
-    assert worker.deadline == worker.last  # but not for ever
-
-
-def test_a_gold_answer_gets_more_time_than_a_models():
-    pool = grading_pool.Pool("math", 1, 2.0, 512)
-    assert pool._seconds({"kind": "gold"}) == 2.0 * grading_pool.GOLD_PATIENCE
-    assert pool._seconds({"kind": "math"}) == 2.0
+def test_cores_are_shared_between_the_processes_of_a_launcher(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert default_workers() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert default_workers() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "128")
+    assert default_workers() == 1

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bupo.data.problems import BOXED_INSTRUCTION, last_boxed, load_problems, pack, unpack
+from bupo.data.answers import last_boxed
+from bupo.data.generators import pack, unpack
+from bupo.data.problems import BOXED_INSTRUCTION, load_problems
 from bupo.errors import InputError
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bupo.data.problems import BOXED_INSTRUCTION
+from bupo.data.prompts import prompt_ids, render_prompt
 from bupo.data.rollouts import read_responses
-from bupo.data.templates import prompt_ids, render_prompt
 from bupo.errors import InputError
 
 

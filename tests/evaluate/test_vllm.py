@@ -30,7 +30,7 @@ def test_first_tokens_come_from_the_models_distribution(engines):
     """Samples of one request against the softmax that transformers computes for the same prompt token ids."""
     import torch
 
-    from bupo.data.templates import prompt_ids
+    from bupo.data.prompts import prompt_ids
     from bupo.evaluate.engines import Sampling
 
     _, vllm, tokenizer = engines["vllm"]

@@ -229,8 +229,8 @@ _LONG = {
 def _generate(model: Any, tokenizer: Any, progress: _Progress, config: dict[str, Any]) -> list[Rollout]:
     """The model's own responses to the dataset's problems."""
     from bupo.data.problems import load_problems
+    from bupo.data.prompts import prompt_ids
     from bupo.data.rollouts import Rollout
-    from bupo.data.templates import prompt_ids
     from bupo.evaluate.hf_engine import sample
     from bupo.lens.analyze import context_length
 

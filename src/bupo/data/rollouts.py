@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bupo.data.problems import Prompt, read_rows
-from bupo.data.templates import prompt_ids as tokenize_prompt
+from bupo.data.prompts import prompt_ids as tokenize_prompt
 from bupo.errors import InputError
 
 

@@ -89,7 +89,7 @@ class Plan:
 
 def load_plans(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Plan]:
     """Problems and prompts of every task; everything a user got wrong about them is found here, before sampling."""
-    from bupo.data.templates import prompt_ids, render_prompt
+    from bupo.data.prompts import prompt_ids, render_prompt
 
     plans = []
     for task in map(find_task, config.tasks):
