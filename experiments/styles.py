@@ -9,7 +9,7 @@ unembedding is the embedding (``tied``), and in the data (``worked``: 65 % of lo
 ``bare``: none does; ``longer``: ``worked``, on 4.3 times as many texts, about 25 minutes a model and so with seed 0
 alone: the settings of the model that ships with bupo, which stands for its cell). Read with
 `bupo.lens.analyze.analyze_rollouts` on the model's own responses to the same held-out problems, raw (Eq. 5-13 of arXiv
-2512.19673), and with the final norm by layer (`bupo.lens.agreement`'s criteria).
+2512.19673), and with the final norm by layer (`bupo.lens.agreement`).
 
 How abrupt a model is: *late share*, the part of the fall of the layer policy's entropy from layer 1 to L that its last
 quarter of layers makes. A model that sharpens evenly has about 0.25; one that decides at the end about 1. And *last
@@ -76,8 +76,8 @@ def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
         "loss": trained["history"][-1]["loss"],
         **{name: found[name] for name in KEPT},
         "curves": {
-            reading: {name: found["layer_choice"]["curves"][reading][name] for name in ("entropy", "change", "kl")}
-            for reading in ("raw", "norm", "norm_fitted")
+            reading: {name: found["layer_choice"]["curves"][reading][name] for name in ("entropy", "kl")}
+            for reading in ("raw", "norm")
         },
         "seconds": round(time.monotonic() - started),
     }

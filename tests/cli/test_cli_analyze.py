@@ -174,14 +174,14 @@ def test_usage_errors_exit_with_2(capsys, tmp_path):
     capsys.readouterr()
 
 
-def test_statistics_tolerance_and_every_token(capsys, tmp_path, responses):
+def test_statistics_max_tokens_and_every_token(capsys, tmp_path, responses):
     import pyarrow.parquet as parquet
 
     folder = tmp_path / "out"
-    options = ["--statistics", "logprob,rank,kl,varentropy,top2", "--per-token", "--tolerance", "0.01"]
+    options = ["--statistics", "logprob,rank,kl,varentropy,top2", "--per-token", "--max-tokens", "6"]
     code, out, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, *options)
     assert code == 0
-    assert "read 6 of 6 tokens" in " ".join(out.split())
+    assert "read 6 of 6 response tokens" in " ".join(out.split())
     result = json.loads((folder / "analysis.json").read_text())
     table = parquet.read_table(folder / "per_token.parquet").to_pylist()
     assert len(table) == 6 * 8 * 6  # tokens, layers, sites
@@ -207,10 +207,9 @@ def test_statistics_tolerance_and_every_token(capsys, tmp_path, responses):
     ("options", "words"),
     [
         (["--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
-        (["--tolerance", "0"], "tolerance is a standard error in nats, above 0"),
     ],
 )
-def test_wrong_statistics_and_tolerance(capsys, tmp_path, responses, options, words):
+def test_wrong_statistics(capsys, tmp_path, responses, options, words):
     line = refused(capsys, tmp_path / "out", "--model", "small", "--responses", responses, *options)
     assert words in line
     assert not list(tmp_path.glob(".per_token*"))

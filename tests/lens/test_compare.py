@@ -12,12 +12,12 @@ from torch.distributions import Categorical, kl_divergence
 
 from bupo.cli import main
 from bupo.errors import InputError
-from bupo.lens import compare as module
-from bupo.lens.compare import compare, read_inside
+from bupo.lens.batching import subsample_evenly
+from bupo.lens.compare import compare_models, measure_layers
 from bupo.report.inside import check_comparison, inside_figure
-from tests.lens.test_analysis import pairs
-from tests.models.test_early_exit import stream
+from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
+from tests.support.zoo_checks import stream
 
 
 def moved(model, scale=0.3):
@@ -51,7 +51,7 @@ def plain(model, rollouts, layer):
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_every_quantity_is_its_definition(layer):
     model, rollouts = tiny_model(spread=3.0), pairs()
-    result = compare([("a", read_inside(model, rollouts, layer, batch_tokens=20))], rollouts)
+    result = compare_models([("a", measure_layers(model, rollouts, layer, batch_tokens=20))])
     (found,) = result["models"]
     want = plain(model, rollouts, layer)
     close = {"rtol": 1e-3, "atol": 1e-3}
@@ -65,8 +65,8 @@ def test_every_quantity_is_its_definition(layer):
 
 def test_changes_are_paired_by_token():
     model, rollouts = tiny_model(spread=3.0), pairs([(3, 20), (6, 25), (1, 30)])
-    readings = [("a", read_inside(model, rollouts, 2)), ("b", read_inside(moved(model), rollouts, 2))]
-    one, two = compare(readings, rollouts)["models"]
+    readings = [("a", measure_layers(model, rollouts, 2)), ("b", measure_layers(moved(model), rollouts, 2))]
+    one, two = compare_models(readings)["models"]
     assert "change" not in one
     change = two["change"]
     for name in ("entropy", "divergence", "cosine_of_layer"):
@@ -77,28 +77,29 @@ def test_changes_are_paired_by_token():
     assert change["entropy"]["mean"][0] == 0.0  # the first layer is the same, at every token
     assert change["entropy"]["standard_error"][0] == 0.0
     assert change["entropy"]["mean"][1] != 0.0
-    same = compare([readings[0], ("again", readings[0][1])], rollouts)["models"][1]["change"]
+    same = compare_models([readings[0], ("again", readings[0][1])])["models"][1]["change"]
     assert set(same["divergence"]["mean"]) == {0.0}
 
 
 def test_the_same_tokens_are_drawn_for_every_model():
     rollouts = pairs([(3, 40), (6, 25)])
-    part = read_inside(tiny_model(), rollouts, 2, tokens=20, seed=4)
-    assert part.values.shape[1] == sum(len(t) for t in module.draw_tokens(rollouts, 20, 4)) < 25
-    again = read_inside(tiny_model(), rollouts, 2, tokens=20, seed=4)
+    part = measure_layers(tiny_model(), rollouts, 2, tokens=20, seed=4)
+    assert part.values.shape[1] == sum(part.counts) < 25
+    assert part.counts == [len(t) for t in subsample_evenly([40, 25], 20, 4)]
+    again = measure_layers(tiny_model(), rollouts, 2, tokens=20, seed=4)
     assert torch.equal(part.values, again.values)
 
 
 def test_other_layers_and_other_depths_are_refused():
     rollouts = pairs()
     with pytest.raises(InputError, match="layer 5 does not exist"):
-        read_inside(tiny_model(), rollouts, 5)
+        measure_layers(tiny_model(), rollouts, 5)
     readings = [
-        ("a", read_inside(tiny_model(), rollouts, 2)),
-        ("b", read_inside(tiny_model(num_hidden_layers=3), rollouts, 2)),
+        ("a", measure_layers(tiny_model(), rollouts, 2)),
+        ("b", measure_layers(tiny_model(num_hidden_layers=3), rollouts, 2)),
     ]
     with pytest.raises(InputError, match="a has 4 layers and b has 3"):
-        compare(readings, rollouts)
+        compare_models(readings)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +163,8 @@ def test_refusals(capsys, tmp_path, folders, models, options, words):
 
 def test_many_models_are_drawn_and_nonsense_is_refused():
     model, rollouts = tiny_model(spread=3.0), pairs()
-    readings = [(f"state {i} <b>", read_inside(moved(model, 0.1 * i), rollouts, 2)) for i in range(7)]
-    figure = inside_figure(compare(readings, rollouts))
+    readings = [(f"state {i} <b>", measure_layers(moved(model, 0.1 * i), rollouts, 2)) for i in range(7)]
+    figure = inside_figure(compare_models(readings))
     assert len(figure.axes) == 4
     with pytest.raises(InputError, match="no comparison"):
         check_comparison({"schema": 1})

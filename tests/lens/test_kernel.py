@@ -12,9 +12,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton decorates the ke
 pytest.importorskip("triton", reason="needs triton")
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] != "1" else "cpu"
 
-from bupo.lens import triton_kernel as kernel_triton  # noqa: E402
+from bupo.lens import softmax_stats, triton_kernel  # noqa: E402
+from bupo.lens.online import StatsRequest  # noqa: E402
+from bupo.models.capture import LayerStates  # noqa: E402
+from bupo.models.unembed import Unembedding  # noqa: E402
+from tests.support.lens import RULES, logits_of  # noqa: E402
 
-RULES = [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "bias": True}]
 SMALL = {"rows": 16, "tile": 16, "width_tile": 16}
 
 
@@ -28,9 +31,7 @@ def setting(n=9, d=20, v=53, layers=2, spread=1.0, dtype=torch.float32, bias=Fal
 
 
 def reference(state, weight, bias=None, scale=1.0, softcap=None):
-    z = scale * (state.double() @ weight.double().T)
-    z = z if bias is None else z + bias.double()
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = logits_of(state, Unembedding(weight, bias, scale, softcap))
     return Categorical(logits=z).entropy(), z.logsumexp(-1)
 
 
@@ -38,7 +39,7 @@ def reference(state, weight, bias=None, scale=1.0, softcap=None):
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
 def test_a_group_equals_float64(rule, spread):
     before, states, weight, rule = setting(spread=spread, **rule)
-    entropy, lse = kernel_triton.read(before, states, weight, **rule, **SMALL)
+    entropy, lse = triton_kernel.read(before, states, weight, **rule, **SMALL)
     stream = before.double()
     for layer, every in enumerate(states.double()):
         stream = stream + every[1] + every[3]
@@ -51,46 +52,43 @@ def test_a_group_equals_float64(rule, spread):
 @pytest.mark.parametrize(("n", "d", "v"), [(1, 16, 16), (17, 33, 100), (16, 7, 129), (5, 64, 31)])
 @pytest.mark.parametrize("parts", [1, 3, None])
 def test_sizes_that_are_no_multiples_of_the_blocks(n, d, v, parts):
-    before, _, weight, _ = setting(n=n, d=d, v=v)
-    entropy, lse = kernel_triton.read(before, None, weight, parts=parts, **SMALL)
-    want = reference(before, weight)
-    torch.testing.assert_close(entropy, want[0], rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(lse, want[1], rtol=1e-5, atol=1e-5)
+    before, states, weight, _ = setting(n=n, d=d, v=v, layers=1)
+    entropy, lse = triton_kernel.read(before, states, weight, parts=parts, **SMALL)
+    for site in range(4):
+        want = reference(states[0, site], weight)
+        torch.testing.assert_close(entropy[0, site], want[0], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(lse[0, site], want[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_numbers_are_summed_in_float32(dtype):
     before, states, weight, _ = setting(dtype=dtype, layers=1)
-    entropy, _ = kernel_triton.read(before, states, weight, **SMALL)
+    entropy, _ = triton_kernel.read(before, states, weight, **SMALL)
     for site in range(4):
         torch.testing.assert_close(entropy[0, site], reference(states[0, site], weight)[0], rtol=1e-4, atol=5e-5)
 
 
 def test_non_finite_logits_do_not_pass_as_numbers():
-    before, _, weight, _ = setting()
+    before, states, weight, _ = setting(layers=1)
     before[3, 2] = float("inf")
-    entropy, _ = kernel_triton.read(before, None, weight, **SMALL)
-    assert torch.isfinite(entropy).tolist() == [i != 3 for i in range(9)]
+    entropy, _ = triton_kernel.read(before, states, weight, **SMALL)
+    assert torch.isfinite(entropy[0, 4]).tolist() == [i != 3 for i in range(9)]
 
 
-def test_the_readout_uses_it_and_agrees(monkeypatch):
-    from bupo.lens import softmax_stats as readout
-    from bupo.models.capture import LayerStates
-    from bupo.models.unembed import Unembedding
-
+def test_the_reader_uses_it_and_agrees(monkeypatch):
     before, states, weight, _ = setting()
-    layers = [LayerStates(every) for every in states]
+    layers = [LayerStates(stacked) for stacked in states]
     rule = Unembedding(weight, scale=0.7)
-    plain = readout.read_group(before, layers, rule)
+    plain = softmax_stats.residual_group_stats(before, layers, rule)
     calls = []
-    real = kernel_triton.read
-    monkeypatch.setattr(kernel_triton, "read", lambda *a, **k: calls.append(1) or real(*a, **k, **SMALL))
-    monkeypatch.setattr(readout, "_kernel", lambda device: kernel_triton)
-    fused = readout.read_group(before, layers, rule)
+    real = triton_kernel.read
+    monkeypatch.setattr(triton_kernel, "read", lambda *a, **k: calls.append(1) or real(*a, **k, **SMALL))
+    monkeypatch.setattr(softmax_stats, "_kernel", lambda device: triton_kernel)
+    fused = softmax_stats.residual_group_stats(before, layers, rule)
     assert calls
     torch.testing.assert_close(fused["entropy"], plain["entropy"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused["lse"], plain["lse"], rtol=1e-5, atol=1e-5)
-    # what the kernel does not compute goes the other way
-    extra = readout.read_group(before, layers, rule, readout.Extras(varentropy=True))
+    # what the kernel does not compute takes the other path
+    extra = softmax_stats.residual_group_stats(before, layers, rule, StatsRequest(varentropy=True))
     assert len(calls) == 1
     assert "varentropy" in extra

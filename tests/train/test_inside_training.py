@@ -11,7 +11,7 @@ import yaml
 from bupo.cli import main
 from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
-from bupo.lens.compare import compare, read_inside
+from bupo.lens.compare import compare_models, measure_layers
 from bupo.models.load import load_model
 from bupo.report.inside_training import inside_training_figure, read_inside_folder
 from tests.cli.test_cli_train import RECIPE, rows
@@ -52,8 +52,8 @@ def test_readings_change_nothing_and_are_those_of_compare(tmp_path, recipe, tiny
     for name, path in (("start", tiny_folder), ("end", watched / "model")):
         model, tokenizer = load_model(str(path), dtype="float32", device="cpu")
         rollouts = read_responses(watched / "inside" / "responses.jsonl", tokenizer)
-        readings.append((name, read_inside(model, rollouts, layer, tokens=512)))
-    item = compare(readings, rollouts, tokens=512)["models"][1]
+        readings.append((name, measure_layers(model, rollouts, layer, tokens=512)))
+    item = compare_models(readings)["models"][1]
     for part in ("entropy", "divergence", "cosine_of_layer"):
         for kind in ("mean", "standard_error"):
             torch.testing.assert_close(

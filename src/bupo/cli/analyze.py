@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bupo.cli.options import Progress as _Progress
+from bupo.cli.options import quiet_libraries as _quiet_libraries
 from bupo.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ Examples:
 
   bupo analyze --model Qwen/Qwen3-4B --dataset HuggingFaceH4/MATH-500 --limit 20 --output runs/qwen3
 
-  bupo analyze --model models/smollm2 --responses responses.jsonl --output runs/smollm2 --tolerance 0.05
+  bupo analyze --model models/smollm2 --responses responses.jsonl --output runs/smollm2 --max-tokens 2000
 
   accelerate launch --num_processes 8 -m bupo analyze --model Qwen/Qwen3-8B --responses R.jsonl --output runs/q
 """
@@ -58,9 +60,9 @@ def analyze(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature of the responses.")] = 1.0,
     template: Annotated[str, typer.Option(help="Prompt template: auto, raw, chat, qwen-math, ...")] = "auto",
-    tolerance: Annotated[
-        float | None,
-        typer.Option(help="Read a random part of the tokens, until every standard error is at most so many nats."),
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of response tokens to read, drawn at random. Default: all of them."),
     ] = None,
     statistics: Annotated[
         str,
@@ -112,11 +114,11 @@ def analyze(
     started = time.monotonic()
     _quiet_libraries()
     with _Progress(enabled=not as_json and process == 0) as progress:
-        from bupo.lens.analyze import Wanted, analyze_rollouts, check_rollouts
+        from bupo.lens.analyze import AnalysisOptions, Statistics, analyze_rollouts, check_rollouts
         from bupo.models.load import load_model, model_revision
 
-        Wanted(tuple(names))  # a wrong name is said before anything is loaded
-        progress.say(f"loading {model}")
+        Statistics(tuple(names))  # a wrong name is said before anything is loaded
+        progress.log(f"loading {model}")
         loaded, tokenizer = load_model(
             model,
             dtype="fitting" if dtype == "auto" else dtype,
@@ -136,38 +138,27 @@ def analyze(
 
                 rollouts = broadcast_object_list([rollouts])[0]
         check_rollouts(loaded, rollouts)
-        bar = progress.bar("reading states", sum(len(r.response_ids) for r in rollouts))
         table = None
         if per_token:
-            from bupo.lens.token_table import TokenTable
+            from bupo.lens.tokens import ParquetTokenWriter
 
-            table = TokenTable(output)
+            table = ParquetTokenWriter(output)
         result = analyze_rollouts(
             loaded,
             rollouts,
-            batch_tokens=batch_tokens,
             statistics=names,
-            tolerance=tolerance,
+            max_tokens=max_tokens,
+            batch_tokens=batch_tokens,
             seed=seed,
-            name=model,
-            progress=bar,
-            sink=table,
             share=processes > 1,
+            options=AnalysisOptions(model, choice, choice_tokens, table, progress.update),
         )
-        if choice and process == 0:
-            from bupo.lens.agreement import choose_layer
-
-            bar = progress.bar("comparing layers", result["layers"])
-            result["layer_choice"] = choose_layer(
-                loaded, rollouts, result, tokens=choice_tokens, seed=seed, progress=bar
-            )
         tokens = None
         if explore and process == 0:
             from bupo.lens.tokens import explore_rollouts
 
             chosen = rollouts[:explore]
-            bar = progress.bar("reading single tokens", len(chosen))
-            tokens = explore_rollouts(loaded, chosen, tokenizer.decode, progress=bar)
+            tokens = explore_rollouts(loaded, chosen, tokenizer.decode, progress=progress.update)
     if process > 0:
         return
 
@@ -232,11 +223,11 @@ def _generate(model: Any, tokenizer: Any, progress: _Progress, config: dict[str,
     from bupo.data.prompts import prompt_ids
     from bupo.data.rollouts import Rollout
     from bupo.evaluate.hf_engine import sample
-    from bupo.lens.analyze import context_length
+    from bupo.models.layout import context_length
 
     problems = load_problems(config["dataset"], split=config["split"], limit=config["limit"], seed=config["seed"])
     prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
-    longest, room, most = max(map(len, prompts)), context_length(model), config["max_new_tokens"]
+    longest, room, most = max(map(len, prompts)), context_length(model.config), config["max_new_tokens"]
     if room is not None and longest + (most or 1) > room:
         raise InputError(
             f"the longest prompt ({longest} tokens) and --max-new-tokens {most or 1} exceed the model's context of "
@@ -329,53 +320,4 @@ def _print_summary(result: dict[str, Any], folder: Path, figures: int, rule: str
 
 
 def _sampling_line(sampling: dict[str, Any]) -> str:
-    share = f"read {sampling['tokens_used']} of {sampling['tokens_of_responses']} tokens"
-    error = f"largest standard error {sampling['largest_standard_error']:.3f} nats"
-    if sampling["reached"]:
-        return f"{share}: {error}, tolerance {sampling['tolerance']:g} met"
-    needed = sampling["responses_needed"]
-    return (
-        f"{share}: {error}. The tolerance {sampling['tolerance']:g} is not met because responses differ; these ones' "
-        f"mean is known to {sampling['largest_sampling_error']:.3f}"
-        + (f", and about {needed} responses would meet it" if needed else "")
-    )
-
-
-class _Progress:
-    """Bars on standard error, so that ``--json`` leaves standard output to the result."""
-
-    def __init__(self, enabled: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not enabled,
-        )
-
-    def __enter__(self) -> _Progress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text) if not self._progress.disable else None
-
-    def bar(self, text: str, total: int) -> Any:
-        """A function of (steps done, steps in all) that moves a new bar."""
-        task = self._progress.add_task(text, total=total)
-        return lambda done, of=total: self._progress.update(task, completed=done, total=of)
-
-
-def _quiet_libraries() -> None:
-    """transformers' own bars and warnings would tear ours; errors still show."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    return f"read {sampling['tokens_used']} of {sampling['tokens_of_responses']} response tokens, drawn at random"

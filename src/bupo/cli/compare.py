@@ -66,13 +66,13 @@ def compare(
     folder = claim(output, overwrite=overwrite)
     started = time.monotonic()
 
-    from bupo.cli.analyze import _Progress, _quiet_libraries
+    from bupo.cli.options import Progress as _Progress
+    from bupo.cli.options import quiet_libraries as _quiet_libraries
 
     _quiet_libraries()
     with _Progress(enabled=not as_json) as progress:
         from bupo.data.rollouts import read_responses
-        from bupo.lens.compare import compare as join
-        from bupo.lens.compare import read_inside
+        from bupo.lens.compare import compare_models, measure_layers
         from bupo.models.load import load_model, model_revision
 
         readings, revisions, rollouts = [], {}, None
@@ -86,11 +86,10 @@ def compare(
             if rollouts is None:  # the baseline's tokenizer; ids, where the rows have them, need none
                 rollouts = read_responses(responses, tokenizer, template)[:limit]
             bar = progress.bar(f"reading {name}", tokens)
-            readings.append((name, read_inside(loaded, rollouts, chosen, tokens=tokens, seed=seed, progress=bar)))
+            readings.append((name, measure_layers(loaded, rollouts, chosen, tokens=tokens, seed=seed, progress=bar)))
             revisions[name] = model_revision(loaded)
             del loaded
-        assert rollouts is not None
-        result = join(readings, rollouts, tokens=tokens, seed=seed)
+        result = compare_models(readings)
 
     from bupo.report.inside import write_inside_figure
 

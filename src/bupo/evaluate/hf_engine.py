@@ -10,6 +10,7 @@ import torch
 
 from bupo.errors import InputError
 from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end
+from bupo.models.layout import context_length
 
 _FIRST_STRETCH = 32  # tokens
 
@@ -177,12 +178,6 @@ def sample(
         if progress is not None:
             progress(done, len(prompts_ids) * samples)
     return responses
-
-
-def context_length(config: Any) -> int | None:
-    """Most tokens the model was made for, where its configuration says it."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(context) if context else None
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:

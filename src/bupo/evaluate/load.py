@@ -50,8 +50,9 @@ def load_engine(
 def _load_vllm(config: EvalConfig, trust_remote_code: bool) -> tuple[Engine, Any, dict[str, Any]]:
     from transformers import AutoConfig, GenerationConfig
 
-    from bupo.evaluate.hf_engine import context_length, end_tokens
+    from bupo.evaluate.hf_engine import end_tokens
     from bupo.evaluate.vllm_engine import VllmEngine
+    from bupo.models.layout import context_length
     from bupo.models.load import load_tokenizer, resolve_model
 
     path = resolve_model(config.model)

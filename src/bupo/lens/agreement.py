@@ -1,12 +1,19 @@
-"""What helps to choose a layer, beside the paper's rule: the ``layer_choice`` block of ``analysis.json``.
+"""How closely each layer's lens agrees with the model's output, and the knee of that curve: a second candidate layer.
 
-On a random sample of response tokens every layer is compared with the final policy, as it is, through the final norm,
-and at fitted temperatures; each criterion's answer stands beside how often a bootstrap repeats it. Joins ``model``
-(states) and ``policy`` (readings, criteria).
+On a random sample of response tokens, every layer is compared with the full policy pi in two readings: raw, as internal
+policies are defined, and through the final norm (the usual logit lens). The *recovered* information is
+``R(l) = 1 - KL(pi || q^l) / KL(pi || uniform)``, where q^l is layer l read through the final norm: 1 at the output, 0
+for a layer that is no better than uniform. Where R stays flat for many layers and then climbs, the layer at the turn is
+the last one before the model commits itself to its output, which is what the boundary layer is in Section 4 of arXiv
+2512.19673. Unlike raw entropies, R does not depend on the scale of the states. Only the boundary rule has been tried in
+training.
+
+Shape legend: L layers, N tokens, d width, K quantities.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,180 +22,250 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.lens.batching import TokenPair, pad
-from bupo.lens.old_choice import Answer, bootstrap_weights
-from bupo.lens.old_criteria import READINGS, answers, curves, token_values
-from bupo.lens.old_temperature import Comparison, Final, compare, read_final
-from bupo.lens.softmax_stats import entropy
-from bupo.models.capture import LayerStates, capture_stream
+from bupo.lens.batching import TokenPair, pad, subsample
+from bupo.lens.clustered import ClusterMeans, round_errors, round_list
+from bupo.lens.online import StatsRequest
+from bupo.lens.softmax_stats import lens_stats
+from bupo.models.capture import capture_layers
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.unembed import Unembedding, get_unembedding
 
-DRAWS = 300
-MOST_TOKENS, LEAST_TOKENS, PART = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds
-RESPONSES, TOKENS_A_RESPONSE = 32, 4  # of more responses, only so many that each gives four tokens on average
 RULES = ("boundary", "recommended")
+LENSES = ("raw", "norm")
+KINDS = ("entropy", "kl", "top1")
+TITLES = {
+    "boundary": "the paper's rule on the FFN entropy change",
+    "knee": "knee of the agreement with the final policy",
+}
+MOST_TOKENS, LEAST_TOKENS, SHARE = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds
+RESPONSES, TOKENS_PER_RESPONSE = 32, 4  # of more than 32 responses, so few that each has four sampled tokens on average
+FASTER = 3.0  # a knee needs a climb after it that is this many times as steep as the curve before it,
+LEAST_GAIN = 0.1  # and that gains at least this much in all
+_LAYERS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """States of the chosen tokens: N of them, response by response; ``counts`` says how many of each."""
+class Candidate:
+    """A layer (from 1) or None, and the reason in one sentence without a full stop."""
 
-    counts: list[int]
-    stream: Tensor  # H^0 .. H^L (L+1, N, d)
-    final: Final
-    ffn_change: Tensor  # Eq. 13, (L, N)
+    layer: int | None
+    reason: str
 
 
 def sample_size(total: int) -> int:
-    """The default number of tokens: a sixteenth, at least 128, at most 512; so the cost stays a small share."""
-    return min(total, MOST_TOKENS, max(LEAST_TOKENS, total // PART))
+    """The default number of sampled tokens: a sixteenth of all, but at least 128 and at most 512."""
+    return min(total, MOST_TOKENS, max(LEAST_TOKENS, total // SHARE))
 
 
 @torch.no_grad()
 def choose_layer(
     model: nn.Module,
-    rollouts: Sequence[TokenPair],
+    responses: Sequence[TokenPair],
     analysis: Mapping[str, Any],
     *,
     tokens: int | None = None,
-    draws: int = DRAWS,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare every layer with the final policy on a sample of tokens, and recommend one or none.
+    """Compare every layer with the full policy on a sample of tokens, and recommend one layer or none.
 
-    Costs four vocabulary products and about ten looks at the logits a layer and sampled token, and one forward of the
-    responses that have sampled tokens.
+    Costs two vocabulary products per layer and sampled token, and a forward pass of the responses that have some.
 
     Args:
-        analysis: of the same model and responses (:func:`bupo.lens.analyze.analyze_rollouts`); its boundary stands.
-        tokens: so many at random over all responses; by default :func:`sample_size` of the analysed ones' number.
-        draws: bootstrap draws.
-        seed: of the sample and of the bootstrap.
-        progress: called with (layers finished, layers in all).
+        model: the analysed model.
+        responses: the analysed responses.
+        analysis: the result of `bupo.lens.analyze.analyze_rollouts`; its boundary layer takes precedence.
+        tokens: number of tokens to sample (default: `sample_size`).
+        seed: random seed of the sample.
+        progress: called with ("comparing layers", layers done, layers in all).
 
     Returns:
-        ``{"tokens", "responses", "seed", "draws", "bootstrap", "recommendation", "criteria", "curves",
-        "standard_errors"}``. ``recommendation`` has layer (None if none), criterion, reason, share (of the draws that
-        repeat it) and other (the other answers' shares). ``criteria`` has the same for every criterion. ``curves`` has
-        lists over layers 1..L for the readings ``raw`` (Eq. 5), ``norm`` (final norm applied), ``fitted`` and
-        ``norm_fitted`` (at the fitted temperatures): entropy and kl (to the final policy) in nats, top1 (share of
-        tokens whose most likely next token is the final policy's), temperature (None where no finite one is best),
-        inverse_temperature, and recovered (`bupo.lens.old_choice`).
+        The ``layer_choice`` block of ``analysis.json``: ``tokens``, ``responses``, ``seed``; ``recommendation`` with
+        ``layer``, ``criterion`` (boundary, knee or None) and ``reason``; ``criteria``, a list of dictionaries with
+        ``name``, ``title``, ``layer`` and ``reason``, the knee's also with ``standard_error`` in layers; ``curves``,
+        lists over layers 1..L for ``raw`` and ``norm``: ``entropy`` and ``kl`` (``KL(full policy || layer)``) in nats,
+        ``top1`` (share of tokens with the same most likely next token), and for ``norm`` also ``recovered``; and
+        ``standard_errors`` of the same, clustered by response.
 
     Raises:
         InputError: non-finite logits.
     """
-    inner, rule = unwrap(model), get_unembedding(model)
-    with eval_mode(inner):
-        taken = _take(model, rollouts, rule, tokens or sample_size(int(analysis["tokens"])), seed)
-        readings = _read_layers(model, taken, rule, progress)
-    values = token_values(readings, taken.final, taken.ffn_change, taken.counts, len(rule.weight))
-    if not values.finite():
-        raise InputError("the layers' comparison with the final policy is not finite; try --dtype float32")
-    several = len(taken.counts) > 1
-    boundary = Answer(analysis["boundary_layer"], analysis["boundary_reason"])
-    change = (analysis["entropy_change"]["ffn"], analysis["entropy_change_standard_errors"]["ffn"])
-    shown, errors = curves(values)
+    unembedding = get_unembedding(model)
+    wanted = tokens or sample_size(int(analysis["tokens"]))
+    lengths = [len(r.response_ids) for r in responses]
+    drawn = subsample(lengths, wanted, seed, max_responses=max(RESPONSES, wanted // TOKENS_PER_RESPONSE))
+    sampled = [(response, at) for response, at in zip(responses, drawn, strict=True) if at]
+    counts = [len(at) for _, at in sampled]
+    with eval_mode(unwrap(model)):
+        states, final = _sampled_states(model, sampled, unembedding.weight.device)
+        values, entropy = _compare_layers(model, states, final, unembedding, progress)
+    mean, error = _means(values.flatten(0, 2), counts)
+    if not bool(torch.isfinite(mean).all()):
+        raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
+    recovered, influence = _recovered(values[1, 1], math.log(len(unembedding.weight)) - entropy)
+    mean, error = mean.view(values.shape[:3]), error.view(values.shape[:3])
+    curves = {lens: dict(zip(KINDS, map(round_list, m), strict=True)) for lens, m in zip(LENSES, mean, strict=True)}
+    errors = {lens: dict(zip(KINDS, map(round_errors, e), strict=True)) for lens, e in zip(LENSES, error, strict=True)}
+    curves["norm"]["recovered"] = round_list(recovered)
+    errors["norm"]["recovered"] = round_errors(_means(influence, counts)[1])
+    knee, knee_error = find_knee(recovered.tolist()), None
+    if knee.layer is not None:
+        shift = knee_gradient(recovered, knee.layer) @ influence
+        knee_error = round_errors(_means(shift[None], counts)[1])[0]
+    boundary = Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
     return {
-        "tokens": sum(taken.counts),
-        "responses": len(taken.counts),
+        "tokens": sum(counts),
+        "responses": len(counts),
         "seed": seed,
-        "draws": draws,
-        "bootstrap": "responses, then tokens within them" if several else "tokens (of a single response)",
-        **answers(values, boundary, change, bootstrap_weights(taken.counts, draws, seed)),
-        "curves": shown,
+        "recommendation": recommend(boundary, knee),
+        "criteria": [
+            {"name": "boundary", "title": TITLES["boundary"], "layer": boundary.layer, "reason": boundary.reason},
+            {
+                "name": "knee",
+                "title": TITLES["knee"],
+                "layer": knee.layer,
+                "reason": knee.reason,
+                "standard_error": knee_error,
+            },
+        ],
+        "curves": curves,
         "standard_errors": errors,
     }
 
 
 def chosen_layer(analysis: Mapping[str, Any], rule: str) -> tuple[int | None, str]:
-    """The layer that a rule of `RULES` gives, or None, and why.
+    """The layer that a rule of `RULES` selects, or None, and the reason.
 
     Raises:
-        InputError: ``recommended`` of an analysis without ``layer_choice``.
+        InputError: ``recommended`` with an analysis that has no ``layer_choice``.
     """
     if rule == "boundary":
         return analysis["boundary_layer"], analysis["boundary_reason"]
     if not analysis.get("layer_choice"):
-        raise InputError("this analysis has no layer_choice, so nothing is recommended; analyse without --no-choice")
-    found = analysis["layer_choice"]["recommendation"]
-    return found["layer"], found["reason"]
+        raise InputError("this analysis has no layer_choice, so it recommends no layer; analyse without --no-choice")
+    recommendation = analysis["layer_choice"]["recommendation"]
+    return recommendation["layer"], recommendation["reason"]
 
 
-# -- tokens and their states -----------------------------------------------------------------------------------------
+# -- the comparison ----------------------------------------------------------------------------------------------------
 
 
-def pick_tokens(lengths: Sequence[int], tokens: int, seed: int) -> dict[int, list[int]]:
-    """Which tokens of which responses, both in order: so many of all tokens, each equally likely.
-
-    Of more than 32 responses, and more than ``tokens / 4``, only so many (drawn first) are looked at.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    most = max(RESPONSES, tokens // TOKENS_A_RESPONSE)
-    responses = sorted(torch.randperm(len(lengths), generator=generator)[:most].tolist())
-    places = [(response, token) for response in responses for token in range(lengths[response])]
-    chosen = sorted(torch.randperm(len(places), generator=generator)[:tokens].tolist())
-    found: dict[int, list[int]] = {}
-    for response, token in (places[i] for i in chosen):
-        found.setdefault(response, []).append(token)
-    return found
+def _sampled_states(
+    model: nn.Module, sampled: list[tuple[TokenPair, list[int]]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) at the sampled tokens, response by response."""
+    states, finals = [], []
+    for response, at in sampled:
+        batch = pad([response], [at], device)
+        stream, final = capture_layers(model, batch.ids, batch.mask, batch.positions, group=1)
+        states.append(stream)
+        finals.append(final)
+    return torch.cat(states, dim=1), torch.cat(finals)
 
 
-def _take(model: nn.Module, rollouts: Sequence[TokenPair], rule: Unembedding, tokens: int, seed: int) -> _Sample:
-    picked = pick_tokens([len(r.response_ids) for r in rollouts], tokens, seed)
-    parts = [_response(model, rollouts[i], at, rule) for i, at in picked.items()]
-    streams, finals, changes = zip(*parts, strict=True)
-    return _Sample(
-        [len(final) for final in finals],
-        torch.cat(streams, dim=1),
-        read_final(torch.cat(finals), rule),
-        torch.cat(changes, dim=1),
-    )
-
-
-def _response(model: nn.Module, rollout: TokenPair, at: list[int], rule: Unembedding) -> tuple[Tensor, Tensor, Tensor]:
-    """Stream (L+1, n, d), final states (n, d) and FFN entropy change (L, n) at some tokens of one response."""
-    batch = pad([rollout], [at], rule.weight.device)
-    stream: list[Tensor] = []
-    changes: list[Tensor] = []
-
-    def consume(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
-        stream.extend([after] if stream else [before, after])
-        into, out = entropy(torch.cat([layers[0].ffn_in, layers[0].ffn_out]), rule).chunk(2)
-        changes.append(out - into)
-
-    final = capture_stream(model, batch.ids, batch.mask, batch.keep, consume, group=1)
-    return torch.stack(stream), final, torch.stack(changes)
-
-
-def _read_layers(
-    model: nn.Module, taken: _Sample, rule: Unembedding, progress: Callable[[int, int], None] | None
-) -> dict[str, list[Comparison]]:
-    """Comparisons of layers 0..L for each of `READINGS`."""
+def _compare_layers(
+    model: nn.Module,
+    states: Tensor,
+    final: Tensor,
+    unembedding: Unembedding,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Per token: the `KINDS` for each of the `LENSES`, (2, 3, L, N) float64, and the full policy's entropy (N,)."""
     norm = _final_norm(model)
-    found: dict[str, list[Comparison]] = {name: [] for name in READINGS}
-    starts = {"fitted": 0.0, "norm_fitted": 0.0}
-    for number, states in enumerate(taken.stream):
-        for plain, fitted, read in (("raw", "fitted", states), ("norm", "norm_fitted", norm(states))):
-            one, two = compare(read, taken.final, rule, start=starts[fitted])
-            starts[fitted] = two.inverse_temperature
-            found[plain].append(one)
-            found[fitted].append(two)
-        if progress is not None and number:
-            progress(number, len(taken.stream) - 1)
-    return found
+    output = lens_stats(final[None], unembedding, StatsRequest(top_k=1))
+    request = StatsRequest(reference=final, kl_from_reference=True, top_k=1)
+    parts = []
+    for first in range(0, len(states), _LAYERS_AT_ONCE):
+        group = states[first : first + _LAYERS_AT_ONCE]
+        stats = lens_stats(torch.cat([group, norm(group)]), unembedding, request)
+        same = (stats["top"] == output["top"]).squeeze(-1).double()
+        kl = stats["kl_from_reference"].clamp(min=0)  # it is negative by rounding only
+        values = torch.stack([stats["entropy"], kl, same]).cpu()
+        parts.append(torch.stack(values.chunk(2, dim=1)))
+        if progress is not None:
+            progress("comparing layers", first + len(group), len(states))
+    return torch.cat(parts, dim=2), output["entropy"][0].cpu()
 
 
 def _final_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """LN of Eq. 1 on float32 states, computed as the model computes it (its dtype, its device)."""
+    """The final norm on float32 states (..., N, d), computed as the model does: in its dtype, on its device."""
     norm = find_layout(model).final_norm
     weight = next(norm.parameters(), None)
     dtype = unwrap(model).dtype if weight is None else weight.dtype
 
     def apply(states: Tensor) -> Tensor:
         device = states.device if weight is None else weight.device
-        return norm(states.to(device, dtype)[None])[0].to(states.device, torch.float32)
+        return norm(states.to(device, dtype)).to(states.device, torch.float32)
 
     return apply
+
+
+def _means(values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Means (K,) of values (K, N) and their standard errors, clustered by response."""
+    means = ClusterMeans(len(values))
+    for part in values.split(counts, dim=1):
+        means.add(part)
+    return means.mean(), means.standard_error()
+
+
+def _recovered(kl: Tensor, uniform_kl: Tensor) -> tuple[Tensor, Tensor]:
+    """R (L,) from ``KL(pi || q^l)`` (L, N) and ``KL(pi || uniform)`` (N,), and each token's influence on it (L, N).
+
+    R is a ratio of means; to first order, its error is that of the mean influence.
+    """
+    scale = uniform_kl.mean()
+    ratio = kl.mean(1) / scale
+    return 1 - ratio, (ratio[:, None] * uniform_kl - kl) / scale
+
+
+# -- the knee ----------------------------------------------------------------------------------------------------------
+
+
+def find_knee(recovered: Sequence[float]) -> Candidate:
+    """Where R(1) .. R(L) turns from flat to climbing: the best fit of two lines that meet at a layer.
+
+    The layer is a knee if the second line climbs, at least `FASTER` times as steeply as the first runs up or down, and
+    by at least `LEAST_GAIN` in all. A curve that climbs from the first layer on, or faster at first, has no knee.
+    """
+    curve = torch.tensor(list(recovered), dtype=torch.float64)
+    n = len(curve)
+    if n < 4:
+        return Candidate(None, f"{n} layers are too few to tell a flat part from a climb")
+    designs = torch.stack([_broken_line(n, place) for place in range(2, n)])  # (L-2, L, 3)
+    fits = torch.linalg.pinv(designs) @ curve  # (L-2, 3)
+    best = int((designs @ fits[..., None] - curve[:, None]).square().sum((1, 2)).argmin())
+    layer, (_, below, above) = best + 2, fits[best].tolist()
+    slopes = f"{100 * below:+.1f} points per layer up to layer {layer}, {100 * above:+.1f} from there on"
+    if above > 0 and above >= FASTER * abs(below) and above * (n - layer) >= LEAST_GAIN:
+        return Candidate(layer, f"agreement with the final policy is flat, then climbs: {slopes}")
+    why = "never turns from flat to climbing" if above > 0 else "does not climb towards the output"
+    return Candidate(None, f"agreement with the final policy {why}: at best {slopes}")
+
+
+def knee_gradient(recovered: Tensor, layer: int) -> Tensor:
+    """How much the knee at ``layer`` moves per change of each R(l), (L,): the place as a parameter of the same fit."""
+    lines = _broken_line(len(recovered), layer)
+    _, below, above = torch.linalg.lstsq(lines, recovered[:, None]).solution[:, 0]
+    x = torch.arange(1, len(recovered) + 1)
+    slopes = torch.where(x < layer, below, torch.where(x > layer, above, (below + above) / 2))
+    return torch.linalg.pinv(torch.cat([lines, -slopes[:, None]], dim=1))[3]
+
+
+def _broken_line(layers: int, place: int) -> Tensor:
+    """The design (L, 3) of two lines that meet at ``place``: level there, slope before it, slope after it."""
+    x = torch.arange(1, layers + 1, dtype=torch.float64) - place
+    return torch.stack([torch.ones_like(x), x.clamp(max=0), x.clamp(min=0)], dim=1)
+
+
+def recommend(boundary: Candidate, knee: Candidate) -> dict[str, Any]:
+    """The boundary layer if the paper's rule has one, else the knee, else none: ``layer, criterion, reason``."""
+    if boundary.layer is not None:
+        reason, criterion = f"the paper's rule selects a layer: {boundary.reason}", "boundary"
+        return {"layer": boundary.layer, "criterion": criterion, "reason": reason}
+    if knee.layer is None:
+        return {"layer": None, "criterion": None, "reason": f"the paper's rule selects no layer, and {knee.reason}"}
+    reason = (
+        f"the paper's rule selects no layer, and layer {knee.layer} is the last before the model commits itself to its "
+        f"output: {knee.reason} (not tried in training, unlike the paper's rule)"
+    )
+    return {"layer": knee.layer, "criterion": "knee", "reason": reason}

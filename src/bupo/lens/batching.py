@@ -1,16 +1,17 @@
-"""Responses on their way into a model: checks, batches without padding to speak of, and which tokens are read."""
+"""Validates responses, draws tokens from them, and groups them into length-sorted batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.models.layout import unwrap
+from bupo.models.layout import context_length, find_layout, unwrap
 
 
 class TokenPair(Protocol):
@@ -22,98 +23,166 @@ class TokenPair(Protocol):
     def response_ids(self) -> Sequence[int]: ...
 
 
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens the model's position encoding was made for, or None if the configuration does not say."""
-    config = unwrap(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+@dataclass(frozen=True)
+class _Pair:
+    """A response that was passed as a tuple or a mapping."""
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    problem_id: str | None = None
 
 
-def check_rollouts(model: nn.Module, rollouts: Sequence[TokenPair]) -> None:
-    """Raise :class:`InputError` for responses that cannot be analysed, naming the first one."""
-    if not rollouts:
+def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair]:
+    """Check that the model can be analysed on these responses, and return them as token pairs.
+
+    Args:
+        responses: objects with ``prompt_ids`` and ``response_ids``, mappings with these keys, or pairs of the two.
+
+    Raises:
+        InputError: the model is inside an `internal_policy` context, there are no responses, or one of them is
+            unusable; the message names the first such response, counted from 1.
+    """
+    _check_full_policy(model)
+    if not responses:
         raise InputError("there are no responses to analyse")
-    limit = context_length(model)
+    limit = context_length(unwrap(model).config)
     vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
-    for number, rollout in enumerate(rollouts, start=1):
-        length = len(rollout.prompt_ids) + len(rollout.response_ids)
-        if not len(rollout.response_ids):
+    pairs = [_token_pair(number, response) for number, response in enumerate(responses, start=1)]
+    for number, pair in enumerate(pairs, start=1):
+        if not len(pair.response_ids):
             raise InputError(f"response {number} is empty; every row needs at least one response token")
-        if not len(rollout.prompt_ids):
+        if not len(pair.prompt_ids):
             raise InputError(f"prompt {number} is empty; the first response token is predicted from its last token")
+        length = len(pair.prompt_ids) + len(pair.response_ids)
         if limit is not None and length > limit:
             raise InputError(
                 f"response {number} with its prompt has {length} tokens, more than the model's context of {limit}; "
                 f"shorten or drop it"
             )
-        highest = max(max(rollout.prompt_ids), max(rollout.response_ids))
-        if highest >= vocabulary or min(min(rollout.prompt_ids), min(rollout.response_ids)) < 0:
-            raise InputError(
-                f"response {number} holds token id {highest}, outside this model's vocabulary of {vocabulary}: "
-                f"were the ids made with another tokenizer?"
-            )
+        for token in (t for ids in (pair.prompt_ids, pair.response_ids) for t in (min(ids), max(ids))):
+            if not 0 <= token < vocabulary:
+                raise InputError(
+                    f"response {number} contains token id {token}, outside this model's vocabulary of {vocabulary}; "
+                    f"check that the ids come from this model's tokenizer"
+                )
+    return pairs
 
 
-def batches(
-    rollouts: Sequence[TokenPair], most_tokens: int, chosen: Sequence[int] | None = None
-) -> Iterator[list[int]]:
-    """Indices of responses in batches of at most ``most_tokens`` padded tokens, longest first (little padding).
+def _check_full_policy(model: nn.Module) -> None:
+    layout = find_layout(model)
+    shadow = layout.backbone.__dict__.get(layout.layers_name)  # see `bupo.models.internal_policy`
+    if shadow is not None:
+        raise InputError(
+            f"the model is inside internal_policy(model, {len(shadow)}), so only its first {len(shadow)} layers run; "
+            f"leave that context before analysing the model"
+        )
+
+
+def _token_pair(number: int, response: Any) -> TokenPair:
+    if isinstance(response, Mapping) and {"prompt_ids", "response_ids"} <= response.keys():
+        return _Pair(response["prompt_ids"], response["response_ids"], response.get("problem_id"))
+    if isinstance(response, tuple | list) and len(response) == 2 and all(isinstance(ids, Sequence) for ids in response):
+        return _Pair(*response)
+    if hasattr(response, "prompt_ids") and hasattr(response, "response_ids"):
+        return response
+    raise InputError(
+        f"response {number} is a {type(response).__name__} without prompt_ids and response_ids; pass objects or "
+        f"mappings with these two lists of token ids, or (prompt_ids, response_ids) pairs"
+    )
+
+
+def subsample(lengths: Sequence[int], tokens: int, seed: int, *, max_responses: int | None = None) -> list[list[int]]:
+    """Draw tokens uniformly at random from all responses, without replacement.
 
     Args:
-        chosen: only these responses (default: all).
+        lengths: number of tokens per response.
+        tokens: number of tokens to draw; all of them if there are fewer.
+        seed: random seed.
+        max_responses: draw from this many random responses only.
+
+    Returns:
+        For each response, the ascending indices (from 0) of its drawn tokens; often an empty list.
     """
-    lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in rollouts]
-    batch: list[int] = []
-    for index in sorted(range(len(rollouts)) if chosen is None else chosen, key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > most_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    generator = torch.Generator().manual_seed(seed)
+    responses = sorted(torch.randperm(len(lengths), generator=generator)[:max_responses].tolist())
+    places = [(response, token) for response in responses for token in range(lengths[response])]
+    drawn: list[list[int]] = [[] for _ in lengths]
+    for index in sorted(torch.randperm(len(places), generator=generator)[:tokens].tolist()):
+        response, token = places[index]
+        drawn[response].append(token)
+    return drawn
 
 
-def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Responses dealt out to processes so that all have about as many tokens: the longest first, to who has least."""
-    found: list[list[int]] = [[] for _ in range(processes)]
+def subsample_evenly(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
+    """Draw about ``tokens`` tokens, the same share of every response and at least two; returned as by `subsample`."""
+    share = tokens / sum(lengths)
+    drawn = []
+    for index, length in enumerate(lengths):
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+        count = length if share >= 1 else min(length, max(2, math.ceil(share * length)))
+        drawn.append(sorted(order[:count].tolist()))
+    return drawn
+
+
+def batches(responses: Sequence[TokenPair], max_tokens: int, indices: Sequence[int] | None = None) -> list[list[int]]:
+    """Group response indices into batches of at most ``max_tokens`` padded tokens, longest first to save padding.
+
+    Args:
+        indices: the responses to group (default: all).
+    """
+    lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in responses]
+    grouped: list[list[int]] = []
+    for index in sorted(range(len(responses)) if indices is None else indices, key=lambda i: -lengths[i]):
+        if grouped and lengths[grouped[-1][0]] * (len(grouped[-1]) + 1) <= max_tokens:
+            grouped[-1].append(index)
+        else:
+            grouped.append([index])
+    return grouped
+
+
+def balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Distribute responses over processes: the longest first, each to the process with the fewest tokens so far."""
+    parts: list[list[int]] = [[] for _ in range(processes)]
     loads = [0] * processes
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         least = loads.index(min(loads))
-        found[least].append(index)
+        parts[least].append(index)
         loads[least] += lengths[index]
-    return [sorted(part) for part in found]
+    return [sorted(part) for part in parts]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Responses padded on the right, and which of their tokens are read.
+class PaddedBatch:
+    """Responses padded on the right, and the tokens of them that are read.
 
     Attributes:
-        ids, mask: (B, T); the last response token is predicted, never read.
-        keep: (B, T) bool, N positions that predict the tokens read (P-1 .. P+R-2 for all of them).
-        targets: the tokens read, (N,), response by response.
-        counts: how many of each response.
+        ids, mask: (B, T); the last token of each response is only predicted.
+        positions: (B, T) bool, True at the N positions that predict the tokens read (P-1 .. P+R-2 for all of them).
+        targets: the tokens read (N,), response by response.
+        counts: number of tokens read per response.
     """
 
     ids: Tensor
     mask: Tensor
-    keep: Tensor
+    positions: Tensor
     targets: Tensor
     counts: list[int]
 
 
-def pad(rollouts: Sequence[TokenPair], tokens: Sequence[Sequence[int]], device: torch.device) -> Batch:
-    """Responses and, for each, the numbers (from 0, ascending) of the response tokens to read."""
-    rows = [[*r.prompt_ids, *r.response_ids][:-1] for r in rollouts]
+def pad(responses: Sequence[TokenPair], tokens: Sequence[Sequence[int]], device: torch.device) -> PaddedBatch:
+    """Pad responses into one batch; ``tokens`` has, for each, the ascending indices of the response tokens to read."""
+    rows = [[*r.prompt_ids, *r.response_ids][:-1] for r in responses]
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    keep = torch.zeros(len(rows), width, dtype=torch.bool)
+    positions = torch.zeros(len(rows), width, dtype=torch.bool)
     targets: list[int] = []
-    for i, (row, rollout, wanted) in enumerate(zip(rows, rollouts, tokens, strict=True)):
+    for i, (row, response, read) in enumerate(zip(rows, responses, tokens, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-        keep[i, torch.tensor(wanted, dtype=torch.long) + len(rollout.prompt_ids) - 1] = True
-        targets += [rollout.response_ids[t] for t in wanted]
-    return Batch(
-        ids.to(device), mask.to(device), keep.to(device), torch.tensor(targets, device=device), [len(t) for t in tokens]
+        positions[i, torch.tensor(read, dtype=torch.long) + len(response.prompt_ids) - 1] = True
+        targets += [response.response_ids[t] for t in read]
+    counts = [len(read) for read in tokens]
+    return PaddedBatch(
+        ids.to(device), mask.to(device), positions.to(device), torch.tensor(targets, device=device), counts
     )

@@ -1,13 +1,14 @@
-"""Exploration, integration, convergence: the regions of a model's depth and the boundary layer between them.
+"""The boundary layer, and the regions of depth around it: exploration, integration and convergence.
 
-Section 4 of arXiv 2512.19673: the FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` (Eq. 13) is positive in the
-first layers (exploration), about zero in the middle (integration) and negative in the last ones (convergence). The
-*boundary layer* is the last layer with a positive change before the shift to integration or convergence. Some models do
-not show the pattern; then there is no boundary layer, and the reason is said.
+Section 4 of arXiv 2512.19673: the FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` is positive in the first layers
+(exploration), about zero in the middle (integration) and negative in the last ones (convergence). The *boundary layer*
+is the last layer with a positive change before the shift to integration or convergence. Models that do not show the
+pattern have no boundary layer; the reason says why.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,138 +18,156 @@ from itertools import accumulate
 ABOUT_ZERO = 0.15
 # At most this share of the layers may have another sign than their region's.
 MISFITS = 0.15
+_WHAT = "FFN entropy change"
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What the rule found; layers count from 1, regions are inclusive ranges or None."""
+    """The boundary layer (from 1) or None, the reason in one sentence, and the regions as inclusive ranges or None."""
 
     layer: int | None
     reason: str
-    exploration: tuple[int, int] | None
-    integration: tuple[int, int] | None
-    convergence: tuple[int, int] | None
+    exploration: Range | None = None
+    integration: Range | None = None
+    convergence: Range | None = None
 
     def regions(self) -> dict[str, list[int] | None]:
-        return {
-            name: None if value is None else list(value)
-            for name, value in (
-                ("exploration", self.exploration),
-                ("integration", self.integration),
-                ("convergence", self.convergence),
-            )
-        }
+        """The regions by name, for the result file."""
+        names = ("exploration", "integration", "convergence")
+        return {name: None if getattr(self, name) is None else list(getattr(self, name)) for name in names}
 
 
-def find_boundary(
-    ffn_change: Sequence[float],
-    standard_errors: Sequence[float] | None = None,
-    *,
-    what: str = "FFN entropy change",
-) -> Boundary:
+@dataclass(frozen=True)
+class LayerSigns:
+    """Which layers fit which region: their change is positive, about zero, or negative."""
+
+    positive: list[bool]
+    small: list[bool]
+    negative: list[bool]
+
+    def __str__(self) -> str:
+        """The signs from the first layer to the last, such as ``+++0--``."""
+        signs = zip(self.positive, self.negative, strict=True)
+        return "".join("+" if p else "-" if m else "0" for p, m in signs)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Exploration is layers 1..first, integration first+1..last, convergence last+1..L."""
+
+    misfits: int
+    first: int
+    last: int
+
+
+def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] | None = None) -> Boundary:
     """Split the layers 1..L into the three regions by the sign of the FFN entropy change.
 
     A layer fits *exploration* if its change is positive and *convergence* if it is negative, each by more than two
-    standard errors, and *integration* if it is about zero. Of all splits into consecutive regions the one with the
-    fewest layers that do not fit is taken; among equals, the one with the smallest squared deviations from the regions'
-    means (integration's being zero). The integration region may be empty (an abrupt model).
+    standard errors, and *integration* if it is about zero. Of all splits into consecutive regions, the one with the
+    fewest layers that do not fit is chosen; among equals, the one with the smallest squared deviations from the
+    regions' means (zero for integration). The integration region may be empty (an abrupt model).
 
     Args:
-        ffn_change: Eq. 13 for layers 1..L, nats.
-        standard_errors: of the same, nats; zero if not given.
-        what: what is given instead, for the wording of the reason.
+        ffn_change: FFN entropy change of layers 1..L, nats.
+        standard_errors: of the same, nats; zero where not given or unknown (NaN).
     """
     change = list(ffn_change)
-    errors = list(standard_errors) if standard_errors is not None else [0.0] * len(change)
+    errors = (
+        [0.0 if math.isnan(e) else e for e in standard_errors] if standard_errors is not None else [0.0] * len(change)
+    )
     if len(errors) != len(change) or not change:
-        raise ValueError("one change and one standard error a layer are needed")
-    n = len(change)
+        raise ValueError("pass one change and one standard error per layer")
+    signs = classify_layers(change, errors)
+    return _uniform_signs(signs) or explain(change, signs, best_split(change, signs))
+
+
+def classify_layers(change: list[float], errors: list[float]) -> LayerSigns:
+    """Tell positive, about zero and negative changes apart, with two standard errors of noise."""
     noise = [2 * e for e in errors]
-    positive = [c > e for c, e in zip(change, noise, strict=True)]
-    negative = [c < -e for c, e in zip(change, noise, strict=True)]
     zero = ABOUT_ZERO * max(0.0, *change)
-    small = [abs(c) <= max(e, zero) for c, e in zip(change, noise, strict=True)]
+    return LayerSigns(
+        positive=[c > e for c, e in zip(change, noise, strict=True)],
+        small=[abs(c) <= max(e, zero) for c, e in zip(change, noise, strict=True)],
+        negative=[c < -e for c, e in zip(change, noise, strict=True)],
+    )
 
-    everything = (1, n)
-    if all(negative):
-        return _none(
-            f"the {what} is negative in every layer (1 to {n}): there is no exploration region, so the "
-            f"rule gives no boundary layer",
-            convergence=everything,
-        )
-    if all(positive):
-        return _none(
-            f"the {what} is positive in every layer (1 to {n}): it never shifts to integration or "
-            f"convergence, so the rule would only return the last layer, which is no boundary",
-            exploration=everything,
-        )
-    if not any(positive):
-        return _none(f"the {what} is above zero by two standard errors in no layer: no exploration region")
-    if not any(negative):
-        return _none(f"the {what} is below zero by two standard errors in no layer: no convergence region")
 
-    not_positive, not_small, not_negative = (_misfits(fits) for fits in (positive, small, negative))
-    sums, squares = _sums(change), _sums([c * c for c in change])
+def best_split(change: list[float], signs: LayerSigns) -> Split | None:
+    """The split with the fewest misfits, then the smallest deviations; None if only the last layer is positive."""
+    n = len(change)
+    not_positive, not_small, not_negative = (
+        _cumulative([float(not fit) for fit in fits]) for fits in (signs.positive, signs.small, signs.negative)
+    )
+    sums, squares = _cumulative(change), _cumulative([c * c for c in change])
 
     def spread(start: int, stop: int) -> float:  # squared deviations from the mean of change[start:stop]
         total = sums[stop] - sums[start]
         return max(0.0, squares[stop] - squares[start] - total * total / max(1, stop - start))
 
-    best: tuple[int, float, int, int] | None = None
-    for first in range(1, n):  # exploration is layers 1..first
-        if not positive[first - 1]:
-            continue
-        for last in range(first, n):  # integration is first+1..last, convergence last+1..n
+    splits = []
+    for first in (layer for layer in range(1, n) if signs.positive[layer - 1]):
+        for last in range(first, n):
             misfits = not_positive[first] + not_small[last] - not_small[first] + not_negative[n] - not_negative[last]
             deviations = spread(0, first) + squares[last] - squares[first] + spread(last, n)
-            key = (misfits, deviations, first, last)
-            if best is None or key < best:
-                best = key
+            splits.append((int(misfits), deviations, first, last))
+    if not splits:
+        return None
+    misfits, _, first, last = min(splits)
+    return Split(misfits, first, last)
+
+
+def explain(change: list[float], signs: LayerSigns, split: Split | None) -> Boundary:
+    """The boundary of a split, or the reason why the signs are too disordered to have one."""
+    n = len(change)
     allowed = int(MISFITS * n)
-    if best is None or best[0] > allowed:
-        seen = "only the last layer is positive" if best is None else f"{best[0]} of {n} layers do not fit"
-        return _none(
-            f"the signs of the {what} do not fall into positive, about zero, negative: {seen} the best "
-            f"split (at most {allowed} may): {_signs(positive, negative)}"
+    if split is None or split.misfits > allowed:
+        seen = "only the last layer is positive" if split is None else f"{split.misfits} of {n} layers do not fit"
+        return Boundary(
+            None,
+            f"the signs of the {_WHAT} do not fall into positive, about zero, negative: {seen} the best "
+            f"split (at most {allowed} may): {signs}",
         )
-    misfits, _, first, last = best
-    exploration = (1, first)
-    integration = (first + 1, last) if last > first else None
-    convergence = (last + 1, n)
+    first, last = split.first, split.last
+    abrupt = last == first
     shift = (
-        f"the shift to integration in layer {first + 1}"
-        if integration
-        else f"the abrupt convergence from {first + 1} on"
+        f"the abrupt convergence from {first + 1} on" if abrupt else f"the shift to integration in layer {first + 1}"
     )
     return Boundary(
         first,
-        f"layer {first} is the last with a positive {what} ({change[first - 1]:+.3g} nats) before {shift}; "
-        f"{misfits} of {n} layers do not fit their region",
-        exploration,
-        integration,
-        convergence,
+        f"layer {first} is the last with a positive {_WHAT} ({change[first - 1]:+.3g} nats) before {shift}; "
+        f"{split.misfits} of {n} layers do not fit their region",
+        exploration=(1, first),
+        integration=None if abrupt else (first + 1, last),
+        convergence=(last + 1, n),
     )
 
 
-def _sums(values: Sequence[float]) -> list[float]:
+def _uniform_signs(signs: LayerSigns) -> Boundary | None:
+    """The reason for no boundary where a sign is missing, and the region that all layers form, if they do."""
+    n = len(signs.positive)
+    if all(signs.negative):
+        return Boundary(
+            None,
+            f"the {_WHAT} is negative in every layer (1 to {n}): there is no exploration region, so the "
+            f"rule gives no boundary layer",
+            convergence=(1, n),
+        )
+    if all(signs.positive):
+        return Boundary(
+            None,
+            f"the {_WHAT} is positive in every layer (1 to {n}): it never shifts to integration or "
+            f"convergence, so the rule would only return the last layer, which is no boundary",
+            exploration=(1, n),
+        )
+    if not any(signs.positive):
+        return Boundary(None, f"the {_WHAT} is above zero by two standard errors in no layer: no exploration region")
+    if not any(signs.negative):
+        return Boundary(None, f"the {_WHAT} is below zero by two standard errors in no layer: no convergence region")
+    return None
+
+
+def _cumulative(values: Sequence[float]) -> list[float]:
     """Sums of the first 0, 1, 2, ... values."""
     return [0.0, *accumulate(values)]
-
-
-def _misfits(fits: Sequence[bool]) -> list[int]:
-    """How many of the first 0, 1, 2, ... layers do not fit."""
-    return [0, *accumulate(int(not fit) for fit in fits)]
-
-
-def _none(
-    reason: str,
-    exploration: tuple[int, int] | None = None,
-    integration: tuple[int, int] | None = None,
-    convergence: tuple[int, int] | None = None,
-) -> Boundary:
-    return Boundary(None, reason, exploration, integration, convergence)
-
-
-def _signs(positive: list[bool], negative: list[bool]) -> str:
-    """The signs of all layers, first to last, e.g. ``+++0--``."""
-    return "".join("+" if p else "-" if m else "0" for p, m in zip(positive, negative, strict=True))

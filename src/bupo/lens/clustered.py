@@ -1,4 +1,4 @@
-"""Means over tokens with honest standard errors: a response's tokens are correlated, so responses are the clusters."""
+"""Means over tokens with standard errors clustered by response, because a response's tokens are correlated."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 @dataclass
 class _Response:
-    """Sums (K,) over the tokens drawn so far, how many these are, and how many tokens the response has."""
+    """Sums (K,) over the tokens read so far, their number, and the number of tokens that they stand for."""
 
     total: Tensor
     squares: Tensor
-    drawn: int
+    read: int
     size: int
 
 
 class ClusterMeans:
     """Running means over tokens of K quantities, with standard errors clustered by response.
 
-    Only sums are kept, two rows (K,) a response. Where all tokens are read, the mean is the ratio
-    ``sum_i S_i / sum_i n_i`` over responses i; where only some are drawn, ``S_i`` is estimated by ``n_i`` times their
-    mean. Its standard error is the linearised one, ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``: that of another set
-    of R responses. With a single response there is nothing to cluster, and the standard error over its tokens is given.
+    Only two rows (K,) of sums are kept per response. The mean is the ratio ``sum_i S_i / sum_i n_i`` over responses i;
+    where only some of a response's n_i tokens are read, ``S_i`` is estimated by ``n_i`` times their mean. Its standard
+    error is the linearised one, ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``, that of another sample of R responses.
+    With a single response, it is the standard error over its tokens; with a single token, it is unknown (NaN).
     """
 
     def __init__(self, quantities: int):
@@ -34,31 +34,25 @@ class ClusterMeans:
         self._responses: dict[int, _Response] = {}
 
     def add(self, values: Tensor, *, response: int | None = None, size: int | None = None) -> None:
-        """Take values (K, n), float64, of tokens of one response.
+        """Add values (K, n), float64, of tokens of one response.
 
         Args:
-            response: its number; a new one by default. Tokens of a response may come in several calls.
-            size: how many tokens it has, where ``values`` are some of them drawn at random.
+            response: its number (default: a new one).
+            size: number of tokens that the ``values`` stand for (default: their own number).
         """
         values = values.detach().to("cpu", torch.float64)
         number = len(self._responses) if response is None else response
-        row = self._responses.setdefault(number, self._nothing())
-        row.total = row.total + values.sum(-1)
-        row.squares = row.squares + values.square().sum(-1)
-        row.drawn += values.shape[-1]
-        row.size = row.drawn if size is None else size
-
-    def _nothing(self) -> _Response:
-        zeros = torch.zeros(self.quantities, dtype=torch.float64)
-        return _Response(zeros, zeros, 0, 0)
+        n = values.shape[-1]
+        self._responses[number] = _Response(values.sum(-1), values.square().sum(-1), n, n if size is None else size)
 
     @property
     def tokens(self) -> int:
-        """How many tokens were read."""
-        return sum(row.drawn for row in self._responses.values())
+        """Number of tokens read."""
+        return sum(row.read for row in self._responses.values())
 
     @property
     def responses(self) -> int:
+        """Number of responses with tokens read."""
         return len(self._responses)
 
     @property
@@ -66,78 +60,49 @@ class ClusterMeans:
         """How the standard errors were computed, for the result file."""
         return "clustered by response" if self.responses > 1 else "over tokens (a single response)"
 
-    def _rows(self) -> list[_Response]:
-        return [self._responses[number] for number in sorted(self._responses)]
-
-    def table(self) -> tuple[Tensor, Tensor]:
-        """Per-response sums (R, K) over all their tokens, estimated where some were drawn, and token counts (R,)."""
-        rows = self._rows()
-        sums = [row.total if row.drawn == row.size else row.total * (row.size / row.drawn) for row in rows]
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """Sums per response (R, K) and the number of tokens that they stand for (R,)."""
+        rows = [self._responses[number] for number in sorted(self._responses)]
+        sums = [row.total if row.read == row.size else row.total * (row.size / row.read) for row in rows]
         return torch.stack(sums), torch.tensor([row.size for row in rows], dtype=torch.float64)
 
     def mean(self) -> Tensor:
         """Means over all tokens, (K,) float64."""
-        sums, counts = self.table()
+        sums, counts = self._table()
         return sums.sum(0) / counts.sum()
 
     def standard_error(self) -> Tensor:
-        """Standard errors of :meth:`mean` as that of the model's responses at large, (K,) float64."""
-        sums, counts = self.table()
-        total = counts.sum()
-        mean = sums.sum(0) / total
-        clusters = len(counts)
+        """Standard errors of :meth:`mean`, (K,) float64; NaN where a single token was read."""
+        sums, counts = self._table()
+        clusters, total = len(counts), counts.sum()
         if clusters == 1:
-            (row,) = self._rows()
-            return (_variance(row) / row.drawn).sqrt()
-        residual = sums - mean * counts[:, None]
+            (row,) = self._responses.values()
+            variance = (row.squares / row.read - (row.total / row.read).square()).clamp(min=0)
+            return (variance / (row.read - 1)).sqrt() if row.read > 1 else torch.full_like(row.total, math.nan)
+        residual = sums - sums.sum(0) / total * counts[:, None]
         return (residual.square().sum(0) * clusters / (clusters - 1)).sqrt() / total
 
-    def sampling_error(self) -> Tensor:
-        """Standard errors of :meth:`mean` as that of *these* responses' tokens, of which some were drawn, (K,) float64.
-
-        Stratified by response, finite-population corrected: ``1/N sqrt(sum_i n_i^2 (1 - m_i/n_i) s_i^2 / m_i)``
-        for ``m_i`` of ``n_i`` tokens drawn; zero where all were.
-        """
-        rows = self._rows()
-        terms = [r.size**2 * (1 - r.drawn / r.size) * _variance(r) / r.drawn for r in rows]
-        return torch.stack(terms).sum(0).sqrt() / sum(r.size for r in rows)
-
-    def bootstrap_means(self, draws: int, seed: int = 0) -> Tensor:
-        """Means of ``draws`` resamples of whole responses, (draws, K) float64."""
-        sums, counts = self.table()
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(counts), (draws, len(counts)), generator=generator)
-        weights = torch.zeros(draws, len(counts), dtype=torch.float64)
-        weights.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
-        return (weights @ sums) / (weights @ counts)[:, None]
-
-    # -- several processes -----------------------------------------------------------------------------------------
-
-    def state(self) -> dict[int, tuple[Any, ...]]:
-        """Everything known, to be sent to another process."""
-        return {n: (r.total, r.squares, r.drawn, r.size) for n, r in self._responses.items()}
+    def state(self) -> dict[int, Any]:
+        """The sums of every response, to be sent to another process."""
+        return dict(self._responses)
 
     @classmethod
-    def merged(cls, quantities: int, states: list[dict[int, tuple[Any, ...]]]) -> ClusterMeans:
-        """The means of several processes' responses together; each response belongs to one of them."""
-        found = cls(quantities)
+    def merged(cls, quantities: int, states: list[dict[int, Any]]) -> ClusterMeans:
+        """Join the means of several processes; each response belongs to one of them."""
+        means = cls(quantities)
         for state in states:
-            for number, values in state.items():
-                found._responses[number] = _Response(*values)
-        return found
-
-
-def _variance(row: _Response) -> Tensor:
-    """Sample variance (K,) of the tokens drawn."""
-    if row.drawn < 2:
-        return torch.zeros_like(row.total)
-    mean = row.total / row.drawn
-    return (row.squares / row.drawn - mean.square()).clamp(min=0) * row.drawn / (row.drawn - 1)
+            means._responses |= state
+        return means
 
 
 def round_list(values: Tensor, digits: int = 6) -> list[float]:
-    """A plain list for JSON; refuses what JSON cannot hold."""
-    found = [round(float(v), digits) for v in values]
-    if not all(math.isfinite(v) for v in found):
+    """Round finite values to a plain list for JSON."""
+    rounded = [round(float(v), digits) for v in values]
+    if not all(math.isfinite(v) for v in rounded):
         raise ValueError("a statistic is not finite")
-    return found
+    return rounded
+
+
+def round_errors(errors: Tensor, digits: int = 6) -> list[float | None]:
+    """Round standard errors to a plain list for JSON; None where the error is unknown (NaN)."""
+    return [None if math.isnan(error) else round(error, digits) for error in errors.tolist()]

@@ -1,9 +1,11 @@
-"""Several states of a model on the same responses: what training did inside (Figure 5 of arXiv 2512.19673).
+"""Several states of a model (before, during, after training) on the same response tokens [Fig. 5].
 
 For every model: the full policy's perplexity on the responses (5c), the entropy of each layer's policy (5b), the cosine
-between the states of the chosen layer and those of all others (5a), and the divergence of the chosen layer's policy
-from the later ones' (5d). Changes against the first model are paired by token; their standard errors are clustered by
-response.
+between the states of the chosen layer and those of all others (5a), and the KL divergence from the chosen layer's
+policy to the later ones (5d). Changes from the first model are paired by token; standard errors are clustered by
+response. The figure is in arXiv 2512.19673.
+
+Shape legend: L layers, N tokens, d width, K quantities.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.lens.batching import TokenPair, batches, check_rollouts, pad
-from bupo.lens.clustered import ClusterMeans, round_list
-from bupo.lens.old_inside import look_inside
-from bupo.lens.old_sampling import TokenDraw
+from bupo.lens.batching import batches, check_rollouts, pad, subsample_evenly
+from bupo.lens.clustered import ClusterMeans, round_errors, round_list
+from bupo.lens.online import StatsRequest
+from bupo.lens.softmax_stats import lens_stats
 from bupo.models.capture import capture_layers
 from bupo.models.internal_policy import check_layer
 from bupo.models.layout import eval_mode, find_layout, unwrap
@@ -28,131 +30,147 @@ from bupo.models.unembed import get_unembedding
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One model's values a token, (K, N) with responses next to each other, and what they are."""
+class LayerMeasurements:
+    """One model's values per token.
+
+    Attributes:
+        values: (K, N) float64, response by response: log-probability, entropies, divergences, cosines.
+        layers: L.
+        layer: the chosen layer l, from 1.
+        counts: number of tokens read per response.
+        sizes: number of tokens per response.
+    """
 
     values: Tensor
     layers: int
     layer: int
+    counts: list[int]
+    sizes: list[int]
 
     def columns(self) -> list[tuple[str, int]]:
-        """Names and lengths of the groups that the rows of ``values`` form."""
+        """Names and lengths of the groups of rows in ``values``."""
         later = self.layers - self.layer + 1
         return [("logprob", 1), ("entropy", self.layers), ("divergence", later), ("cosine", self.layers**2)]
 
 
-def read_inside(
+def measure_layers(
     model: nn.Module,
-    rollouts: Sequence[TokenPair],
+    responses: Sequence[Any],
     layer: int,
     *,
     tokens: int = 1024,
     seed: int = 0,
     batch_tokens: int = 2048,
     progress: Callable[[int, int], None] | None = None,
-) -> Reading:
-    """Read one model on (some tokens of) the responses.
+) -> LayerMeasurements:
+    """Measure one model on (some tokens of) the responses.
 
     Args:
+        model: a decoder-only causal LM.
+        responses: prompts and responses, as for `bupo.lens.analyze.analyze_rollouts`.
         layer: l, from 1: the layer whose policy was trained.
-        tokens: about so many are drawn, the same share of every response; the draw depends on ``seed`` and the
-            lengths only, so that several models are read at the same tokens.
+        tokens: number of tokens to draw, about the same share of every response. The draw depends only on ``seed`` and
+            the lengths, so that several models are measured on the same tokens.
+        seed: random seed of the draw.
+        batch_tokens: maximum number of padded tokens per forward pass.
+        progress: called with (tokens read, tokens in all).
 
     Raises:
-        InputError: unusable responses, no such layer, a model that cannot be read.
+        InputError: unusable responses, no such layer, or a model that cannot be read.
     """
-    check_rollouts(model, rollouts)
-    inner, rule = unwrap(model), get_unembedding(model)
-    layers = find_layout(model).n_layers
+    pairs = check_rollouts(model, responses)
+    unembedding, layers = get_unembedding(model), find_layout(model).n_layers
     check_layer(layers, layer)
-    chosen = draw_tokens(rollouts, tokens, seed)
-    found: dict[int, Tensor] = {}
-    with eval_mode(inner), torch.no_grad():
-        for batch in batches(rollouts, batch_tokens):
-            part = pad([rollouts[i] for i in batch], [chosen[i] for i in batch], rule.weight.device)
-            states, final = capture_layers(model, part.ids, part.mask, part.keep)
-            inside = look_inside(states, final, part.targets, rule, layer)
-            rows = torch.cat([inside.logprob[None], inside.entropy, inside.divergence, inside.cosine.flatten(0, 1)])
-            found |= dict(zip(batch, rows.split(part.counts, dim=-1), strict=True))
+    sizes = [len(pair.response_ids) for pair in pairs]
+    drawn = subsample_evenly(sizes, tokens, seed)
+    counts = [len(part) for part in drawn]
+    measured: dict[int, Tensor] = {}
+    with eval_mode(unwrap(model)), torch.no_grad():
+        for indices in batches(pairs, batch_tokens):
+            batch = pad([pairs[i] for i in indices], [drawn[i] for i in indices], unembedding.weight.device)
+            states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
+            request = StatsRequest(targets=batch.targets, reference=states[layer - 1], kl_from_reference=True)
+            stats = lens_stats(torch.cat([states, final[None]]), unembedding, request)
+            logprob, entropy, kl = (stats[name] for name in ("logprob", "entropy", "kl_from_reference"))
+            values = torch.cat([logprob[-1:], entropy[:-1], kl[layer:], _cosines(states)]).cpu()
+            measured |= dict(zip(indices, values.split(batch.counts, dim=-1), strict=True))
             if progress is not None:
-                progress(sum(len(chosen[i]) for i in found), sum(map(len, chosen)))
-    values = torch.cat([found[i] for i in range(len(rollouts))], dim=-1)
-    if not bool(torch.isfinite(values).all()):
-        raise InputError("the model gives non-finite logits: damaged weights, or a dtype too narrow for it?")
-    return Reading(values, layers, layer)
+                progress(sum(counts[i] for i in measured), sum(counts))
+    joined = torch.cat([measured[i] for i in range(len(pairs))], dim=-1)
+    if not bool(torch.isfinite(joined).all()):
+        raise InputError("the model returns non-finite logits; check its weights, or load it in a wider dtype")
+    return LayerMeasurements(joined, layers, layer, counts, sizes)
 
 
-def draw_tokens(rollouts: Sequence[TokenPair], tokens: int, seed: int) -> list[list[int]]:
-    """Which tokens of each response are read."""
-    draw = TokenDraw([len(r.response_ids) for r in rollouts], seed)
-    return draw.take(min(1.0, tokens / draw.total))
+def _cosines(states: Tensor) -> Tensor:
+    """``cos(H^m, H^n)`` of all pairs of layers (L * L, N) from states (L, N, d), in float64."""
+    parts = []
+    for part in states.split(64, dim=1):
+        unit = nn.functional.normalize(part.double(), dim=-1)
+        parts.append(torch.einsum("mnd,knd->mkn", unit, unit).flatten(0, 1))
+    return torch.cat(parts, dim=-1)
 
 
-def compare(
-    readings: Sequence[tuple[str, Reading]], rollouts: Sequence[TokenPair], *, tokens: int = 1024, seed: int = 0
-) -> dict[str, Any]:
-    """The content of ``compare.json`` (schema 1) from the readings of two models or more, the first being the baseline.
+def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dict[str, Any]:
+    """Compare the measurements of one or more named models with the first, the baseline.
 
     Args:
-        readings: names and what `read_inside` returned, all with these ``rollouts``, ``tokens`` and ``seed``.
+        measurements: names, and what `measure_layers` returned for the same responses, layer, tokens and seed.
+
+    Returns:
+        The content of ``compare.json`` (schema 1).
 
     Raises:
         InputError: the models do not have the same number of layers.
     """
-    first = readings[0][1]
-    for name, reading in readings:
-        if (reading.layers, reading.layer) != (first.layers, first.layer):
+    first_name, first = measurements[0]
+    for name, one in measurements:
+        if (one.layers, one.layer) != (first.layers, first.layer):
             raise InputError(
-                f"{readings[0][0]} has {first.layers} layers and {name} has {reading.layers}: only states of one model "
+                f"{first_name} has {first.layers} layers and {name} has {one.layers}; only states of one model "
                 "(before, during and after training) can be compared layer by layer"
             )
-    counts = [len(part) for part in draw_tokens(rollouts, tokens, seed)]
-    sizes = [len(r.response_ids) for r in rollouts]
-    baseline = first.values
+    several = len(first.counts) > 1
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "comparison",
         "layer": first.layer,
         "layers": first.layers,
-        "tokens": sum(counts),
-        "tokens_of_responses": sum(sizes),
-        "samples": len(rollouts),
-        "standard_error_method": "clustered by response" if len(rollouts) > 1 else "over tokens (a single response)",
+        "tokens": sum(first.counts),
+        "tokens_of_responses": sum(first.sizes),
+        "samples": len(first.counts),
+        "standard_error_method": "clustered by response" if several else "over tokens (a single response)",
         "models": [],
     }
-    for number, (name, reading) in enumerate(readings):
-        item = {"name": name, **_summary(reading, reading.values, counts, sizes)}
+    for number, (name, one) in enumerate(measurements):
+        item = {"name": name, **_summary(first, one.values)}
         item["perplexity"] = _perplexity(item.pop("logprob"))
         if number:
-            change = _summary(reading, reading.values - baseline, counts, sizes)
+            change = _summary(first, one.values - first.values)
             change["perplexity_ratio"] = _perplexity(change.pop("logprob"))
             item["change"] = change
         result["models"].append(item)
     return result
 
 
-def _summary(reading: Reading, values: Tensor, counts: list[int], sizes: list[int]) -> dict[str, Any]:
-    """Means and standard errors by name; of the cosines, the chosen layer's row has errors, the matrix is beside it."""
+def _summary(about: LayerMeasurements, values: Tensor) -> dict[str, Any]:
+    """Means and standard errors by name; of the cosines, only those of the chosen layer have errors."""
     means = ClusterMeans(len(values))
-    for part, size in zip(values.split(counts, dim=-1), sizes, strict=True):
+    for part, size in zip(values.split(about.counts, dim=-1), about.sizes, strict=True):
         means.add(part, size=size)
-    widths = [width for _, width in reading.columns()]
+    widths = [width for _, width in about.columns()]
     mean, error = means.mean().split(widths), means.standard_error().split(widths)
-    found: dict[str, Any] = {}
-    for (name, _), m, e in zip(reading.columns(), mean, error, strict=True):
+    summary: dict[str, Any] = {}
+    for (name, _), m, e in zip(about.columns(), mean, error, strict=True):
         if name == "cosine":
-            matrix, errors = m.view(reading.layers, -1), e.view(reading.layers, -1)
-            found["cosine_of_layer"] = {
-                "mean": round_list(matrix[reading.layer - 1]),
-                "standard_error": round_list(errors[reading.layer - 1]),
-            }
-            found["cosine"] = [round_list(row, 4) for row in matrix]
-        else:
-            found[name] = {"mean": round_list(m), "standard_error": round_list(e)}
-    return found
+            matrix, errors = m.view(about.layers, -1), e.view(about.layers, -1)
+            m, e, name = matrix[about.layer - 1], errors[about.layer - 1], "cosine_of_layer"
+            summary["cosine"] = [round_list(row, 4) for row in matrix]
+        summary[name] = {"mean": round_list(m), "standard_error": round_errors(e)}
+    return summary
 
 
-def _perplexity(logprob: dict[str, list[float]]) -> dict[str, float]:
-    """``exp(-mean log-prob)`` with the standard error that follows from the logarithm's; of a difference, a ratio."""
-    value = math.exp(-logprob["mean"][0])
-    return {"value": round(value, 6), "standard_error": round(value * logprob["standard_error"][0], 6)}
+def _perplexity(logprob: dict[str, list[Any]]) -> dict[str, float | None]:
+    """``exp(-mean log-prob)`` and its standard error, which follows from the logarithm's; a ratio for a difference."""
+    value, (error,) = math.exp(-logprob["mean"][0]), logprob["standard_error"]
+    return {"value": round(value, 6), "standard_error": None if error is None else round(value * error, 6)}

@@ -1,8 +1,8 @@
-"""Running sums over the vocabulary, from which a distribution's statistics follow without its logits being kept.
+"""Running sums over the vocabulary that yield a distribution's statistics without keeping its logits.
 
-For logits z (to the base 2) and their running maximum m the sums are ``sum 2^(z-m)``, ``sum (z-m) 2^(z-m)`` and, where
-asked for, ``sum (z-m)^2 2^(z-m)`` and ``sum y 2^(z-m)`` with the final policy's logits y. A larger maximum in a later
-tile rescales what was summed so far.
+With logits z (to the base 2) and their running maximum m, the sums are ``sum 2^(z-m)``, ``sum (z-m) 2^(z-m)`` and, if
+requested, ``sum (z-m)^2 2^(z-m)`` and cross terms with a reference distribution. When a later tile has a larger
+maximum, the sums so far are rescaled.
 
 Shape legend: S sites, N tokens, v vocabulary entries of a tile, k top tokens kept.
 """
@@ -15,148 +15,167 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-NAMES = ("logprob", "rank", "varentropy", "kl", "top")
 _LN2 = math.log(2)
-_LEAST = -100.0
+_LEAST = -100.0  # terms below 2^-100 add nothing, and subnormal float32 numbers are slow to compute with
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What is wanted beside the entropy, for N tokens.
+class StatsRequest:
+    """Which statistics to compute besides the entropy and the log-sum-exp, for N tokens.
 
     Attributes:
-        targets: the realised tokens (N,); gives ``logprob`` in nats, and ``rank`` from 1 if that is set.
-        rank: count the vocabulary entries that are likelier than the realised token.
-        varentropy: variance of the surprisal ``-log p`` under p, nats^2.
-        final: ``LN(H^L)`` (N, d) of the final policy pi; gives ``kl``, ``KL(site || pi)`` in nats.
-        final_lse: its log-sum-exp (N,), nats.
-        top: k; gives ``top`` (the k likeliest tokens) and ``top_probability``, each (..., N, k).
-        tokens: N.
+        targets: the generated tokens (N,); yields ``logprob`` in nats.
+        rank: also yield the ``rank`` of the targets in the vocabulary, from 1.
+        varentropy: yield the variance of the surprisal ``-log p`` under p, nats^2.
+        reference: states (N, d) of a reference policy r, such as ``LN(H^L)`` of the full policy.
+        kl: yield ``KL(site || r)``, nats.
+        kl_from_reference: yield ``KL(r || site)``, nats.
+        top_k: yield the k most likely tokens ``top`` and their ``top_probability``, each (..., N, k).
     """
 
     targets: Tensor | None = None
     rank: bool = False
     varentropy: bool = False
-    final: Tensor | None = None
-    final_lse: Tensor | None = None
-    top: int = 0
-    tokens: int = 0
+    reference: Tensor | None = None
+    kl: bool = False
+    kl_from_reference: bool = False
+    top_k: int = 0
 
-    def part(self, rows: slice) -> Extras:
-        """The same for a slice of the tokens."""
+    @property
+    def only_entropy(self) -> bool:
+        return not (self.varentropy or self.top_k or self.kl or self.kl_from_reference) and self.targets is None
 
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
-
-        return replace(
-            self,
-            targets=cut(self.targets),
-            final=cut(self.final),
-            final_lse=cut(self.final_lse),
-            tokens=rows.stop - rows.start,
-        )
+    def rows(self, rows: slice) -> StatsRequest:
+        """The same request for a slice of the tokens."""
+        targets = None if self.targets is None else self.targets[rows]
+        return replace(self, targets=targets, reference=None if self.reference is None else self.reference[rows])
 
 
-class Running:
-    """The sums of ``shape = (S, N)`` distributions, folded in tile by tile.
+class ReferenceStats:
+    """The reference distribution of N tokens, folded in tile by tile before the sites are.
+
+    Attributes:
+        logits, shares: the current tile (N, v): logits y to the base 2, and ``2^(y-m)``.
+        factor: what the latest change of the maximum m multiplies earlier sums by, (N,).
+    """
+
+    def __init__(self, tokens: int, device: torch.device):
+        self._maximum = torch.full((tokens,), float("-inf"), device=device)
+        self.total = torch.zeros(tokens, dtype=torch.float64, device=device)
+        self.expected = torch.zeros_like(self.total)  # sum y 2^(y-m)
+
+    def update(self, logits: Tensor) -> None:
+        """Fold in one tile of logits (N, v), which is kept until the next one."""
+        maximum = torch.maximum(self._maximum, logits.amax(-1))
+        self.logits, self.shares = logits, torch.exp2((logits - maximum[:, None]).clamp_(min=_LEAST))
+        self.factor = (self._maximum - maximum).double().exp2()
+        self.total = self.factor * self.total + self.shares.sum(-1)
+        self.expected = self.factor * self.expected + torch.linalg.vecdot(self.shares, logits)
+        self._maximum = maximum
+
+    def log_sum_exp(self) -> Tensor:
+        """(N,), nats."""
+        return _LN2 * (self._maximum.double() + self.total.log2())
+
+
+class OnlineSoftmaxStats:
+    """The running sums of ``shape = (S, N)`` distributions.
 
     Args:
-        chosen: logits (S, N), base 2, of the realised tokens, where ``extras.targets`` is given.
-        vocabulary: V.
+        chosen: logits (S, N), base 2, of the targets, if ``request.targets`` is given.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        device: torch.device | str,
-        extras: Extras | None = None,
-        chosen: Tensor | None = None,
-        vocabulary: int = 0,
+        self, shape: tuple[int, int], device: torch.device, request: StatsRequest, chosen: Tensor | None = None
     ):
-        self.extras = extras or Extras()
-        self._chosen = chosen
-        self.maximum = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.weighted = torch.zeros_like(self.total)
-        self._squares = torch.zeros_like(self.total) if self.extras.varentropy else None
-        self._cross = torch.zeros_like(self.total) if self.extras.final is not None else None
-        self._above = torch.zeros(shape, dtype=torch.long, device=device) if self.extras.rank else None
+        self._request, self._chosen = request, chosen
+        self._maximum = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
+        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._weighted = torch.zeros_like(self._total)
+        self._squares = torch.zeros_like(self._total) if request.varentropy else None
+        self._cross = torch.zeros_like(self._total)  # sum y 2^(z-m), y the reference's logits
+        self._cross_reference = torch.zeros_like(self._total)  # sum z 2^(y-m), m the reference's maximum
+        self._above = torch.zeros(shape, dtype=torch.long, device=device)
         self._top: tuple[Tensor, Tensor] | None = None
-        self._kept = min(self.extras.top, vocabulary)
 
-    def update_(self, logits: Tensor, scratch: Tensor, start: int = 0, reference: Tensor | None = None) -> None:
+    def update_(self, logits: Tensor, scratch: Tensor, start: int, reference: ReferenceStats | None) -> None:
         """Fold in one tile.
 
         Args:
-            logits: (S, N, v) to the base 2, overwritten. scratch: a buffer of the same shape.
+            logits: (S, N, v) to the base 2, overwritten.
+            scratch: a buffer of the same shape.
             start: the vocabulary entry of the tile's first column.
-            reference: the final policy's logits (N, v), base 2.
+            reference: has the same tile folded in already.
         """
-        if self._above is not None:
-            self._above += self._likelier(logits, scratch, start)
-        if self._kept:
+        request = self._request
+        if request.rank:
+            self._above += self._count_likelier(logits, scratch, start)
+        if request.top_k:
             self._keep_top(logits, start)
-        maximum = torch.maximum(self.maximum, logits.amax(-1))
-        # shares below 2^-100 add nothing, and numbers below float32's normal range cost many times as much
+        if reference is not None and request.kl_from_reference:
+            cross = torch.linalg.vecdot(reference.shares, logits)
+            self._cross_reference = reference.factor * self._cross_reference + cross
+        maximum = torch.maximum(self._maximum, logits.amax(-1))
         logits.sub_(maximum.unsqueeze(-1)).clamp_(min=_LEAST)
         torch.exp2(logits, out=scratch)
         total = scratch.sum(-1)
-        cross = None if reference is None else torch.linalg.vecdot(scratch, reference)
-        weighted = scratch.mul_(logits).sum(-1)
-        # what was summed so far was relative to the old maximum
-        shift = (self.maximum - maximum).double()
+        # the sums so far are relative to the previous maximum
+        shift = (self._maximum - maximum).double()
         factor, shift = shift.exp2(), shift.nan_to_num(neginf=0.0)
+        if reference is not None and request.kl:
+            self._cross = factor * self._cross + torch.linalg.vecdot(scratch, reference.logits)
+        weighted = scratch.mul_(logits).sum(-1)
         if self._squares is not None:
             squares = scratch.mul_(logits).sum(-1)
-            before = self._squares + 2 * shift * self.weighted + shift.square() * self.total
+            before = self._squares + 2 * shift * self._weighted + shift.square() * self._total
             self._squares = factor * before + squares
-        if self._cross is not None and cross is not None:
-            self._cross = factor * self._cross + cross
-        self.weighted = factor * (self.weighted + shift * self.total) + weighted
-        self.total = factor * self.total + total
-        self.maximum = maximum
+        self._weighted = factor * (self._weighted + shift * self._total) + weighted
+        self._total = factor * self._total + total
+        self._maximum = maximum
 
-    def _likelier(self, logits: Tensor, scratch: Tensor, start: int) -> Tensor:
+    def _count_likelier(self, logits: Tensor, scratch: Tensor, start: int) -> Tensor:
         assert self._chosen is not None
-        assert self.extras.targets is not None
+        assert self._request.targets is not None
         above = torch.gt(logits, self._chosen.unsqueeze(-1), out=scratch).sum(-1).long()
-        # the token itself, whose product was summed in another order and may come out a little higher
-        column = self.extras.targets - start
+        # the target itself may be counted, because its own logit was summed in another order
+        column = self._request.targets - start
         inside = (column >= 0) & (column < logits.shape[-1])
         own = column.clamp(0, logits.shape[-1] - 1).expand(logits.shape[:-1]).unsqueeze(-1)
         return above - (scratch.gather(-1, own).squeeze(-1).long() * inside)
 
     def _keep_top(self, logits: Tensor, start: int) -> None:
-        values, tokens = logits.topk(min(self._kept, logits.shape[-1]), dim=-1)
+        k = self._request.top_k
+        if k == 1:  # faster than topk
+            values, tokens = logits.max(-1, keepdim=True)
+        else:
+            values, tokens = logits.topk(min(k, logits.shape[-1]), dim=-1)
         tokens = tokens + start
         if self._top is not None:
             values, tokens = torch.cat([self._top[0], values], -1), torch.cat([self._top[1], tokens], -1)
-            values, order = values.topk(min(self._kept, values.shape[-1]), dim=-1)
+            values, order = values.topk(min(k, values.shape[-1]), dim=-1)
             tokens = tokens.gather(-1, order)
         self._top = (values, tokens)
 
-    def entropy(self) -> Tensor:
-        """Shannon entropies in nats, float64, (S, N); NaN where a logit was not finite."""
-        return _LN2 * (self.total.log2() - self.weighted / self.total)
+    def statistics(self, reference: ReferenceStats | None = None) -> dict[str, Tensor]:
+        """The requested statistics by name, in nats: (S, N) float64, but ``top`` and ``top_probability`` (S, N, k).
 
-    def log_sum_exp(self) -> Tensor:
-        """(S, N), nats."""
-        return _LN2 * (self.maximum.double() + self.total.log2())
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Everything asked for, by name: (S, N) float64, but ``top`` and ``top_probability`` (S, N, k)."""
-        found = {"entropy": self.entropy(), "lse": self.log_sum_exp()}
-        mean = self.weighted / self.total
+        ``entropy`` is NaN where a logit was not finite.
+        """
+        mean = self._weighted / self._total
+        lse = _LN2 * (self._maximum.double() + self._total.log2())
+        stats = {"entropy": _LN2 * (self._total.log2() - mean), "lse": lse}
         if self._chosen is not None:
-            found["logprob"] = _LN2 * self._chosen.double() - found["lse"]
-        if self._above is not None:
-            found["rank"] = 1.0 + self._above
+            stats["logprob"] = _LN2 * self._chosen.double() - lse
+        if self._request.rank:
+            stats["rank"] = 1.0 + self._above
         if self._squares is not None:
-            found["varentropy"] = (_LN2**2 * (self._squares / self.total - mean.square())).clamp(min=0.0)
-        if self._cross is not None:
-            assert self.extras.final_lse is not None
-            found["kl"] = self.extras.final_lse - _LN2 * self._cross / self.total - found["entropy"]
+            stats["varentropy"] = (_LN2**2 * (self._squares / self._total - mean.square())).clamp(min=0.0)
+        if reference is not None and self._request.kl:
+            stats["kl"] = reference.log_sum_exp() - _LN2 * self._cross / self._total - stats["entropy"]
+        if reference is not None and self._request.kl_from_reference:
+            expected = _LN2 * (reference.expected - self._cross_reference) / reference.total
+            stats["kl_from_reference"] = expected - reference.log_sum_exp() + lse
         if self._top is not None:
-            found["top"] = self._top[1]
-            found["top_probability"] = (_LN2 * self._top[0].double() - found["lse"].unsqueeze(-1)).exp()
-        return found
+            stats["top"] = self._top[1]
+            stats["top_probability"] = (_LN2 * self._top[0].double() - lse.unsqueeze(-1)).exp()
+        return stats

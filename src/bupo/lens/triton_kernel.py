@@ -22,7 +22,7 @@ from torch import Tensor
 
 _LOG2_E = 1 / math.log(2)
 WARPS = 8  # with 4 the kernel spills registers on A100 and H100 (`benchmarks/kernel_build.py`)
-SITES = 5  # a layer's new ones; the site of a group without layers is the state itself
+SITES = 5  # the new sites of a layer
 
 
 def available() -> bool:
@@ -95,7 +95,7 @@ def _read(
     states,  # (G, 4, N, d)
     weight,  # (V, d)
     biases,  # (V,)
-    maxima,  # (P, G * SITES, N), or (P, 1, N) without layers; so the two below
+    maxima,  # (P, G * SITES, N), as the two below
     sums,
     weighted,
     tokens,
@@ -117,7 +117,7 @@ def _read(
     row_mask = rows < tokens
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, vocabulary)
-    places: tl.constexpr = 5 * LAYERS if LAYERS > 0 else 1
+    places: tl.constexpr = 5 * LAYERS
     # 64 bits, because states of many layers and tokens pass 2^31 numbers
     rows64 = rows.to(tl.int64)
     home = tl.program_id(1).to(tl.int64) * places * tokens + rows64
@@ -130,8 +130,6 @@ def _read(
         else:
             bias = tl.zeros((TILE,), dtype=tl.float32)
         stream = _product(before, weight, rows64, at, row_mask, column_mask, width, PRECISE, UPCAST, WIDTH_TILE)
-        if LAYERS == 0:
-            _fold(stream, maxima, sums, weighted, home, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
         for layer in range(LAYERS):
             for site in tl.static_range(4):
                 own = rows64 + (layer * 4 + site) * tokens
@@ -146,7 +144,7 @@ def _read(
 
 def read(
     before: Tensor,
-    states: Tensor | None,
+    states: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     scale: float = 1.0,
@@ -157,33 +155,33 @@ def read(
     tile: int = 128,
     width_tile: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Entropies and log-sum-exps of a group's new sites, or of the states ``before`` alone.
+    """Compute entropies and log-sum-exps of the new sites of a group of layers.
 
     Args:
         before: ``H^{l-1}`` (N, d), in the dtype of the weight.
-        states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer; None reads ``before`` itself.
+        states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer.
         weight: ``E_u`` (V, d), float32, bfloat16 or float16; products accumulate in float32.
         bias, scale, softcap: see :class:`bupo.models.unembed.Unembedding`.
         parts: of the vocabulary, read by programs of their own (default: enough to occupy the device).
 
     Returns:
-        Entropies and log-sum-exps in nats, float64, each (G, 5, N), or (N,) without states.
+        Entropies and log-sum-exps in nats, float64, each (G, 5, N).
     """
     n, width = before.shape
     vocabulary = len(weight)
-    layers = 0 if states is None else len(states)
+    layers = len(states)
     before, weight = before.contiguous(), weight.contiguous()
     blocks = triton.cdiv(n, rows)
     if parts is None:
         parts = max(1, min(triton.cdiv(vocabulary, 8 * tile), 512 // blocks))
     part = triton.cdiv(triton.cdiv(vocabulary, parts), tile) * tile
     parts = triton.cdiv(vocabulary, part)
-    shape = (parts, max(layers * SITES, 1), n)
+    shape = (parts, layers * SITES, n)
     maxima = torch.full(shape, float("-inf"), dtype=torch.float32, device=before.device)
     sums, weighted = torch.zeros_like(maxima), torch.zeros_like(maxima)
     _read[(blocks, parts)](
         before,
-        before if states is None else states.to(weight.dtype).contiguous(),
+        states.to(weight.dtype).contiguous(),
         weight,
         weight if bias is None else bias.float().contiguous(),
         maxima,
@@ -206,7 +204,7 @@ def read(
         num_warps=WARPS,
     )
     entropy, lse = _join(maxima.double(), sums.double(), weighted.double())
-    return (entropy[0], lse[0]) if states is None else (entropy.view(layers, SITES, n), lse.view(layers, SITES, n))
+    return entropy.view(layers, SITES, n), lse.view(layers, SITES, n)
 
 
 def _join(maxima: Tensor, sums: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:

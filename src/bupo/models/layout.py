@@ -112,6 +112,12 @@ def n_layers(model: nn.Module) -> int:
     return find_layout(model).n_layers
 
 
+def context_length(config: Any) -> int | None:
+    """The longest sequence that a model's configuration allows (``max_position_embeddings``), or None if unset."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(context) if context else None
+
+
 def _check_unembedding(unembedding: Any, name: str) -> None:
     """Raise unless the numbers of ``E_u`` can be read: not packed by quantisation, and in memory."""
     weight = unembedding.weight

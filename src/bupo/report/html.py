@@ -237,8 +237,7 @@ def _choice(analysis: Item, key: str, name: str) -> dict[str, Any] | None:
     return {
         "answer": choice.answer_text(best),
         "reason": best["reason"],
-        "measured": f"{block['tokens']:,} random tokens of {block['responses']:,} responses, seed {block['seed']}; "
-        f"{block['draws']} bootstrap draws: {block['bootstrap']}",
+        "measured": f"{block['tokens']:,} random tokens of {block['responses']:,} responses, seed {block['seed']}",
         "criteria": [
             {"title": a.get("title") or a["name"], "answer": choice.answer_text(a), "reason": a["reason"]}
             for a in block["criteria"]

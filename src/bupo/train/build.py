@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback
 from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
 from bupo.errors import BupoError, ConfigError
-from bupo.lens.analyze import context_length
+from bupo.models.layout import context_length
 from bupo.models.load import load_model
 from bupo.recipe import Recipe
 from bupo.schema import nearest
@@ -46,7 +46,7 @@ def build(
         **(four_bit(recipe, settings) if recipe.lora is not None and recipe.lora.four_bit else {}),
     )
     tokenizer.padding_side = "left"
-    room = context_length(model)
+    room = context_length(model.config)
     if room is not None and recipe.max_prompt_length + recipe.max_completion_length > room:
         raise ConfigError(
             f"max_prompt_length {recipe.max_prompt_length} + max_completion_length {recipe.max_completion_length} "

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
 from bupo.lens.batching import TokenPair, check_rollouts
-from bupo.lens.compare import Reading, compare, read_inside
+from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
 from bupo.models.internal_policy import check_layer, n_layers
 from bupo.recipe import Recipe
 from bupo.run_folder import write_bytes, write_json, write_text
@@ -54,7 +54,7 @@ class LayerDrift(TrainerCallback):
         if recipe.inside_responses is not None:
             self._responses = read_responses(recipe.inside_responses, tokenizer, recipe.template)[:RESPONSES]
             check_rollouts(trainer.model, self._responses)
-        self._baseline: Reading | None = None
+        self._baseline: LayerMeasurements | None = None
         self._broken = False
 
     def __call__(self, batch: Mapping[str, Tensor], rollout: int) -> None:
@@ -94,14 +94,14 @@ class LayerDrift(TrainerCallback):
         try:
             if not layers:
                 raise InputError("no layer to compare with is known yet; set inside_layer")
-            reading = read_inside(self._trainer.model, self._responses, layers[-1], tokens=TOKENS)
+            reading = measure_layers(self._trainer.model, self._responses, layers[-1], tokens=TOKENS)
         except InputError as error:
             self._broken = True
             self._log(f"no readings inside: {error}")
             return None
         reading = replace(reading, values=reading.values.float().double())  # as it comes back from the file
         base = self._first(reading)
-        joined = compare([("start", base), ("now", reading)], self._responses, tokens=TOKENS)
+        joined = compare_models([("start", base), ("now", reading)])
         item = joined["models"][1]
         shared = ("layer", "layers", "tokens", "samples", "standard_error_method")
         result = {
@@ -116,7 +116,7 @@ class LayerDrift(TrainerCallback):
             write_json(self._folder / f"after-{done:04d}.json", result)
         return result
 
-    def _first(self, reading: Reading) -> Reading:
+    def _first(self, reading: LayerMeasurements) -> LayerMeasurements:
         """The first reading of the run, including the part before a resume."""
         if self._baseline is None:
             path = self._folder / "baseline.npy"

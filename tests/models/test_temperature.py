@@ -1,4 +1,4 @@
-"""The internal policy's temperature: `internal_policy(temperature=T)`, the fit, and training with it."""
+"""`internal_policy(temperature=T)`: logits, gradients, wrappers and refusals."""
 
 from __future__ import annotations
 
@@ -10,35 +10,30 @@ from peft import LoraConfig, get_peft_model
 
 from bupo import internal_policy
 from bupo.errors import InputError
-from tests.models.test_early_exit import EVERY, stream, surrogate
+from tests.models.test_internal_policy import EVERY, surrogate
 from tests.support.tiny import tiny_model, tokens
+from tests.support.zoo_checks import stream
 
-BASE = {"model": "small", "dataset": "arithmetic"}
 
-
-# -- the context ---------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def logits(model, *arguments, **more):
+    with internal_policy(model, 2, *arguments, **more):
+        return model(tokens()).logits
 
 
 @pytest.mark.parametrize(("layout", "tied"), EVERY)
 @pytest.mark.parametrize("norm", [False, True])
 def test_logits_are_divided_by_it(layout, tied, norm):
-    model, ids = tiny_model(layout, tie_word_embeddings=tied), tokens()
+    model = tiny_model(layout, tie_word_embeddings=tied)
     for component in ("layer", "attn", "ffn"):
-        with torch.no_grad():
-            with internal_policy(model, 2, component, norm=norm):
-                plain = model(ids).logits
-            with internal_policy(model, 2, component, norm=norm, temperature=2.5):
-                warm = model(ids).logits
+        plain, warm = (logits(model, component, norm=norm, **more) for more in ({}, {"temperature": 2.5}))
         torch.testing.assert_close(warm, plain / 2.5, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+        assert torch.equal(logits(model, component, norm=norm, temperature=1.0), plain)
 
 
-def test_one_changes_nothing_at_all():
-    model, ids = tiny_model(), tokens()
-    with torch.no_grad():
-        with internal_policy(model, 2):
-            plain = model(ids).logits
-        with internal_policy(model, 2, temperature=1.0):
-            assert torch.equal(model(ids).logits, plain)
+def test_with_lora():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    assert torch.equal(logits(model, temperature=4.0), logits(model) / 4.0)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -62,15 +57,6 @@ def test_gradients_are_those_of_the_definition(norm, checkpointing, temperature)
             assert p.grad is None, name
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * q.grad.abs().max().item(), msg=name)
-
-
-def test_with_lora():
-    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    with torch.no_grad():
-        with internal_policy(model, 2):
-            plain = model(tokens()).logits
-        with internal_policy(model, 2, temperature=4.0):
-            assert torch.equal(model(tokens()).logits, plain / 4.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])

@@ -1,0 +1,110 @@
+"""Tiled statistics against torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
+
+from bupo.lens.online import OnlineSoftmaxStats, StatsRequest
+from bupo.lens.softmax_stats import LOG2_E, Tiling, first_group_stats, lens_stats, residual_group_stats
+from bupo.models.capture import LayerStates
+from bupo.models.unembed import Unembedding
+from tests.support.lens import RULES, logits_of, unembedding
+
+TILINGS = [Tiling(100, 50), Tiling(3, 16), Tiling(5, 1)]
+
+
+def use(monkeypatch, tiling):
+    monkeypatch.setattr(Tiling, "of", classmethod(lambda cls, device: tiling))
+
+
+def entropy(states, e):
+    return lens_stats(states[None], e)["entropy"][0]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("tile", [1, 7, 50, 999])
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 30.0])
+def test_entropy_is_the_categorical_distributions(monkeypatch, rule, tile, spread):
+    use(monkeypatch, Tiling(4, tile))
+    e = unembedding(spread=spread, **rule)
+    states = torch.randn(11, 7)
+    expected = Categorical(logits=logits_of(states, e)).entropy()
+    torch.testing.assert_close(entropy(states, e), expected, rtol=1e-4, atol=2e-6)
+
+
+@given(st.integers(2, 40), st.floats(0.01, 100), st.integers(0, 2**20))
+@settings(max_examples=60, deadline=None)
+def test_entropy_lies_between_zero_and_log_v(vocabulary, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    e = Unembedding(torch.randn(vocabulary, 3, generator=generator) * spread)
+    got = entropy(torch.randn(5, 3, generator=generator), e)
+    assert (got >= -1e-6).all()
+    assert (got <= math.log(vocabulary) + 1e-6).all()
+    torch.testing.assert_close(entropy(torch.zeros(2, 3), e), torch.full((2,), math.log(vocabulary)).double())
+
+
+def test_a_later_larger_maximum_rescales_the_earlier_sums():
+    running = OnlineSoftmaxStats((1, 1), torch.device("cpu"), StatsRequest())
+    whole = torch.tensor([[[0.0, 1.0, 80.0, 79.0, -3.0, 160.0, 161.0]]])
+    for tile in whole.split(2, dim=-1):
+        running.update_(tile * LOG2_E, torch.empty_like(tile), 0, None)
+    got = running.statistics()["entropy"]
+    torch.testing.assert_close(got, Categorical(logits=whole.double()).entropy(), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 10.0])
+def test_every_statistic_of_every_site_is_its_definition(monkeypatch, rule, tiling, spread):
+    use(monkeypatch, tiling)
+    # a saturated soft cap makes ties, in which a rank means nothing
+    e = unembedding(spread=min(spread, 0.3) if "softcap" in rule else spread, **rule)
+    layers = [LayerStates(torch.randn(4, 9, 7)) for _ in range(3)]
+    stream = before = torch.randn(9, 7)
+    final, targets = torch.randn(9, 7), torch.randint(50, (9,))
+    last = Categorical(logits=logits_of(final, e))
+    request = StatsRequest(targets, True, True, final, kl=True, kl_from_reference=True, top_k=3)
+    first, group = first_group_stats(before, layers, e, request)
+    sites = [(before, {name: values[0] for name, values in first.items()})]
+    for index, layer in enumerate(layers):
+        stream = stream + layer.attn_out + layer.ffn_out
+        states = (*layer.stacked, stream)
+        sites += [(s, {name: v[index, i] for name, v in group.items()}) for i, s in enumerate(states)]
+    every = lens_stats(torch.stack([state for state, _ in sites]), e, request)
+    sites += [(s, {name: values[i] for name, values in every.items()}) for i, (s, _) in enumerate(sites)]
+    assert torch.equal(residual_group_stats(before, layers, e)["entropy"], group["entropy"])
+    close = {"rtol": 2e-4, "atol": 2e-4}
+    for state, at in sites:
+        policy = Categorical(logits=logits_of(state, e))
+        variance = (policy.probs * (policy.logits + policy.entropy()[:, None]).square()).sum(-1)
+        torch.testing.assert_close(at["entropy"], policy.entropy(), rtol=1e-4, atol=5e-6)
+        torch.testing.assert_close(at["lse"], logits_of(state, e).logsumexp(-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(at["logprob"], policy.log_prob(targets), **close)
+        torch.testing.assert_close(at["varentropy"], variance, **close)
+        torch.testing.assert_close(at["kl"], kl_divergence(policy, last), **close)
+        torch.testing.assert_close(at["kl_from_reference"], kl_divergence(last, policy), **close)
+        order = policy.logits.argsort(-1, descending=True)
+        assert torch.equal(order.gather(1, at["rank"].long()[:, None] - 1).squeeze(1), targets)
+        for probability in (at["top_probability"], policy.probs.gather(1, at["top"])):
+            torch.testing.assert_close(probability, policy.probs.gather(1, order[:, :3]), **close)
+
+
+def test_sixteen_bit_weights_are_multiplied_as_they_are():
+    e = unembedding(spread=3.0)
+    half = Unembedding(e.weight.bfloat16(), low_precision=True)
+    states = torch.randn(6, 7).bfloat16().float()
+    expected = Categorical(logits=states.double() @ half.weight.double().T).entropy()
+    torch.testing.assert_close(entropy(states, half), expected, rtol=1e-5, atol=1e-5)
+    assert (half.products, e.products) == ("bfloat16", "float32")
+
+
+def test_non_finite_logits_do_not_pass_as_numbers():
+    states = torch.randn(3, 7)
+    states[1, 2] = float("inf")
+    assert torch.isfinite(entropy(states, unembedding())).tolist() == [True, False, True]

@@ -1,0 +1,37 @@
+"""Responses, unembeddings and their definitions in float64, for the tests of the lens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bupo.models.unembed import Unembedding
+
+RULES = [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "bias": True}]
+
+
+@dataclass
+class Pair:
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+def pairs(lengths=((3, 5), (6, 2), (1, 9), (4, 1)), seed=0) -> list[Pair]:
+    """Random responses with these numbers of prompt and response tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [Pair(*(torch.randint(3, 97, (n,), generator=generator).tolist() for n in pair)) for pair in lengths]
+
+
+def unembedding(vocabulary=50, width=7, *, scale=1.0, softcap=None, bias=False, spread=1.0) -> Unembedding:
+    torch.manual_seed(1)
+    weight = torch.randn(vocabulary, width) * spread
+    return Unembedding(weight, torch.randn(vocabulary) if bias else None, scale, softcap)
+
+
+def logits_of(states, e: Unembedding):
+    """The definition, in float64."""
+    z = e.scale * (states.double() @ e.weight.double().T)
+    if e.bias is not None:
+        z = z + e.bias.double()
+    return z if e.softcap is None else e.softcap * torch.tanh(z / e.softcap)
