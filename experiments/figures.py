@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bupo.report.inside_training import inside_training_figure
+from bupo.report.inside_figures import training_figure
+from bupo.report.results import TrainingReading
 from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, looks, new_figure, save, styled
 from experiments.summary import RESULTS, Rows, read, read_lines
 
@@ -178,8 +179,9 @@ def inside() -> Figure:
     runs = []
     for name, arm, switch in INSIDE:
         if arm in rows:
-            runs.append((name, over_seeds([row["inside"] for row in rows[arm].values()]), switch))
-    return inside_training_figure(runs)
+            readings = over_seeds([row["inside"] for row in rows[arm].values()])
+            runs.append((name, [TrainingReading.parse({"schema": 1, **reading}) for reading in readings], switch))
+    return training_figure(runs)
 
 
 def over_seeds(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from bupo.cli.jobs import Job, lines_in, run_jobs
+from bupo.cli.demo import Job, run_jobs
 from bupo.run_folder import describe_run, write_json
 
 RECIPE = Path(__file__).parent.parent / "src" / "bupo" / "assets" / "demo.yaml"
@@ -38,7 +38,7 @@ def main() -> None:
 
 def sweep(args: argparse.Namespace, folder: Path) -> dict:
     def run(name: str, arguments: list, total: int, counted: Path) -> Job:
-        return Job(name, [str(a) for a in arguments], folder / f"{name}.log", lambda: lines_in(counted, total))
+        return Job(name, [str(a) for a in arguments], folder, total, counted)
 
     trainings, evaluations = [], []
     for rate in [0.0, *args.rates]:

@@ -207,9 +207,11 @@ def test_statistics_max_tokens_and_every_token(capsys, tmp_path, responses):
     ("options", "words"),
     [
         (["--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
+        (["--template", "chatml"], "unknown template 'chatml'"),
+        (["--choice-tokens", "9", "--no-choice"], "no effect with --no-choice"),
     ],
 )
-def test_wrong_statistics(capsys, tmp_path, responses, options, words):
+def test_wrong_options_are_found_before_the_model_is_loaded(capsys, tmp_path, responses, options, words):
     line = refused(capsys, tmp_path / "out", "--model", "small", "--responses", responses, *options)
     assert words in line
     assert not list(tmp_path.glob(".per_token*"))

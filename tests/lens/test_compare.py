@@ -14,7 +14,8 @@ from bupo.cli import main
 from bupo.errors import InputError
 from bupo.lens.batching import subsample_evenly
 from bupo.lens.compare import compare_models, measure_layers
-from bupo.report.inside import check_comparison, inside_figure
+from bupo.report.inside_figures import comparison_figure
+from bupo.report.results import Comparison
 from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
 from tests.support.zoo_checks import stream
@@ -146,9 +147,9 @@ def test_as_a_user_runs_it(capsys, tmp_path, folders, tiny_folder):
 @pytest.mark.parametrize(
     ("models", "options", "words"),
     [
-        (["small"], ["--layer", "2"], "two models or more"),
+        (["small"], ["--layer", "2"], "two or more models"),
         (["small", "small"], ["--layer", "2"], "two models are named small"),
-        (["small", "a=small"], [], "say which one with --layer"),
+        (["small", "a=small"], [], "choose one with --layer"),
         (["small", "a=small"], ["--layer", "9"], "layer 9 does not exist"),
         (["small", "a=nowhere"], ["--layer", "2"], "nowhere"),
     ],
@@ -164,7 +165,7 @@ def test_refusals(capsys, tmp_path, folders, models, options, words):
 def test_many_models_are_drawn_and_nonsense_is_refused():
     model, rollouts = tiny_model(spread=3.0), pairs()
     readings = [(f"state {i} <b>", measure_layers(moved(model, 0.1 * i), rollouts, 2)) for i in range(7)]
-    figure = inside_figure(compare_models(readings))
+    figure = comparison_figure(Comparison.parse(compare_models(readings)))
     assert len(figure.axes) == 4
-    with pytest.raises(InputError, match="no comparison"):
-        check_comparison({"schema": 1})
+    with pytest.raises(InputError, match="not a complete result of bupo compare"):
+        Comparison.parse({"schema": 1})

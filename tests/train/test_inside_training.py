@@ -13,7 +13,8 @@ from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
 from bupo.lens.compare import compare_models, measure_layers
 from bupo.models.load import load_model
-from bupo.report.inside_training import inside_training_figure, read_inside_folder
+from bupo.report.inside_figures import training_figure
+from bupo.report.results import TrainingReading, load_readings, read_json
 from tests.cli.test_cli_train import RECIPE, rows
 from tests.support.training import INTERRUPT_IN_ROLLOUT
 
@@ -40,7 +41,7 @@ def test_readings_change_nothing_and_are_those_of_compare(tmp_path, recipe, tiny
     assert main(["train", recipe(inside_every=2), "--output", str(watched)]) == 0
     without = [{k: v for k, v in row.items() if not k.startswith("inside/")} for row in kept(watched)]
     assert without == kept(tmp_path / "plain")
-    found = read_inside_folder(watched / "inside")
+    found = [read_json(path) for path in sorted((watched / "inside").glob("after-*.json"))]
     assert [reading["rollouts_done"] for reading in found] == [0, 2, 4]
     assert (watched / "inside" / "inside.png").stat().st_size > 10_000
     # the log has what the files have, in the rows of the rollout batches that began with a reading
@@ -86,7 +87,7 @@ def test_plain_grpo_is_read_at_a_layer_of_its_own(tmp_path, recipe, capsys):
     folder = tmp_path / "run"
     wanted = recipe(internal_layer=None, internal_steps=0, inside_every=4, inside_layer=1)
     assert main(["train", wanted, "--output", str(folder)]) == 0
-    assert [(r["layer"], r["rollouts_done"]) for r in read_inside_folder(folder / "inside")] == [(1, 0), (1, 4)]
+    assert [(r.layer, r.rollouts_done) for r in load_readings(folder / "inside")] == [(1, 0), (1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -117,23 +118,25 @@ def test_the_report_shows_runs_over_training(tmp_path, recipe, capsys):
 
 def test_a_broken_reading_is_named(tmp_path):
     (tmp_path / "after-0001.json").write_text('{"schema": 2}')
-    with pytest.raises(InputError, match=r"after-0001\.json is no reading of schema 1"):
-        read_inside_folder(tmp_path)
+    with pytest.raises(InputError, match=r"after-0001\.json is not a complete result"):
+        load_readings(tmp_path)
     (tmp_path / "after-0001.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
-        read_inside_folder(tmp_path)
+        load_readings(tmp_path)
 
 
 def test_the_figure_averages_the_top_quarter():
-    def reading(done: int) -> dict:
+    def reading(done: int) -> TrainingReading:
         numbers = {"mean": [0.1 * i for i in range(8)], "standard_error": [0.01] * 8}
         later = {"mean": [1.0] * 7, "standard_error": [0.1] * 7}
-        return {
-            "rollouts_done": done, "layer": 2, "layers": 8, "perplexity": {"value": 2.0, "standard_error": 0.1},
+        content = {
+            "schema": 1, "rollouts_done": done, "layer": 2, "layers": 8,
+            "perplexity": {"value": 2.0, "standard_error": 0.1},
             "entropy": numbers, "cosine_of_layer": numbers, "divergence": later,
         }  # fmt: skip
+        return TrainingReading.parse(content)
 
-    figure = inside_training_figure([("one", [reading(0), reading(4)], 2.0)])
+    figure = training_figure([("one", [reading(0), reading(4)], 2.0)])
     cosine, entropy, perplexity, divergence = figure.axes
     assert list(cosine.lines[0].get_ydata()) == pytest.approx([0.65, 0.65])  # layers 7 and 8
     assert list(entropy.lines[0].get_ydata()) == pytest.approx([0.1, 0.1])

@@ -1,26 +1,25 @@
-"""The typer application: collects the commands and turns errors into one line and an exit code."""
+"""The typer application: lists the commands and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 from typing import Annotated
 
 import typer
 
+from bupo.cli import analyze, compare, demo, eval, plan, report, train
 from bupo.errors import BupoError
 
 app = typer.Typer(
     name="bupo",
     help="See the internal policies of language models, train them bottom-up, and measure whether it helped.",
+    epilog="Add --debug to any command to see the traceback of an error.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# One file a command; a file registers itself through `register(app)`.
-COMMANDS = ("analyze", "plan", "train", "eval", "compare", "report", "demo")
+for command in (analyze, plan, train, eval, compare, report, demo):
+    command.register(app)
 
 
 def _version(value: bool) -> None:
@@ -33,27 +32,22 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    if debug:
-        os.environ["BUPO_DEBUG"] = "1"
-
-
-for _name in COMMANDS:
-    importlib.import_module(f"bupo.cli.{_name}").register(app)
+    """Hold the options of ``bupo`` itself."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, 2 for what a user can fix, 130 when interrupted.
+    """Run the command line and return its exit code: 0, 2 for errors a user can fix, 130 when interrupted.
 
-    ``--debug`` is taken anywhere on the line.
+    ``--debug`` may stand anywhere before a ``--``; it shows the traceback of an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
-    if debug:
-        os.environ["BUPO_DEBUG"] = "1"
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
     try:
         result = app(args=arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -62,12 +56,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"bupo: error: {error.filename}: {error.strerror}", file=sys.stderr)  # for instance a full disk
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         print("bupo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        # click's usage errors know how to show themselves (and carry their exit code, 2)
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click, which prints itself
             error.show()
             return int(error.exit_code)
         raise

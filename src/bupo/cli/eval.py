@@ -1,17 +1,21 @@
-"""`bupo eval`: measure a model on benchmarks."""
+"""``bupo eval``: measure a model on benchmarks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from bupo.cli import options
+from bupo.errors import ConfigError
 
 HELP = """Measure a model: Avg@K and unbiased Pass@K with confidence intervals.
 
 Tasks: math500, amc23, aime24, aime25, minerva, olympiadbench, arithmetic, arithmetic-hard, reasoning_gym/NAME, a
 .jsonl/.json/.parquet file, or a hub dataset. The defaults are the paper's protocol: temperature 1, top-p 1, Avg@16
-(Avg@32 for AIME). A run that was stopped goes on when it is started again with the same settings.
+(Avg@32 for AIME). An interrupted evaluation continues when the same command is run again.
 
 Examples:
 
@@ -22,8 +26,6 @@ Examples:
   bupo eval --model small --tasks arithmetic --internal-layer 4 --output runs/layer4
 
   bupo eval --regrade runs/start
-
-  bupo eval --model Qwen/Qwen3-4B --harness gpqa,mmlu-pro,arc,bbh --output runs/qwen3-other
 """
 
 
@@ -34,97 +36,56 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Hub id, model folder, or 'small' (shipped).")] = None,
+    model: options.OptionalModel = None,
     tasks: Annotated[str | None, typer.Option("--tasks", "--dataset", help="Tasks, separated by commas.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results and responses.")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="K of Avg@K; by task: 16, AIME 32.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Samples a problem, for Pass@K; K by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many problems of each task.")] = None,
+    output: options.OptionalOutput = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="K of Avg@K. Default: 16, for AIME 32.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Number of samples per problem. Default: K.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of problems per task.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with local files of the benchmarks.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="auto, raw, chat, qwen-math, qwen3-no-thinking or octothinker.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest response; the task's by default, or what the context leaves.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, and of generated problems.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Responses made at a time (belongs to the seed).")] = 64,
-    engine: Annotated[
-        str, typer.Option(help="auto (vLLM where it is installed), transformers, continuous or vllm.")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (as stored; float32 on a CPU without 16-bit units), float32, bfloat16 or float16.")
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="Torch device; the accelerator if there is one.")] = None,
+    template: options.OptionalTemplate = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 1.0,
+    top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 1.0,
+    seed: options.Seed = 0,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Batch size for generation. Changing it changes the sampled responses for a given seed."
+        ),
+    ] = 64,
+    engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), transformers or vllm.")] = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
     internal_layer: Annotated[
-        int | None, typer.Option(help="Sample from this layer's internal policy (counted from 1).")
+        int | None, typer.Option(min=1, help="Sample from this layer's internal policy (from 1).")
     ] = None,
-    internal_norm: Annotated[bool, typer.Option(help="Read it through the final norm.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the model's repository brings.")] = False,
-    regrade: Annotated[Path | None, typer.Option(help="Grade a finished evaluation's responses again.")] = None,
-    harness: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness: gpqa, mmlu-pro, arc, bbh, humaneval, or its names."),
-    ] = None,
-    harness_tasks: Annotated[Path | None, typer.Option(help="Folder with further task files for --harness.")] = None,
-    unsafe_code: Annotated[bool, typer.Option(help="Let harness tasks run code that the model wrote.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    internal_norm: Annotated[
+        bool, typer.Option("--internal-norm", help="Apply the final norm to that layer's states.")
+    ] = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    regrade: Annotated[Path | None, typer.Option(help="Folder of a finished evaluation to grade again.")] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    import sys
-
-    from bupo.errors import ConfigError
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    passed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    options.refuse_launcher("bupo eval", "start it without a launcher")
     if regrade is not None:
-        _refuse(given - {"regrade", "json_output"}, "--regrade", "it grades the kept responses in place")
+        _refuse(passed - {"regrade", "as_json"}, "--regrade", "it grades the saved responses in place")
         from bupo.evaluate.run import regrade as grade_again
 
-        _show(grade_again(regrade, say=say), regrade, json_output)
+        _show(grade_again(regrade, say=_log), regrade, as_json)
         return
-    if harness is not None:
-        _refuse(given - _WITH_HARNESS, "--harness", "the harness has its own prompts and way to sample")
-        if template not in (None, "auto", "chat", "raw"):
-            raise ConfigError(f"--harness takes no --template {template}; raw or chat, the model's own")
-    else:
-        _refuse(given & {"harness_tasks", "unsafe_code"}, "an evaluation without --harness", "")
-    wanted = (("--model", model), ("--tasks", tasks or harness), ("--output", output))
-    missing = [name for name, value in wanted if not value]
-    if missing:
+    if missing := [f"--{name}" for name in ("model", "tasks", "output") if not context.params[name]]:
         raise ConfigError(f"bupo eval needs {', '.join(missing)} (or --regrade DIR)")
     assert model is not None
-    assert output is not None
-    if harness is not None:
-        from bupo.evaluate.harness import run_harness
-
-        found = run_harness(
-            model,
-            _names(harness),
-            output,
-            limit=limit,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            chat=template != "raw",
-            task_folder=harness_tasks,
-            unsafe_code=unsafe_code,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-        )
-        _show_harness(found, output, json_output)
-        return
     assert tasks is not None
+    assert output is not None
 
     from bupo.evaluate.engines import choose_engine
+    from bupo.evaluate.load import load_engine
     from bupo.evaluate.run import EvalConfig
     from bupo.evaluate.run import evaluate as run
     from bupo.evaluate.store import fingerprint
@@ -132,11 +93,10 @@ def evaluate(
 
     chosen = choose_engine(engine, internal_layer=internal_layer)
     if chosen == "vllm":
-        _refuse(given & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
-    path = resolve_model(model)
+        _refuse(passed & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
     config = EvalConfig(
         model=model,
-        tasks=tuple(_names(tasks)),
+        tasks=tuple(options.split_names(tasks)),
         k=k,
         n=n,
         limit=limit,
@@ -152,76 +112,34 @@ def evaluate(
         internal_layer=internal_layer,
         internal_norm=internal_norm,
         revision=revision,
-        fingerprint=fingerprint(Path(path)),
+        fingerprint=fingerprint(Path(resolve_model(model))),
     )
     config.check_output(output, overwrite=overwrite)
-
-    from bupo.evaluate.load import load_engine
-
-    made, tokenizer, describe = load_engine(config, device=device, trust_remote_code=trust_remote_code)
-    with _Progress() as progress:
+    options.quiet_libraries()
+    with options.on_interrupt("Responses so far are saved; the same command continues."), options.Progress() as bars:
+        loaded, tokenizer, describe = load_engine(config, device=device, trust_remote_code=trust_remote_code)
         results = run(
-            config, made, tokenizer, output, overwrite=overwrite, describe=describe, say=say, track=progress.track
+            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, say=_log, track=bars.update
         )
-    _show(results, output, json_output)
+    _show(results, output, as_json)
 
 
-_WITH_HARNESS = {
-    "model", "output", "harness", "harness_tasks", "unsafe_code", "limit", "batch_size", "dtype", "device", "seed",
-    "template", "revision", "trust_remote_code", "overwrite", "json_output",
-}  # fmt: skip
+def _log(text: str) -> None:
+    typer.echo(text, err=True)
 
 
-def _refuse(names: set[str], what: str, because: str) -> None:
+def _refuse(names: set[str], what: str, reason: str) -> None:
     """Options that would have no effect are an error."""
-    from bupo.errors import ConfigError
-
     if names:
         shown = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
-        raise ConfigError(f"{what} takes no {shown}" + (f": {because}" if because else ""))
+        raise ConfigError(f"{what} takes no {shown}: {reason}")
 
 
-class _Progress:
-    """One bar a task on the terminal."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=Console(stderr=True))
-        self._known: dict = {}
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
-
-    def track(self, task: str, done: int, total: int) -> None:
-        if task not in self._known:
-            self._known[task] = self._bars.add_task(task, total=total)
-        self._bars.update(self._known[task], completed=done)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _show_harness(results: dict, folder: Path, as_json: bool) -> None:
-    import json
-
-    from bupo.evaluate.harness import RESULTS, summary_lines
-
-    print(json.dumps(results) if as_json else "\n".join([*summary_lines(results), f"results: {folder / RESULTS}"]))
-
-
-def _show(results: dict, folder: Path, as_json: bool) -> None:
+def _show(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
-        import json
-
-        print(json.dumps(results))
+        typer.echo(json.dumps(results))
         return
     from bupo.evaluate.results import summary_lines
 
-    print("\n".join(summary_lines(results)))
-    print(f"results: {folder / 'results.json'}   responses: {folder / 'responses.parquet'}")
+    typer.echo("\n".join(summary_lines(results)))
+    typer.echo(f"results: {folder / 'results.json'}   responses: {folder / 'responses.parquet'}")

@@ -27,6 +27,14 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
+def _known_template(value: str | None) -> str | None:
+    from bupo.data.prompts import TEMPLATES
+
+    if value is not None and value not in TEMPLATES:
+        raise InputError(f"unknown template {value!r}; use one of {', '.join(TEMPLATES)}")
+    return value
+
+
 _MODEL = typer.Option(help="Hub id, model folder, or 'small' (shipped with bupo).")
 _MAX_NEW_TOKENS = typer.Option(min=1, help="Maximum number of tokens per response.")
 _SEED = typer.Option(min=0, max=LARGEST_SEED, help="Random seed for problem selection and sampling.")
@@ -50,9 +58,11 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's repository.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Template = Annotated[
-    str, typer.Option(help="Prompt template: auto, raw, chat, qwen-math, qwen3-no-thinking or octothinker.")
-]
+_TEMPLATE = typer.Option(
+    callback=_known_template, help="Prompt template: auto, raw, chat, qwen-math, qwen3-no-thinking or octothinker."
+)
+Template = Annotated[str, _TEMPLATE]
+OptionalTemplate = Annotated[str | None, _TEMPLATE]
 Temperature = Annotated[float, typer.Option(min=0.0, callback=_finite, help="Sampling temperature; 0 is greedy.")]
 MaxNewTokens = Annotated[int | None, _MAX_NEW_TOKENS]
 Changes = Annotated[

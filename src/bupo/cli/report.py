@@ -1,4 +1,4 @@
-"""``bupo report``: analyses, training runs and evaluations on one page."""
+"""``bupo report``: analyses, training runs, evaluations and comparisons on one page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
+from bupo.cli import options
 from bupo.errors import InputError
 
 HELP = """Put analyses, training runs and evaluations on one self-contained HTML page.
 
-Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval` or `compare`; what it holds is found out.
-Evaluations are compared in pairs on the problems they share. Write NAME=PATH to give one another name.
+Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval` or `compare`; its kind is detected.
+Evaluations are compared in pairs on the problems they share. Write NAME=PATH to choose another name.
 
 Examples:
 
@@ -30,46 +31,38 @@ def register(app: typer.Typer) -> None:
 
 def report(
     paths: Annotated[list[str], typer.Argument(help="Folders or files, each PATH or NAME=PATH.", metavar="PATH...")],
-    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Internal policies report",
-    overwrite: Annotated[bool, typer.Option(help="Replace --output if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print verdict and comparisons as JSON.")] = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
 ) -> None:
     if output.is_dir():
         raise InputError(f"output {output} is a folder; name a file such as {output / 'report.html'}")
     if output.exists() and not overwrite:
-        raise InputError(f"output {output} is already there; choose another or pass --overwrite")
+        raise InputError(f"output {output} already exists; choose another or pass --overwrite")
 
     from bupo.report.collect import collect
+    from bupo.report.conclusion import conclude
+    from bupo.report.page import write_page
 
-    material = collect(paths)
-
-    from bupo.report.html import write_report
-    from bupo.report.verdict import verdict
-
+    data = collect(paths)
     try:
-        write_report(output, title=title, **vars(material))
+        write_page(output, title, data)
     except OSError as error:
         raise InputError(f"output {output} cannot be written: {error.strerror or error}") from None
-    judged = verdict(material.evaluations, material.comparisons)
+    conclusion = conclude(data.evaluations, data.differences)
     if as_json:
-        shown = {
-            "output": str(output),
-            "headline": judged.headline,
-            "tone": judged.tone,
-            "lines": judged.lines,
-            "comparisons": material.comparisons,
-            "notes": material.notes,
-        }
+        shown = {"output": str(output), "headline": conclusion.headline, "tone": conclusion.tone,
+                 "lines": conclusion.lines, "comparisons": data.differences, "notes": data.notes}  # fmt: skip
         typer.echo(json.dumps(shown, ensure_ascii=False))
         return
-    if material.evaluations:
-        typer.echo(judged.headline)
+    if data.evaluations:
+        typer.echo(conclusion.headline)
     counts = [
-        (len(material.analyses), "analysis", "analyses"),
-        (len(material.runs), "training run", "training runs"),
-        (len(material.evaluations), "evaluation", "evaluations"),
-        (len(material.inside), "comparison of models", "comparisons of models"),
-        (sum(len(item["samples"]) for item in material.tokens), "explored response", "explored responses"),
+        (len(data.analyses), "analysis", "analyses"),
+        (len(data.runs), "training run", "training runs"),
+        (len(data.evaluations), "evaluation", "evaluations"),
+        (len(data.comparisons), "comparison of models", "comparisons of models"),
+        (sum(len(item.samples) for _, item in data.tokens), "explored response", "explored responses"),
     ]
     typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n))

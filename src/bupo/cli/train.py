@@ -94,7 +94,7 @@ def train(
 
 def _draw_flow(analysis: Mapping[str, Any], folder: Path, name: str) -> Path:
     """Draw an analysis; the trainer itself knows no figures."""
-    from bupo.report.figures import entropy_flow
+    from bupo.report.analysis_figures import entropy_flow
     from bupo.report.style import save
 
     return save(entropy_flow(analysis), folder, name)[0]
@@ -102,16 +102,10 @@ def _draw_flow(analysis: Mapping[str, Any], folder: Path, name: str) -> Path:
 
 def _draw_inside(output: Path, say: Callable[[str], None]) -> None:
     """What training did inside, where the recipe asked for readings, as ``inside/inside.png`` and ``.svg``."""
-    from bupo.report.inside_training import inside_training_figure, read_inside_folder
-    from bupo.report.logs import last_internal_rollout, read_log
-    from bupo.report.style import save
+    from bupo.report.inside_figures import write_training_figure
 
-    folder = Path(output) / "inside"
-    readings = read_inside_folder(folder)
-    if len(readings) > 1:
-        switch = last_internal_rollout(read_log(Path(output) / "log.jsonl"))
-        save(inside_training_figure([(Path(output).name, readings, switch)]), folder, "inside")
-        say(f"wrote {folder}/inside.png")
+    if (figure := write_training_figure(Path(output))) is not None:
+        say(f"wrote {figure}")
 
 
 def _number_or_text(given: str | None) -> int | str | None:

@@ -1,4 +1,4 @@
-"""Reading a training log, and the series in it that are drawn: one value a rollout batch."""
+"""Reads a training log and the series drawn from it, with one value per rollout batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bupo.errors import InputError
 
 Row = Mapping[str, Any]
 
-# Names a series goes by, in order of preference: the run's own, then the trainer's, then TRL's.
+# Keys of each series in order of preference: bupo's, then the trainer's, then TRL's.
 SERIES: dict[str, tuple[str, ...]] = {
     "reward": ("reward", "rewards/mean"),
     "entropy": ("entropy",),
@@ -24,10 +24,10 @@ SERIES: dict[str, tuple[str, ...]] = {
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``log.jsonl``. A torn last line (of a run that still goes on, or was killed) is left out.
+    """Read ``log.jsonl``; an incomplete last line (the run is still writing, or was killed) is left out.
 
     Raises:
-        InputError: another line is no JSON object, or no row has a step.
+        InputError: another line is not a JSON object, or no row has a step and a reward.
     """
     rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
@@ -49,7 +49,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def series(log: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
-    """Rollout batches and the mean of ``name`` (a key of `SERIES`) in each; rows that lack it are left out."""
+    """Return the rollout batches that have ``name`` (a key of `SERIES`), and its mean in each."""
     groups: dict[float, list[float]] = defaultdict(list)
     for row in log:
         value = _value(row, name)
@@ -60,16 +60,16 @@ def series(log: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
 
 
 def last_internal_rollout(log: Sequence[Row]) -> float | None:
-    """The last rollout batch of the internal phase, if a later phase follows; else None."""
-    internal = [_rollout(row) for row in log if row.get("phase") == "internal"]
-    later = [_rollout(row) for row in log if row.get("phase") not in (None, "internal")]
-    if not internal or not later or max(later) <= max(internal):
+    """The last rollout batch before training switches to the full policy alone; None if it never switches."""
+    internal = [_rollout(row) for row in log if row.get("phase") not in (None, "full")]
+    full = [_rollout(row) for row in log if row.get("phase") == "full"]
+    if not internal or not full or max(full) <= max(internal):
         return None
     return max(internal)
 
 
 def summary(log: Sequence[Row], share: float = 0.2) -> dict[str, Any]:
-    """Length of a run, and means over its first and last fifth of rollout batches (nothing is picked by value)."""
+    """The length of a run, and means over its first and last fifth of rollout batches (nothing is picked by value)."""
     result: dict[str, Any] = {"steps": max((row.get("step", 0) for row in log), default=0)}
     for name in ("reward", "entropy", "length"):
         x, y = series(log, name)

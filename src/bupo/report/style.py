@@ -1,27 +1,35 @@
-"""One look for all figures, and how they are saved. matplotlib is imported only when a figure is made."""
+"""The common look of all figures, the elements they share, and how they are saved."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+import matplotlib
+from markupsafe import escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
-# Okabe and Ito's colours: told apart with every common colour vision, and in print
+from bupo.run_folder import write_bytes
+
+Values = Sequence[float | None]
+BAND = 2.0  # half-width of bands, in standard errors; the boundary rule uses the same
+
+# Okabe and Ito's palette, which stays distinguishable under colour blindness and in print
 BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 CYCLE = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
-# The page replaces these three by its own variables, so that figures follow light and dark.
+# The page replaces these three by CSS variables, so that figures follow its light or dark scheme.
 INK, SOFT, GRID = "#1b1f24", "#5c6570", "#dde1e6"
 MARKERS = ("o", "s", "^", "D", "v", "P")
 REGION_COLOURS = {"exploration": ORANGE, "integration": SKY, "convergence": GREEN}
 ROLE_LOOKS = {"start": (SOFT, "o"), "grpo": (BLUE, "s"), "bupo": (RED, "^")}
-WIDTH = 7.2  # inches; at 2 x 100 dots an inch readable at the width of a README
+WIDTH = 7.2  # inches; readable at the width of a README with 200 dots per inch
 
 _RC: dict[str, Any] = {
     "figure.dpi": 100,
@@ -29,7 +37,7 @@ _RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
-    "text.parse_math": False,  # names may hold dollar signs
+    "text.parse_math": False,  # model names may contain dollar signs
     "axes.edgecolor": SOFT,
     "axes.labelcolor": INK,
     "axes.titlesize": 11,
@@ -57,50 +65,82 @@ _RC: dict[str, Any] = {
 
 @contextmanager
 def styled(**more: Any) -> Iterator[None]:
-    """Within it, figures have the common look."""
-    import matplotlib
-
+    """Apply the common look to figures made or saved inside the context."""
     settings: Any = {**_RC, **{key.replace("__", "."): value for key, value in more.items()}}
     with matplotlib.rc_context(settings):
         yield
 
 
 def new_figure(width: float = WIDTH, height: float = 3.9) -> Figure:
-    """A figure without a window (no pyplot: nothing global to close)."""
-    from matplotlib.figure import Figure
-
+    """Return an empty figure (without pyplot, so there is nothing global to close)."""
     return Figure(figsize=(width, height))
 
 
 def role(name: str) -> str | None:
-    """Which of ``start``, ``grpo`` and ``bupo`` a model is by its name, or None."""
+    """Return ``start``, ``grpo`` or ``bupo`` if the name contains one of the role's words, else None."""
     words = re.split(r"[^a-z0-9]+", name.lower())
-    for known, hints in (("bupo", ("bupo",)), ("grpo", ("grpo",)), ("start", ("start", "base", "initial"))):
+    for found, hints in (("bupo", ("bupo",)), ("grpo", ("grpo",)), ("start", ("start", "base", "initial"))):
         if any(hint in words for hint in hints):
-            return known
+            return found
     return None
 
 
 def looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each name: the same model looks the same in every figure of a page."""
+    """Assign a colour and a marker to each name, so that a model looks the same in every figure of a page."""
     free = [(c, m) for c, m in zip(CYCLE, MARKERS, strict=True) if (c, m) not in ROLE_LOOKS.values()]
-    named = {ROLE_LOOKS[known][0] for known in map(role, names) if known}
-    free.sort(key=lambda look: look[0] in named)  # a colour that no model has by its name first
-    found: dict[str, tuple[str, str]] = {}
+    role_colours = {ROLE_LOOKS[r][0] for r in map(role, names) if r}
+    free.sort(key=lambda look: look[0] in role_colours)  # prefer colours that no role on this page uses
+    assigned: dict[str, tuple[str, str]] = {}
     for name in names:
-        own = ROLE_LOOKS.get(role(name) or "")
-        if own is None or own in found.values():
-            own = next((look for look in free if look not in found.values()), None)
-        number = len(found)
-        found[name] = own or (CYCLE[number % len(CYCLE)], MARKERS[(number // len(CYCLE) + number) % len(MARKERS)])
-    return found
+        look = ROLE_LOOKS.get(role(name) or "")
+        if look is None or look in assigned.values():
+            look = next((candidate for candidate in free if candidate not in assigned.values()), None)
+        n = len(assigned)
+        assigned[name] = look or (CYCLE[n % len(CYCLE)], MARKERS[(n // len(CYCLE) + n) % len(MARKERS)])
+    return assigned
 
 
-def layer_axis(axes: Axes, layers: int) -> None:
-    """x from layer 1 to ``layers``, both ends ticked, whole numbers only."""
-    from matplotlib.ticker import FixedLocator
+def line_with_band(axes: Axes, x: Sequence[float], y: Values, errors: Values | None = None, **style: Any) -> None:
+    """Plot ``y`` with markers, and a band of two standard errors where they are known.
 
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, layers) if layers / s <= 14)
+    Args:
+        y: values; None leaves a gap.
+        errors: standard errors of ``y``; None, as a whole or for single values, draws no band there.
+        style: passed to ``Axes.plot``; a ``color`` is required.
+    """
+    values = numbers(y)
+    axes.plot(x, values, **{"markersize": 4 if len(values) <= 40 else 2.5, "zorder": 3, **style})
+    if errors is not None:
+        wide = [BAND * e for e in numbers(errors)]
+        if any(w > 0 for w in wide):
+            low, high = ([v + sign * w for v, w in zip(values, wide, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0, zorder=2)
+
+
+def numbers(values: Values) -> list[float]:
+    """The values with NaN in place of None, which matplotlib leaves out."""
+    return [math.nan if v is None else float(v) for v in values]
+
+
+def titled(axes: Axes, title: str, unit: str) -> None:
+    """Set the title of a panel and the unit on its vertical axis."""
+    axes.set_title(title)
+    axes.set_ylabel(unit)
+
+
+def legend_below(figure: Figure, source: Axes | None = None, columns: int = 4) -> None:
+    """Put one legend below the whole figure, with the entries of ``source`` (default: of all axes, each once)."""
+    panels = figure.axes if source is None else [source]
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)))
+
+
+def layer_axis(axes: Axes, layers: int, most: int = 14) -> None:
+    """Let x run from layer 1 to ``layers`` with at most about ``most`` ticks on whole numbers, both ends ticked."""
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, layers) if layers / s <= most)
     ticks = [1, *range(step if step > 1 else 2, layers + 1, step)]
     if layers - ticks[-1] >= 0.4 * step:
         ticks.append(layers)
@@ -110,41 +150,31 @@ def layer_axis(axes: Axes, layers: int) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name.png`` and ``name.svg``, each whole or not at all; the same figure gives the same bytes."""
-    import os
-
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata: Mapping[str, Mapping[str, None]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    """Write ``name.png`` and ``name.svg`` atomically; the same figure gives the same bytes."""
+    metadata: Mapping[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     paths = []
-    for kind in ("png", "svg"):
-        path = folder / f"{name}.{kind}"
-        temporary = folder / f".{name}.{os.getpid()}.{kind}"
-        try:
-            with styled():
-                figure.savefig(temporary, dpi=200, facecolor="white", metadata=dict(metadata[kind]))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
+    for kind, left_out in metadata.items():
+        stream = io.BytesIO()
+        with styled():
+            figure.savefig(stream, format=kind, dpi=200, facecolor="white", metadata=left_out)
+        paths.append(write_bytes(Path(folder) / f"{name}.{kind}", stream.getvalue()))
     return paths
 
 
 def inline_svg(figure: Figure, name: str, alt: str) -> str:
-    """The figure as an ``<svg>`` element for a page: own ids, text as text, colours that follow the page's.
+    """Return the figure as an ``<svg>`` element whose ids are unique on the page and whose colours follow it.
 
     Args:
         name: unique on the page; letters, digits and dashes.
-        alt: what the figure shows, read by screen readers.
+        alt: what the figure shows, for screen readers.
     """
-    from markupsafe import escape
-
     stream = io.StringIO()
     with styled(svg__fonttype="none"):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'(\bid="|url\(#|href="#)', lambda found: f"{found[1]}{name}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', lambda match: f"{match[1]}{name}-", text)
     for colour, variable in ((INK, "--ink"), (SOFT, "--soft"), (GRID, "--grid")):
         text = text.replace(colour, f"var({variable})")
     text = text.replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans', sans-serif")

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from bupo.errors import InputError
-from bupo.report.explorer import check_tokens, data_block
-from bupo.report.html import write_report
+from bupo.report.explorer import data_block
+from bupo.report.page import write_page
+from bupo.report.results import ExploredTokens
+from tests.support.results import everything, explored
 
-LAYERS, TOKENS = 5, 7
+LAYERS = 5
 HOSTILE = [
     "</script><script>window.owned = 1</script>",
     "<!--<script>",
@@ -25,96 +27,36 @@ HOSTILE = [
 ]
 
 
-def explored(hostile: bool = True, **more) -> dict:
-    """Statistics whose entropy grows with layer and token, so that every cell has a value of its own."""
-    tokens = HOSTILE if hostile else [f"t{t}" for t in range(TOKENS)]
-
-    def table(value):
-        return [[value(layer, t) for t in range(TOKENS)] for layer in range(1, LAYERS + 1)]
-
-    sample = {
-        "problem_id": "sums/1",
-        "prompt": "What is <b>1 + 2</b>? " + HOSTILE[0],
-        "tokens": tokens,
-        "layers": LAYERS,
-        "entropy": table(lambda layer, t: layer + t / 10),
-        "logprob": table(lambda layer, t: -(layer + t) / 4),
-        "kl": table(lambda layer, t: None if t == 0 else (LAYERS - layer) * 0.5),
-        "rank": table(lambda layer, t: layer * t + 1),
-        "top": table(lambda layer, t: [[f"first{layer}.{t}", 0.625], [tokens[t], 0.25]]),
-    }
-    second = {**sample, "problem_id": "sums/2", "tokens": ["a", "b"], "layers": 2, "entropy": [[1.0, 2.0], [3.0, 4.0]]}
-    for name in ("logprob", "kl", "rank", "top"):
-        second.pop(name)
-    return {"schema": 1, "samples": [sample, second], "name": "tiny", **more}
-
-
 def page(path: Path) -> Path:
-    from tests.report.test_report import everything
-    from tests.report.test_report_choice import block
-
-    content = everything()
-    content["analyses"][0]["layer_choice"] = block()
-    content |= {"analyses": content["analyses"][:1], "runs": [], "tokens": [explored()]}
-    content["samples"] = [
-        {
-            "problem_id": "sums/1",
-            "prompt": HOSTILE[0],
-            "answer": HOSTILE[2],
-            "responses": [{"model": "bupo", "response": "".join(HOSTILE), "status": "wrong"}],
-        }
-    ]
-    return write_report(path, **content)
-
-
-# without a browser
+    data = everything(tokens=HOSTILE)
+    data.samples[0]["responses"][0]["response"] = "".join(HOSTILE)
+    return write_page(path, "Report on tiny", data)
 
 
 def test_the_data_block_cannot_be_left_and_comes_back_whole():
-    text = str(data_block([explored()]))
+    content = explored(HOSTILE)
+    text = str(data_block([("tiny", ExploredTokens.parse(content))]))
     assert not set("<>&\u2028\u2029") & set(text)
     assert text.isascii()
-    found = json.loads(text)["models"][0]
-    assert found["name"] == "tiny"
-    assert found["samples"][0]["tokens"] == HOSTILE
-    assert found["samples"] == explored()["samples"]
-
-
-def _without(name: str) -> dict:
-    content = explored()
-    content["samples"][0].pop(name)
-    return content
-
-
-def _cut(name: str) -> dict:
-    content = explored()
-    content["samples"][0][name][2].pop()
-    return content
+    assert json.loads(text)["models"] == [{"name": "tiny", "samples": content["samples"]}]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("change", "words"),
     [
-        ([], "holds no token statistics of schema 1"),
-        ({"schema": 2, "samples": [1]}, "holds no token statistics of schema 1"),
-        ({"schema": 1, "samples": []}, "holds no token statistics of schema 1"),
-        ({"schema": 1, "samples": "x"}, "'samples' is no list"),
-        ({"schema": 1, "samples": [{}]}, "sample 1 has no tokens"),
-        (_without("layers"), "sample 1 has no number of layers"),
-        (_without("entropy"), "entropy is no table of 5 layers x 7 tokens"),
-        (_cut("kl"), "kl is no table of 5 layers x 7 tokens"),
-        (_cut("top"), "top is no table of 5 layers x 7 tokens"),
+        (lambda c: c.update(samples=[]), "samples: List should have at least 1 item"),
+        (lambda c: c["samples"][0].update(tokens=[]), "samples.0.tokens"),
+        (lambda c: c["samples"][0].pop("entropy"), "samples.0.entropy: Field required"),
+        (lambda c: c["samples"][0]["kl"][2].pop(), "kl has 6 values for 7 tokens"),
+        (lambda c: c["samples"][0]["top"].pop(), "top has 4 values for 5 layers"),
     ],
 )
-def test_what_is_no_token_file_is_refused(content, says):
-    with pytest.raises(InputError, match=says):
-        check_tokens(content, "tokens.json")
-
-
-def test_a_page_without_tokens_lets_no_script_run(tmp_path):
-    text = write_report(tmp_path / "report.html", title="No tokens").read_text()
-    assert "script-src 'none'" in text
-    assert "<script" not in text
+def test_an_incomplete_token_file_is_refused(change, words):
+    content = explored(HOSTILE)
+    change(content)
+    with pytest.raises(InputError) as refusal:
+        ExploredTokens.parse(content, "tokens.json")
+    assert words in str(refusal.value)
 
 
 # in a browser

@@ -1,0 +1,184 @@
+"""The figures carry the values of the result files; what is incomplete is refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+
+from bupo.errors import InputError
+from bupo.report import analysis_figures, run_figures
+from bupo.report.logs import last_internal_rollout, read_log, series, summary
+from bupo.report.results import Analysis, Evaluation
+from bupo.report.style import inline_svg, looks, role, save
+from tests.support.results import analysis, evaluations, layer_choice, log, results
+
+
+def parsed(*args, **kwargs) -> Analysis:
+    return Analysis.parse(analysis(*args, **kwargs))
+
+
+def line(axes, label):
+    return next(line for line in axes.lines if line.get_label() == label)
+
+
+def text(figure) -> str:
+    return inline_svg(figure, "x", "figure")
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_figures_are_written_twice_the_same(tmp_path, chosen):
+    content = analysis(layer_choice=layer_choice() if chosen else None)
+    paths = analysis_figures.write_analysis_figures(content, tmp_path / "a")
+    again = analysis_figures.write_analysis_figures(content, tmp_path / "b")
+    names = ["entropy_flow", "entropy_change", "residual_cosine", *(["layer_choice"] if chosen else [])]
+    assert [p.name for p in paths] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(paths, again, strict=True))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(p.name for p in paths)
+
+
+def test_entropy_change_marks_the_boundary_or_gives_the_reason():
+    marked, unmarked = (text(analysis_figures.entropy_change(parsed(boundary=b))) for b in (2, None))
+    assert "boundary: layer 2" in marked
+    assert "No boundary layer" not in marked
+    assert "No boundary layer: the change is negative in every layer." in unmarked
+    assert all(region[:4] in marked for region in ("exploration", "integration", "convergence"))
+
+
+def test_entropy_flow_has_both_reference_lines_at_their_heights():
+    figure = analysis_figures.entropy_flow(parsed())
+    heights = [line.get_ydata()[0] for line in figure.axes[0].lines if len(set(line.get_ydata())) == 1]
+    assert any(math.isclose(h, math.log(97)) for h in heights)
+    assert any(math.isclose(h, 0.7) for h in heights)
+
+
+def test_lines_carry_the_values_and_bands_two_standard_errors():
+    content = analysis()
+    axes = analysis_figures.entropy_change(Analysis.parse(content)).axes[0]
+    values = content["entropy_change"]["ffn"]
+    assert list(line(axes, "FFN").get_xdata()) == [1, 2, 3, 4, 5, 6]
+    assert list(line(axes, "FFN").get_ydata()) == values
+    heights = [v for path in axes.collections[1].get_paths() for v in path.vertices[:, 1]]
+    assert (min(heights), max(heights)) == pytest.approx((min(values) - 0.1, max(values) + 0.1))
+    content["entropy_change_standard_errors"]["ffn"] = [None] * 6  # unknown, as for a single response
+    assert len(analysis_figures.entropy_change(Analysis.parse(content)).axes[0].collections) == 1
+
+
+def test_layer_choice_shows_both_lenses_the_boundary_and_the_knee():
+    content = analysis(boundary=2, layer_choice=layer_choice(knee=3))
+    agreement, divergence, entropies = analysis_figures.layer_choice(Analysis.parse(content)).axes
+    curves = content["layer_choice"]["curves"]
+    assert list(line(agreement, "through the final norm").get_ydata()) == [100 * v for v in curves["norm"]["top1"]]
+    assert list(line(divergence, "logit lens (Eq. 5)").get_ydata()) == curves["raw"]["kl"]
+    assert list(line(entropies, "logit lens (Eq. 5)").get_ydata()) == curves["raw"]["entropy"]
+    for axes in (agreement, divergence, entropies):
+        assert list(line(axes, "boundary: layer 2").get_xdata()) == [2, 2]
+        assert list(line(axes, "knee (a candidate): layer 3").get_xdata()) == [3, 3]
+    none = parsed(boundary=None, layer_choice=layer_choice(knee=None))
+    assert not any(len(set(mark.get_xdata())) == 1 for mark in analysis_figures.layer_choice(none).axes[0].lines)
+
+
+@pytest.mark.parametrize("layers", [4, 8, 61])
+def test_labels_of_layers_do_not_overlap(layers):
+    figure = analysis_figures.layer_choice(parsed(layers, layer_choice=layer_choice(layers)))
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [t.get_window_extent() for t in axes.get_xticklabels() if t.get_text()]
+        boxes.sort(key=lambda box: box.x0)
+        assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+
+
+def test_overlay_uses_relative_depth_where_the_numbers_of_layers_differ():
+    same = analysis_figures.overlay([("a", parsed()), ("b", parsed())])
+    other = analysis_figures.overlay([("a", parsed()), ("b", parsed(12))])
+    assert "layer" in {axes.get_xlabel() for axes in same.axes}
+    assert "depth (layer / number of layers)" in {axes.get_xlabel() for axes in other.axes}
+    assert max(max(line.get_xdata()) for line in other.axes[0].lines) == 1.0
+    assert {"a", "b"} <= {line.get_label() for line in other.axes[0].lines}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 2}, "schema: Input should be 1"),
+        ({"layers": 0}, "layers: Input should be greater"),
+        ({"sites": {}}, "sites.attn_out is missing"),
+        ({"entropy_change": None}, "entropy_change: Input should be"),
+        ({"layers": 5}, "6 values for 5 layers"),
+        ({"layer_choice": layer_choice(curves={})}, "layer_choice.curves.raw.entropy is missing"),
+        ({"layer_choice": layer_choice(5)}, "5 values for 6 layers"),
+        ({"layer_choice": layer_choice(criteria=[{"name": "knee"}])}, "layer_choice.criteria.0.layer: Field required"),
+    ],
+)
+def test_an_incomplete_analysis_is_refused_before_anything_is_written(tmp_path, change, words):
+    with pytest.raises(InputError) as refusal:
+        analysis_figures.write_analysis_figures({**analysis(), **change}, tmp_path / "out")
+    assert words in str(refusal.value)
+    assert "write it again with `bupo analyze`" in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_dollar_signs_and_a_single_layer_are_drawn(tmp_path):
+    one = analysis(1, None, model="a$b$ <i>")
+    assert len(analysis_figures.write_analysis_figures(one, tmp_path)) == 6
+    assert "a$b$ &lt;i&gt;" in text(analysis_figures.entropy_flow(one))
+
+
+def test_series_take_every_known_name_and_average_a_rollout():
+    rows = [
+        {"step": 1, "rollout": 1, "rewards/mean": 1.0, "completions/mean_length": 10},
+        {"step": 2, "rollout": 1, "reward": 0.0, "internal/clip_ratio/region_mean": 0.5, "internal/entropy": 3},
+        {"step": 3, "reward": None, "entropy": float("nan")},
+    ]
+    assert series(rows, "reward") == ([1.0], [0.5])
+    assert series(rows, "length") == ([1.0], [10.0])
+    assert series(rows, "clip") == ([1.0], [0.5])
+    assert series(rows, "internal_entropy") == ([1.0], [3.0])
+    assert series(rows, "entropy") == ([], [])
+
+
+@pytest.mark.parametrize("phase", ["internal", "joint"])
+@pytest.mark.parametrize(("internal", "expected"), [(0, None), (4, 4.0), (10, None)])
+def test_the_phase_line_is_where_the_full_policy_takes_over(internal, expected, phase):
+    rows = log(internal, phase=phase)
+    assert last_internal_rollout(rows) == expected
+    lines = [line for axes in run_figures.training_curves([("bupo", rows)]).axes for line in axes.lines]
+    marks = {line.get_xdata()[0] for line in lines if "phase ends" in str(line.get_label())}
+    assert marks == (set() if expected is None else {expected + 0.5})
+
+
+def test_summary_compares_first_and_last_fifth():
+    assert summary(log())["reward"] == pytest.approx([0.15, 0.95])
+    assert summary(log())["rollouts"] == 10
+
+
+def test_a_torn_last_line_is_left_out_and_other_rubbish_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = json.dumps(log()[0])
+    path.write_text(good + '\n{"step": 2, "rew')
+    assert len(read_log(path)) == 1
+    for content, words in ((f"oops\n{good}\n", "line 1"), (f"[1]\n{good}\n", "line 1"), ('{"step": 1}\n', "no row")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=words):
+            read_log(path)
+
+
+def test_evaluation_figures_show_each_model_and_need_something_to_show(tmp_path):
+    scored = evaluations(start=3, grpo=5)
+    shown = run_figures.average_dots(scored)
+    assert [tick.get_text() for tick in shown.axes[0].get_yticklabels()] == ["start", "grpo"]
+    assert {line.get_label() for line in run_figures.pass_curves(scored).axes[0].lines} == {"start", "grpo"}
+    assert len(save(shown, tmp_path, "dots")) == 2
+    empty = Evaluation.parse({"schema": 1, "tasks": {"sums": {"n_samples": 0, "reason": "none"}}})
+    assert run_figures.average_dots([("start", empty)]) is None
+    assert run_figures.pass_curves([("start", Evaluation.parse(results(3, samples=1)))]) is None
+
+
+def test_a_model_looks_the_same_in_every_figure():
+    assert looks(["start", "grpo"])["grpo"] == looks(["bupo", "grpo"])["grpo"]
+    assert len(set(looks([f"grpo-{i}" for i in range(6)]).values())) == 6
+    assert len({colour for colour, _ in looks(["start", "grpo", "bupo", "other", "another"]).values()}) == 5
+    assert role("runs/BuPO-4") == "bupo"
+    assert role("database") is None

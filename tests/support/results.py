@@ -1,0 +1,130 @@
+"""Small result files of every kind that a report reads, and the hostile text that must not escape on its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from bupo.evaluate.results import task_results
+from bupo.report.collect import ReportData, TrainingRun
+from bupo.report.conclusion import compare_evaluations
+from bupo.report.results import Analysis, Evaluation, ExploredTokens
+
+HOSTILE = '</script><script>document.title="owned"</script><img src="http://example.invalid/x.png" onerror=alert(1)>'
+
+
+def analysis(layers: int = 6, boundary: int | None = 2, **more) -> dict[str, Any]:
+    """The content of ``analysis.json`` with the three regions."""
+    wave = [math.sin(i / 2) for i in range(layers)]
+    errors = [0.05] * layers
+    return {
+        "schema": 1, "model": "tiny", "layers": layers, "vocabulary": 97, "tokens": 120, "samples": 4,
+        "dtype": "float32", "final_entropy": 0.7,
+        "sites": {f"{m}_{end}": [2 + w for w in wave] for m in ("attn", "ffn", "layer") for end in ("in", "out")},
+        "standard_errors": dict.fromkeys(("attn_out", "ffn_out", "layer_out"), errors),
+        "entropy_change": dict.fromkeys(("attn", "ffn", "layer"), wave),
+        "entropy_change_standard_errors": dict.fromkeys(("attn", "ffn", "layer"), errors),
+        "residual_cosine": {"attn": wave, "ffn": [-w for w in wave]},
+        "regions": {"exploration": [1, 2], "integration": [3, 4], "convergence": [5, layers]} if boundary else
+                   {"exploration": None, "integration": None, "convergence": [1, layers]},
+        "boundary_layer": boundary,
+        "boundary_reason": "last positive change" if boundary else "the change is negative in every layer",
+        **more,
+    }  # fmt: skip
+
+
+def layer_choice(layers: int = 6, knee: int | None = 3, **more) -> dict[str, Any]:
+    """A ``layer_choice`` block whose curves all differ."""
+    rising = [round(0.1 + 0.9 * i / layers, 3) for i in range(1, layers + 1)]
+    kl = [round(3 - 2.9 * r, 3) for r in rising]
+    curves = {
+        lens: {"entropy": [f * v for v in kl], "kl": [v / f for v in kl], "top1": [r / f for r in rising]}
+        for lens, f in (("raw", 1.5), ("norm", 1.0))
+    }
+    criteria = [
+        {"name": "boundary", "layer": None, "reason": "negative in every layer"},
+        {"name": "knee", "layer": knee, "reason": "it turns there", "standard_error": 0.4 if knee else None},
+    ]
+    errors = {lens: {kind: [0.01] * layers for kind in kinds} for lens, kinds in curves.items()}
+    return {"tokens": 40, "responses": 4, "seed": 0, "criteria": criteria, "curves": curves,
+            "standard_errors": errors, **more}  # fmt: skip
+
+
+def log(internal: int = 0, rollouts: int = 10, phase: str = "internal") -> list[dict[str, Any]]:
+    """Rows of ``log.jsonl``, the first ``internal`` of them before the switch to the full policy."""
+    rows = []
+    for rollout in range(1, rollouts + 1):
+        inside = rollout <= internal
+        rows.append({
+            "step": 4 * rollout, "rollout": rollout, "phase": phase if inside else "full",
+            "layer": 3 if inside else None, "reward": rollout / rollouts, "entropy": 1 / rollout,
+            "internal_entropy": 2.0 if inside else None, "mean_length": 20.0, "loss": 0.0, "seconds": 2.0 * rollout,
+            "internal/clip_ratio/region_mean" if inside else "clip_ratio/region_mean": 0.01,
+        })  # fmt: skip
+    return rows
+
+
+def results(right: int, problems: int = 40, samples: int = 4, task: str = "sums") -> dict[str, Any]:
+    """The content of ``results.json``; ``right`` (0 to 10) moves the accuracy of all problems."""
+    rows = [
+        {"problem_id": f"{task}/{p}", "reward": float(ok), "status": "correct" if ok else "wrong", "length": 20,
+         "finished": True}
+        for p in range(problems) for s in range(samples) for ok in [(7 * p + 3 * s) % 11 < right]
+    ]  # fmt: skip
+    return {"schema": 1, "model": "tiny", "tasks": {task: task_results(rows, k=samples)}}
+
+
+def evaluations(**right: int) -> list[tuple[str, Evaluation]]:
+    """Named evaluations, for instance ``evaluations(grpo=4, bupo=8)``."""
+    return [(name.replace("_", "-"), Evaluation.parse(results(n))) for name, n in right.items()]
+
+
+def explored(tokens: list[str], layers: int = 5) -> dict[str, Any]:
+    """``tokens.json``: entropy grows with layer and token, so that every cell has a value of its own."""
+
+    def table(value):
+        return [[value(layer, t) for t in range(len(tokens))] for layer in range(1, layers + 1)]
+
+    sample = {
+        "problem_id": "sums/1",
+        "prompt": "What is <b>1 + 2</b>? " + tokens[0],
+        "tokens": tokens,
+        "layers": layers,
+        "entropy": table(lambda layer, t: layer + t / 10),
+        "logprob": table(lambda layer, t: -(layer + t) / 4),
+        "kl": table(lambda layer, t: None if t == 0 else (layers - layer) * 0.5),
+        "rank": table(lambda layer, t: float(layer * t + 1)),
+        "top": table(lambda layer, t: [[f"first{layer}.{t}", 0.625], [tokens[t], 0.25]]),
+    }
+    second = {"problem_id": "sums/2", "prompt": "", "tokens": ["a", "b"], "layers": 2}
+    return {"schema": 1, "samples": [sample, {**second, "entropy": [[1.0, 2.0], [3.0, 4.0]]}]}
+
+
+def everything(name: str = "tiny", tokens: list[str] | None = None) -> ReportData:
+    """Results of every kind; text from outside is ``name``."""
+    scored = evaluations(start=3, grpo=6, bupo=6)
+    record = {"name": name, "command": "eval", "argv": ["eval", name], "config": {"seed": 7},
+              "versions": {"python": "3.11"}, "machine": {"cores": 2}, "seconds": 12.5}  # fmt: skip
+    response = {"model": "start", "response": name, "status": "wrong"}
+    sample = {"problem_id": name, "prompt": [{"role": "user", "content": name}], "answer": name,
+              "responses": [response]}  # fmt: skip
+    return ReportData(
+        analyses=[(name, Analysis.parse(analysis(layer_choice=layer_choice())))],
+        runs=[("grpo", TrainingRun(log(), [])), ("bupo", TrainingRun(log(4), []))],
+        evaluations=scored,
+        differences=compare_evaluations(scored)[0],
+        notes=[f"a note on {name}"],
+        samples=[sample],
+        records=["a sentence", record],
+        tokens=[("tiny", ExploredTokens.parse(explored(tokens)))] if tokens else [],
+    )
+
+
+def write(folder: Path, name: str, value: Any) -> Path:
+    """Write a result file (one row per line for ``.jsonl``) and return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in value) if name.endswith("l") else json.dumps(value)
+    (folder / name).write_text(text)
+    return folder
