@@ -90,7 +90,8 @@ def responses(model: nn.Module, count: int, tokens: int, prompt: int = 8) -> lis
 def products_alone(model: nn.Module, rollouts: list[Pair]) -> None:
     """The forward pass, and four products (N, d) x (d, V) a layer in the same blocks as the analysis, thrown away."""
     rule = get_unembedding(model)
-    batch = pad(rollouts, [range(len(r.response_ids)) for r in rollouts], rule.weight.device)
+    every = [range(len(r.response_ids)) for r in rollouts]
+    batch = pad(rollouts, every, range(len(rollouts)), rule.weight.device)
     find_layout(model).backbone(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     n, d = len(batch.targets), rule.weight.shape[1]
     tiling = Tiling.of(rule.weight.device)

@@ -11,7 +11,8 @@ from torch.distributions import Categorical, kl_divergence
 
 from bupo import internal_policy
 from bupo.errors import InputError
-from bupo.lens.agreement import Candidate, choose_layer, chosen_layer, find_knee, knee_gradient, recommend, sample_size
+from bupo.lens import agreement
+from bupo.lens.agreement import Candidate, choose_layer, chosen_layer, find_knee, knee_gradient, recommend
 from bupo.lens.analyze import AnalysisOptions, analyze_rollouts
 from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
@@ -60,8 +61,13 @@ def test_the_recommendation_is_the_papers_rule_then_the_knee_then_none():
     assert "not tried in training" in found[1]["reason"]
 
 
-def test_the_sample_is_a_small_share_of_many_tokens():
-    assert [sample_size(n) for n in (50, 1000, 4800, 10**6)] == [50, 128, 300, 512]
+@pytest.mark.parametrize(("analysed", "sampled"), [(50, 128), (1000, 128), (4800, 300), (10**6, 512)])
+def test_the_sample_is_a_small_share_of_many_tokens(monkeypatch, analysed, sampled):
+    asked = []
+    monkeypatch.setattr(agreement, "subsample", lambda n, tokens, *_, **__: asked.append(tokens) or [[0], *[[]] * 2])
+    model, responses = tiny_model(), pairs([(3, 9), (3, 4), (3, 12)])
+    choose_layer(model, responses, {"tokens": analysed, "boundary_layer": None, "boundary_reason": "none"})
+    assert asked == [sampled]
 
 
 @pytest.fixture(scope="module")

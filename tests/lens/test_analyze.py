@@ -176,9 +176,9 @@ def test_some_tokens_give_nearly_the_same_means():
 def test_single_tokens_are_handed_out_once():
     rows = []
 
-    def on_tokens(tokens):
-        rows.extend(zip(tokens.response.tolist(), tokens.position.tolist(), tokens.token.tolist(), strict=True))
-        assert tokens.stats["entropy"].shape == (6, 4, len(tokens.token))
+    def on_tokens(batch, stats):
+        rows.extend((*place, token) for place, token in zip(batch.places.tolist(), batch.targets.tolist(), strict=True))
+        assert stats["entropy"].shape == (6, 4, len(batch.targets))
 
     responses = pairs()
     analyze_rollouts(tiny_model(), responses, batch_tokens=20, options=AnalysisOptions(on_tokens=on_tokens))
@@ -188,6 +188,10 @@ def test_single_tokens_are_handed_out_once():
 
 
 KINDS = {"all": {}, "some": {"max_tokens": 150, "seed": 1, "statistics": ["kl", "rank"]}}
+
+
+def _note(read, batch, stats):
+    read.update(batch.places[:, 0].tolist())
 
 
 def _one_of_two(rank: int, port: int, folder: str) -> None:
@@ -203,7 +207,7 @@ def _one_of_two(rank: int, port: int, folder: str) -> None:
     PartialState._reset_state()
     for name, more in KINDS.items():
         read: set[int] = set()
-        options = AnalysisOptions(on_tokens=partial(lambda read, tokens: read.update(tokens.response.tolist()), read))
+        options = AnalysisOptions(on_tokens=partial(_note, read))
         result = analyze_rollouts(tiny_model(spread=3.0), long_pairs(5), share=True, options=options, **more)
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps({**result, "read here": sorted(read)}))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bupo import internal_policy
 from bupo.errors import InputError
 from bupo.lens.batching import balance, batches, check_rollouts, subsample, subsample_evenly
-from bupo.lens.clustered import ClusterMeans, round_errors
+from bupo.lens.clustered import ClusterMeans, clustered_means, round_errors
 from tests.support.lens import Pair, pairs
 from tests.support.tiny import tiny_model
 
@@ -94,17 +94,16 @@ def test_every_token_is_as_likely():
 def test_cluster_means_and_errors_by_their_formulas():
     torch.manual_seed(0)
     parts = [torch.randn(3, n, dtype=torch.float64) + i for i, n in enumerate((4, 9, 2, 7))]
-    means, one, two = ClusterMeans(3), ClusterMeans(3), ClusterMeans(3)
+    one, two = ClusterMeans(), ClusterMeans()
     for i, part in enumerate(parts):
-        means.add(part)
-        (one if i % 2 else two).add(part, response=i)
+        (one if i % 2 else two).add(part, i)
     tokens = torch.cat(parts, 1)
-    torch.testing.assert_close(means.mean(), tokens.mean(1))
+    mean, error = clustered_means(tokens, [4, 9, 2, 7])
+    torch.testing.assert_close(mean, tokens.mean(1))
     residual = torch.stack([(p - tokens.mean(1, keepdim=True)).sum(1) for p in parts])
-    torch.testing.assert_close(means.standard_error(), (residual.square().sum(0) * 4 / 3).sqrt() / 22)
-    merged = ClusterMeans.merged(3, [one.state(), two.state()])
-    assert torch.equal(merged.mean(), means.mean())
-    assert torch.equal(merged.standard_error(), means.standard_error())
+    torch.testing.assert_close(error, (residual.square().sum(0) * 4 / 3).sqrt() / 22)
+    for got, want in zip(ClusterMeans([one.rows, two.rows]).statistics(), (mean, error), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_drawn_tokens_stand_for_all_of_their_response():
@@ -112,21 +111,19 @@ def test_drawn_tokens_stand_for_all_of_their_response():
     parts = [torch.randn(1, n, dtype=torch.float64) + i for i, n in enumerate((40, 15, 90))]
     found = []
     for _ in range(600):
-        means = ClusterMeans(1)
-        for part in parts:
+        means = ClusterMeans()
+        for i, part in enumerate(parts):
             size = part.shape[1]
-            means.add(part[:, torch.randperm(size)[: size // 3]], size=size)
-        found.append(means.mean())
+            means.add(part[:, torch.randperm(size)[: size // 3]], i, size)
+        found.append(means.statistics()[0])
     spread = torch.cat(found)
     assert abs(spread.mean() - torch.cat(parts, 1).mean()) < 4 * spread.std() / math.sqrt(600)
 
 
 def test_one_response_falls_back_to_tokens_and_one_token_has_no_error():
-    means = ClusterMeans(1)
+    means = ClusterMeans()
     values = torch.randn(1, 50, dtype=torch.float64)
-    means.add(values)
-    torch.testing.assert_close(means.standard_error(), values.std(1) / math.sqrt(50))
+    means.add(values, 0)
+    torch.testing.assert_close(means.statistics()[1], values.std(1) / math.sqrt(50))
     assert "single response" in means.method
-    alone = ClusterMeans(1)
-    alone.add(values[:, :1])
-    assert round_errors(alone.standard_error()) == [None]
+    assert round_errors(clustered_means(values[:, :1], [1])[1]) == [None]

@@ -8,53 +8,44 @@ the last one before the model commits itself to its output, which is what the bo
 2512.19673. Unlike raw entropies, R does not depend on the scale of the states. Only the boundary rule has been tried in
 training.
 
-Shape legend: L layers, N tokens, d width, K quantities.
+Shape legend: L layers, N tokens, d width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
 from bupo.lens.batching import TokenPair, pad, subsample
-from bupo.lens.clustered import ClusterMeans, round_errors, round_list
+from bupo.lens.clustered import clustered_means, round_errors, round_list
 from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import lens_stats
 from bupo.models.capture import capture_layers
 from bupo.models.layout import eval_mode, find_layout, unwrap
-from bupo.models.unembed import Unembedding, get_unembedding
+from bupo.models.unembed import get_unembedding
 
 RULES = ("boundary", "recommended")
 LENSES = ("raw", "norm")
 KINDS = ("entropy", "kl", "top1")
-TITLES = {
-    "boundary": "the paper's rule on the FFN entropy change",
-    "knee": "knee of the agreement with the final policy",
-}
 MOST_TOKENS, LEAST_TOKENS, SHARE = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds
 RESPONSES, TOKENS_PER_RESPONSE = 32, 4  # of more than 32 responses, so few that each has four sampled tokens on average
 FASTER = 3.0  # a knee needs a climb after it that is this many times as steep as the curve before it,
 LEAST_GAIN = 0.1  # and that gains at least this much in all
 _LAYERS_AT_ONCE = 8
 
+Progress = Callable[[str, int, int], None]
 
-@dataclass(frozen=True)
-class Candidate:
+
+class Candidate(NamedTuple):
     """A layer (from 1) or None, and the reason in one sentence without a full stop."""
 
     layer: int | None
     reason: str
-
-
-def sample_size(total: int) -> int:
-    """The default number of sampled tokens: a sixteenth of all, but at least 128 and at most 512."""
-    return min(total, MOST_TOKENS, max(LEAST_TOKENS, total // SHARE))
 
 
 @torch.no_grad()
@@ -65,17 +56,17 @@ def choose_layer(
     *,
     tokens: int | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare every layer with the full policy on a sample of tokens, and recommend one layer or none.
 
-    Costs two vocabulary products per layer and sampled token, and a forward pass of the responses that have some.
+    Costs two vocabulary products per layer and sampled token, and a forward pass of the sampled responses.
 
     Args:
         model: the analysed model.
         responses: the analysed responses.
         analysis: the result of `bupo.lens.analyze.analyze_rollouts`; its boundary layer takes precedence.
-        tokens: number of tokens to sample (default: `sample_size`).
+        tokens: number of tokens to sample (default: 1/16 of the analysed ones, clamped to 128..512).
         seed: random seed of the sample.
         progress: called with ("comparing layers", layers done, layers in all).
 
@@ -90,88 +81,70 @@ def choose_layer(
     Raises:
         InputError: non-finite logits.
     """
-    unembedding = get_unembedding(model)
-    wanted = tokens or sample_size(int(analysis["tokens"]))
-    lengths = [len(r.response_ids) for r in responses]
-    drawn = subsample(lengths, wanted, seed, max_responses=max(RESPONSES, wanted // TOKENS_PER_RESPONSE))
-    sampled = [(response, at) for response, at in zip(responses, drawn, strict=True) if at]
-    counts = [len(at) for _, at in sampled]
+    tokens = tokens or min(MOST_TOKENS, max(LEAST_TOKENS, int(analysis["tokens"]) // SHARE))
+    lengths = [len(response.response_ids) for response in responses]
+    drawn = subsample(lengths, tokens, seed, max_responses=max(RESPONSES, tokens // TOKENS_PER_RESPONSE))
+    counts = [len(part) for part in drawn if part]
     with eval_mode(unwrap(model)):
-        states, final = _sampled_states(model, sampled, unembedding.weight.device)
-        values, entropy = _compare_layers(model, states, final, unembedding, progress)
-    mean, error = _means(values.flatten(0, 2), counts)
-    if not bool(torch.isfinite(mean).all()):
+        values, uniform_kl = _compare_layers(model, responses, drawn, progress)
+    if not bool(torch.isfinite(values).all()):
         raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
-    recovered, influence = _recovered(values[1, 1], math.log(len(unembedding.weight)) - entropy)
-    mean, error = mean.view(values.shape[:3]), error.view(values.shape[:3])
-    curves = {lens: dict(zip(KINDS, map(round_list, m), strict=True)) for lens, m in zip(LENSES, mean, strict=True)}
-    errors = {lens: dict(zip(KINDS, map(round_errors, e), strict=True)) for lens, e in zip(LENSES, error, strict=True)}
+    curves, errors = {}, {}
+    for lens, of_lens in zip(LENSES, values, strict=True):
+        pairs = [clustered_means(of_kind, counts) for of_kind in of_lens]
+        curves[lens] = {kind: round_list(mean) for kind, (mean, _) in zip(KINDS, pairs, strict=True)}
+        errors[lens] = {kind: round_errors(error) for kind, (_, error) in zip(KINDS, pairs, strict=True)}
+    # R is a ratio of means: to first order, its error is that of the mean influence of the tokens on it
+    kl, scale = values[1, 1], uniform_kl.mean()
+    recovered = 1 - kl.mean(1) / scale
+    influence = ((1 - recovered)[:, None] * uniform_kl - kl) / scale
     curves["norm"]["recovered"] = round_list(recovered)
-    errors["norm"]["recovered"] = round_errors(_means(influence, counts)[1])
+    errors["norm"]["recovered"] = round_errors(clustered_means(influence, counts)[1])
     knee, knee_error = find_knee(recovered.tolist()), None
     if knee.layer is not None:
         shift = knee_gradient(recovered, knee.layer) @ influence
-        knee_error = round_errors(_means(shift[None], counts)[1])[0]
+        (knee_error,) = round_errors(clustered_means(shift[None], counts)[1])
     boundary = Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
+    titles = ("the paper's rule on the FFN entropy change", "knee of the agreement with the final policy")
     return {
         "tokens": sum(counts),
         "responses": len(counts),
         "seed": seed,
         "recommendation": recommend(boundary, knee),
         "criteria": [
-            {"name": "boundary", "title": TITLES["boundary"], "layer": boundary.layer, "reason": boundary.reason},
-            {
-                "name": "knee",
-                "title": TITLES["knee"],
-                "layer": knee.layer,
-                "reason": knee.reason,
-                "standard_error": knee_error,
-            },
+            {"name": "boundary", "title": titles[0], **boundary._asdict()},
+            {"name": "knee", "title": titles[1], **knee._asdict(), "standard_error": knee_error},
         ],
         "curves": curves,
         "standard_errors": errors,
     }
 
 
-def chosen_layer(analysis: Mapping[str, Any], rule: str) -> tuple[int | None, str]:
-    """The layer that a rule of `RULES` selects, or None, and the reason.
+def chosen_layer(analysis: Mapping[str, Any], rule: str) -> Candidate:
+    """The layer that a rule of `RULES` selects.
 
     Raises:
         InputError: ``recommended`` with an analysis that has no ``layer_choice``.
     """
     if rule == "boundary":
-        return analysis["boundary_layer"], analysis["boundary_reason"]
+        return Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
     if not analysis.get("layer_choice"):
         raise InputError("this analysis has no layer_choice, so it recommends no layer; analyse without --no-choice")
     recommendation = analysis["layer_choice"]["recommendation"]
-    return recommendation["layer"], recommendation["reason"]
-
-
-# -- the comparison ----------------------------------------------------------------------------------------------------
-
-
-def _sampled_states(
-    model: nn.Module, sampled: list[tuple[TokenPair, list[int]]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) at the sampled tokens, response by response."""
-    states, finals = [], []
-    for response, at in sampled:
-        batch = pad([response], [at], device)
-        stream, final = capture_layers(model, batch.ids, batch.mask, batch.positions, group=1)
-        states.append(stream)
-        finals.append(final)
-    return torch.cat(states, dim=1), torch.cat(finals)
+    return Candidate(recommendation["layer"], recommendation["reason"])
 
 
 def _compare_layers(
-    model: nn.Module,
-    states: Tensor,
-    final: Tensor,
-    unembedding: Unembedding,
-    progress: Callable[[str, int, int], None] | None,
+    model: nn.Module, responses: Sequence[TokenPair], drawn: list[list[int]], progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    """Per token: the `KINDS` for each of the `LENSES`, (2, 3, L, N) float64, and the full policy's entropy (N,)."""
-    norm = _final_norm(model)
+    """The `KINDS` per lens, layer and drawn token, (2, 3, L, N) float64, and ``KL(pi || uniform)`` per token (N,)."""
+    unembedding, norm = get_unembedding(model), _final_norm(model)
+    captured = []
+    for index in (i for i, part in enumerate(drawn) if part):
+        batch = pad(responses, drawn, [index], unembedding.weight.device)
+        captured.append(capture_layers(model, batch.ids, batch.mask, batch.positions, group=1))
+    states = torch.cat([layers for layers, _ in captured], dim=1)
+    final = torch.cat([state for _, state in captured])
     output = lens_stats(final[None], unembedding, StatsRequest(top_k=1))
     request = StatsRequest(reference=final, kl_from_reference=True, top_k=1)
     parts = []
@@ -180,11 +153,10 @@ def _compare_layers(
         stats = lens_stats(torch.cat([group, norm(group)]), unembedding, request)
         same = (stats["top"] == output["top"]).squeeze(-1).double()
         kl = stats["kl_from_reference"].clamp(min=0)  # it is negative by rounding only
-        values = torch.stack([stats["entropy"], kl, same]).cpu()
-        parts.append(torch.stack(values.chunk(2, dim=1)))
+        parts.append(torch.stack(torch.stack([stats["entropy"], kl, same]).cpu().chunk(2, dim=1)))
         if progress is not None:
             progress("comparing layers", first + len(group), len(states))
-    return torch.cat(parts, dim=2), output["entropy"][0].cpu()
+    return torch.cat(parts, dim=2), math.log(len(unembedding.weight)) - output["entropy"][0].cpu()
 
 
 def _final_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -198,27 +170,6 @@ def _final_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:
         return norm(states.to(device, dtype)).to(states.device, torch.float32)
 
     return apply
-
-
-def _means(values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Means (K,) of values (K, N) and their standard errors, clustered by response."""
-    means = ClusterMeans(len(values))
-    for part in values.split(counts, dim=1):
-        means.add(part)
-    return means.mean(), means.standard_error()
-
-
-def _recovered(kl: Tensor, uniform_kl: Tensor) -> tuple[Tensor, Tensor]:
-    """R (L,) from ``KL(pi || q^l)`` (L, N) and ``KL(pi || uniform)`` (N,), and each token's influence on it (L, N).
-
-    R is a ratio of means; to first order, its error is that of the mean influence.
-    """
-    scale = uniform_kl.mean()
-    ratio = kl.mean(1) / scale
-    return 1 - ratio, (ratio[:, None] * uniform_kl - kl) / scale
-
-
-# -- the knee ----------------------------------------------------------------------------------------------------------
 
 
 def find_knee(recovered: Sequence[float]) -> Candidate:

@@ -36,13 +36,18 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
     """Check that the model can be analysed on these responses, and return them as token pairs.
 
     Args:
+        model: a decoder-only causal LM, outside of `internal_policy`.
         responses: objects with ``prompt_ids`` and ``response_ids``, mappings with these keys, or pairs of the two.
 
     Raises:
-        InputError: the model is inside an `internal_policy` context, there are no responses, or one of them is
-            unusable; the message names the first such response, counted from 1.
+        InputError: the model or a response is unusable; the message names the first such response, counted from 1.
     """
-    _check_full_policy(model)
+    layout = find_layout(model)
+    if (shadow := layout.backbone.__dict__.get(layout.layers_name)) is not None:
+        raise InputError(
+            f"the model is inside internal_policy(model, {len(shadow)}), so only its first {len(shadow)} layers run; "
+            f"leave that context before analysing the model"
+        )
     if not responses:
         raise InputError("there are no responses to analyse")
     limit = context_length(unwrap(model).config)
@@ -66,16 +71,6 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
                     f"check that the ids come from this model's tokenizer"
                 )
     return pairs
-
-
-def _check_full_policy(model: nn.Module) -> None:
-    layout = find_layout(model)
-    shadow = layout.backbone.__dict__.get(layout.layers_name)  # see `bupo.models.internal_policy`
-    if shadow is not None:
-        raise InputError(
-            f"the model is inside internal_policy(model, {len(shadow)}), so only its first {len(shadow)} layers run; "
-            f"leave that context before analysing the model"
-        )
 
 
 def _token_pair(number: int, response: Any) -> TokenPair:
@@ -153,12 +148,13 @@ def balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Responses padded on the right, and the tokens of them that are read.
+    """Responses padded on the right, and the N tokens of them that are read.
 
     Attributes:
         ids, mask: (B, T); the last token of each response is only predicted.
         positions: (B, T) bool, True at the N positions that predict the tokens read (P-1 .. P+R-2 for all of them).
-        targets: the tokens read (N,), response by response.
+        targets: the ids of the tokens read (N,), response by response.
+        places: for each, the number of its response and its own number within it, from 1, (N, 2).
         counts: number of tokens read per response.
     """
 
@@ -166,23 +162,33 @@ class PaddedBatch:
     mask: Tensor
     positions: Tensor
     targets: Tensor
+    places: Tensor
     counts: list[int]
 
 
-def pad(responses: Sequence[TokenPair], tokens: Sequence[Sequence[int]], device: torch.device) -> PaddedBatch:
-    """Pad responses into one batch; ``tokens`` has, for each, the ascending indices of the response tokens to read."""
-    rows = [[*r.prompt_ids, *r.response_ids][:-1] for r in responses]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    positions = torch.zeros(len(rows), width, dtype=torch.bool)
-    targets: list[int] = []
-    for i, (row, response, read) in enumerate(zip(rows, responses, tokens, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        positions[i, torch.tensor(read, dtype=torch.long) + len(response.prompt_ids) - 1] = True
-        targets += [response.response_ids[t] for t in read]
-    counts = [len(read) for read in tokens]
+def pad(
+    responses: Sequence[TokenPair], tokens: Sequence[Sequence[int]], indices: Sequence[int], device: torch.device
+) -> PaddedBatch:
+    """Pad some responses into one batch.
+
+    Args:
+        responses, tokens: all responses, and the ascending indices (from 0) of the tokens to read of each.
+        indices: the responses to pad, counted from 0.
+    """
+    rows = [[*responses[i].prompt_ids, *responses[i].response_ids][:-1] for i in indices]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for number, (row, i) in enumerate(zip(rows, indices, strict=True)):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+        positions[number, torch.tensor(tokens[i], dtype=torch.long) + len(responses[i].prompt_ids) - 1] = True
+    places = [(i, token) for i in indices for token in tokens[i]]
+    targets = torch.tensor([responses[i].response_ids[token] for i, token in places])
     return PaddedBatch(
-        ids.to(device), mask.to(device), positions.to(device), torch.tensor(targets, device=device), counts
+        ids.to(device),
+        mask.to(device),
+        positions.to(device),
+        targets.to(device),
+        torch.tensor(places) + 1,
+        [len(tokens[i]) for i in indices],
     )

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 # "About zero" means within this share of the largest positive change, or within two standard errors of zero. The
 # positive changes set the scale: in Llama models they are weak everywhere and still make up the exploration region.
@@ -38,23 +39,16 @@ class Boundary:
         return {name: None if getattr(self, name) is None else list(getattr(self, name)) for name in names}
 
 
-@dataclass(frozen=True)
-class LayerSigns:
-    """Which layers fit which region: their change is positive, about zero, or negative."""
+class LayerSigns(NamedTuple):
+    """Whether the change of each layer is positive, about zero, and negative."""
 
     positive: list[bool]
     small: list[bool]
     negative: list[bool]
 
-    def __str__(self) -> str:
-        """The signs from the first layer to the last, such as ``+++0--``."""
-        signs = zip(self.positive, self.negative, strict=True)
-        return "".join("+" if p else "-" if m else "0" for p, m in signs)
 
-
-@dataclass(frozen=True)
-class Split:
-    """Exploration is layers 1..first, integration first+1..last, convergence last+1..L."""
+class Split(NamedTuple):
+    """Exploration is layers 1..first, integration first+1..last, convergence last+1..L; misfits do not fit theirs."""
 
     misfits: int
     first: int
@@ -74,32 +68,24 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
         standard_errors: of the same, nats; zero where not given or unknown (NaN).
     """
     change = list(ffn_change)
-    errors = (
-        [0.0 if math.isnan(e) else e for e in standard_errors] if standard_errors is not None else [0.0] * len(change)
-    )
+    errors = [0.0 if math.isnan(e) else e for e in standard_errors or [0.0] * len(change)]
     if len(errors) != len(change) or not change:
         raise ValueError("pass one change and one standard error per layer")
     signs = classify_layers(change, errors)
-    return _uniform_signs(signs) or explain(change, signs, best_split(change, signs))
+    return _missing_sign(signs) or explain(change, signs, best_split(change, signs))
 
 
 def classify_layers(change: list[float], errors: list[float]) -> LayerSigns:
-    """Tell positive, about zero and negative changes apart, with two standard errors of noise."""
-    noise = [2 * e for e in errors]
+    """Tell positive, small and negative changes apart, with two standard errors of noise."""
     zero = ABOUT_ZERO * max(0.0, *change)
-    return LayerSigns(
-        positive=[c > e for c, e in zip(change, noise, strict=True)],
-        small=[abs(c) <= max(e, zero) for c, e in zip(change, noise, strict=True)],
-        negative=[c < -e for c, e in zip(change, noise, strict=True)],
-    )
+    noisy = [(c, 2 * e) for c, e in zip(change, errors, strict=True)]
+    return LayerSigns([c > e for c, e in noisy], [abs(c) <= max(e, zero) for c, e in noisy], [c < -e for c, e in noisy])
 
 
 def best_split(change: list[float], signs: LayerSigns) -> Split | None:
     """The split with the fewest misfits, then the smallest deviations; None if only the last layer is positive."""
     n = len(change)
-    not_positive, not_small, not_negative = (
-        _cumulative([float(not fit) for fit in fits]) for fits in (signs.positive, signs.small, signs.negative)
-    )
+    not_positive, not_small, not_negative = (_cumulative([not fit for fit in fits]) for fits in signs)
     sums, squares = _cumulative(change), _cumulative([c * c for c in change])
 
     def spread(start: int, stop: int) -> float:  # squared deviations from the mean of change[start:stop]
@@ -111,11 +97,11 @@ def best_split(change: list[float], signs: LayerSigns) -> Split | None:
         for last in range(first, n):
             misfits = not_positive[first] + not_small[last] - not_small[first] + not_negative[n] - not_negative[last]
             deviations = spread(0, first) + squares[last] - squares[first] + spread(last, n)
-            splits.append((int(misfits), deviations, first, last))
+            splits.append((misfits, deviations, first, last))
     if not splits:
         return None
     misfits, _, first, last = min(splits)
-    return Split(misfits, first, last)
+    return Split(int(misfits), first, last)
 
 
 def explain(change: list[float], signs: LayerSigns, split: Split | None) -> Boundary:
@@ -123,13 +109,14 @@ def explain(change: list[float], signs: LayerSigns, split: Split | None) -> Boun
     n = len(change)
     allowed = int(MISFITS * n)
     if split is None or split.misfits > allowed:
-        seen = "only the last layer is positive" if split is None else f"{split.misfits} of {n} layers do not fit"
+        signs_text = "".join("+" if p else "-" if m else "0" for p, _, m in zip(*signs, strict=True))
+        seen = "only the last layer is positive"
+        if split is not None:
+            seen = f"{split.misfits} of {n} layers do not fit the best split (at most {allowed} may)"
         return Boundary(
-            None,
-            f"the signs of the {_WHAT} do not fall into positive, about zero, negative: {seen} the best "
-            f"split (at most {allowed} may): {signs}",
+            None, f"the signs of the {_WHAT} do not fall into positive, about zero, negative: {seen}: {signs_text}"
         )
-    first, last = split.first, split.last
+    misfits, first, last = split
     abrupt = last == first
     shift = (
         f"the abrupt convergence from {first + 1} on" if abrupt else f"the shift to integration in layer {first + 1}"
@@ -137,37 +124,31 @@ def explain(change: list[float], signs: LayerSigns, split: Split | None) -> Boun
     return Boundary(
         first,
         f"layer {first} is the last with a positive {_WHAT} ({change[first - 1]:+.3g} nats) before {shift}; "
-        f"{split.misfits} of {n} layers do not fit their region",
+        f"{misfits} of {n} layers do not fit their region",
         exploration=(1, first),
         integration=None if abrupt else (first + 1, last),
         convergence=(last + 1, n),
     )
 
 
-def _uniform_signs(signs: LayerSigns) -> Boundary | None:
+def _missing_sign(signs: LayerSigns) -> Boundary | None:
     """The reason for no boundary where a sign is missing, and the region that all layers form, if they do."""
     n = len(signs.positive)
     if all(signs.negative):
-        return Boundary(
-            None,
-            f"the {_WHAT} is negative in every layer (1 to {n}): there is no exploration region, so the "
-            f"rule gives no boundary layer",
-            convergence=(1, n),
+        reason = (
+            f"the {_WHAT} is negative in every layer (1 to {n}): there is no exploration region, so the rule gives no"
         )
+        return Boundary(None, f"{reason} boundary layer", convergence=(1, n))
     if all(signs.positive):
-        return Boundary(
-            None,
-            f"the {_WHAT} is positive in every layer (1 to {n}): it never shifts to integration or "
-            f"convergence, so the rule would only return the last layer, which is no boundary",
-            exploration=(1, n),
-        )
-    if not any(signs.positive):
-        return Boundary(None, f"the {_WHAT} is above zero by two standard errors in no layer: no exploration region")
-    if not any(signs.negative):
-        return Boundary(None, f"the {_WHAT} is below zero by two standard errors in no layer: no convergence region")
+        reason = f"the {_WHAT} is positive in every layer (1 to {n}): it never shifts to integration or convergence, so"
+        return Boundary(None, f"{reason} the rule would only return the last layer, which is no boundary", (1, n))
+    for present, side, region in ((signs.positive, "above", "exploration"), (signs.negative, "below", "convergence")):
+        if not any(present):
+            reason = f"the {_WHAT} is {side} zero by two standard errors in no layer: no {region} region"
+            return Boundary(None, reason)
     return None
 
 
 def _cumulative(values: Sequence[float]) -> list[float]:
     """Sums of the first 0, 1, 2, ... values."""
-    return [0.0, *accumulate(values)]
+    return list(accumulate(values, initial=0.0))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class _Response:
-    """Sums (K,) over the tokens read so far, their number, and the number of tokens that they stand for."""
+class ResponseSums(NamedTuple):
+    """Sums (K,) and sums of squares over the tokens read, their number, and the number of tokens they stand for."""
 
     total: Tensor
     squares: Tensor
@@ -21,78 +20,57 @@ class _Response:
 
 
 class ClusterMeans:
-    """Running means over tokens of K quantities, with standard errors clustered by response.
+    """Means over tokens of K quantities, with standard errors clustered by response.
 
-    Only two rows (K,) of sums are kept per response. The mean is the ratio ``sum_i S_i / sum_i n_i`` over responses i;
-    where only some of a response's n_i tokens are read, ``S_i`` is estimated by ``n_i`` times their mean. Its standard
-    error is the linearised one, ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``, that of another sample of R responses.
-    With a single response, it is the standard error over its tokens; with a single token, it is unknown (NaN).
+    The mean is the ratio ``sum_i S_i / sum_i n_i`` over responses i; where only some of a response's n_i tokens are
+    read, ``S_i`` is estimated by ``n_i`` times their mean. Its standard error is the linearised one,
+    ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``, that of another sample of R responses. With a single response, it is
+    the standard error over its tokens; with a single token, it is unknown (NaN).
+
+    Attributes:
+        rows: the sums of each response by its index; two rows (K,) per response are all that is kept.
     """
 
-    def __init__(self, quantities: int):
-        self.quantities = quantities
-        self._responses: dict[int, _Response] = {}
+    def __init__(self, rows: Iterable[dict[int, ResponseSums]] = ()):
+        self.rows = {index: row for part in rows for index, row in part.items()}
 
-    def add(self, values: Tensor, *, response: int | None = None, size: int | None = None) -> None:
-        """Add values (K, n), float64, of tokens of one response.
-
-        Args:
-            response: its number (default: a new one).
-            size: number of tokens that the ``values`` stand for (default: their own number).
-        """
-        values = values.detach().to("cpu", torch.float64)
-        number = len(self._responses) if response is None else response
-        n = values.shape[-1]
-        self._responses[number] = _Response(values.sum(-1), values.square().sum(-1), n, n if size is None else size)
+    def add(self, values: Tensor, response: int, size: int | None = None) -> None:
+        """Add values (K, n) of tokens of one response, which stand for ``size`` tokens (default: for themselves)."""
+        values, n = values.detach().to("cpu", torch.float64), values.shape[-1]
+        self.rows[response] = ResponseSums(values.sum(-1), values.square().sum(-1), n, size or n)
 
     @property
     def tokens(self) -> int:
         """Number of tokens read."""
-        return sum(row.read for row in self._responses.values())
-
-    @property
-    def responses(self) -> int:
-        """Number of responses with tokens read."""
-        return len(self._responses)
+        return sum(row.read for row in self.rows.values())
 
     @property
     def method(self) -> str:
-        """How the standard errors were computed, for the result file."""
-        return "clustered by response" if self.responses > 1 else "over tokens (a single response)"
+        """How the standard errors are computed, for the result file."""
+        return "clustered by response" if len(self.rows) > 1 else "over tokens (a single response)"
 
-    def _table(self) -> tuple[Tensor, Tensor]:
-        """Sums per response (R, K) and the number of tokens that they stand for (R,)."""
-        rows = [self._responses[number] for number in sorted(self._responses)]
-        sums = [row.total if row.read == row.size else row.total * (row.size / row.read) for row in rows]
-        return torch.stack(sums), torch.tensor([row.size for row in rows], dtype=torch.float64)
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Means over all tokens and their standard errors, each (K,) float64."""
+        rows = [self.rows[index] for index in sorted(self.rows)]
+        sums = torch.stack([r.total if r.read == r.size else r.total * (r.size / r.read) for r in rows])
+        counts = torch.tensor([r.size for r in rows], dtype=torch.float64)
+        mean = sums.sum(0) / counts.sum()
+        if len(rows) > 1:
+            residual = sums - mean * counts[:, None]
+            return mean, (residual.square().sum(0) * len(rows) / (len(rows) - 1)).sqrt() / counts.sum()
+        row = rows[0]
+        if row.read == 1:
+            return mean, torch.full_like(mean, math.nan)
+        variance = (row.squares / row.read - (row.total / row.read).square()).clamp(min=0)
+        return mean, (variance / (row.read - 1)).sqrt()
 
-    def mean(self) -> Tensor:
-        """Means over all tokens, (K,) float64."""
-        sums, counts = self._table()
-        return sums.sum(0) / counts.sum()
 
-    def standard_error(self) -> Tensor:
-        """Standard errors of :meth:`mean`, (K,) float64; NaN where a single token was read."""
-        sums, counts = self._table()
-        clusters, total = len(counts), counts.sum()
-        if clusters == 1:
-            (row,) = self._responses.values()
-            variance = (row.squares / row.read - (row.total / row.read).square()).clamp(min=0)
-            return (variance / (row.read - 1)).sqrt() if row.read > 1 else torch.full_like(row.total, math.nan)
-        residual = sums - sums.sum(0) / total * counts[:, None]
-        return (residual.square().sum(0) * clusters / (clusters - 1)).sqrt() / total
-
-    def state(self) -> dict[int, Any]:
-        """The sums of every response, to be sent to another process."""
-        return dict(self._responses)
-
-    @classmethod
-    def merged(cls, quantities: int, states: list[dict[int, Any]]) -> ClusterMeans:
-        """Join the means of several processes; each response belongs to one of them."""
-        means = cls(quantities)
-        for state in states:
-            means._responses |= state
-        return means
+def clustered_means(values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Means (K,) of values (K, N), response by response with these counts, and their standard errors."""
+    means = ClusterMeans()
+    for index, part in enumerate(values.split(counts, dim=-1)):
+        means.add(part, index)
+    return means.statistics()
 
 
 def round_list(values: Tensor, digits: int = 6) -> list[float]:
@@ -103,6 +81,6 @@ def round_list(values: Tensor, digits: int = 6) -> list[float]:
     return rounded
 
 
-def round_errors(errors: Tensor, digits: int = 6) -> list[float | None]:
+def round_errors(errors: Tensor) -> list[float | None]:
     """Round standard errors to a plain list for JSON; None where the error is unknown (NaN)."""
-    return [None if math.isnan(error) else round(error, digits) for error in errors.tolist()]
+    return [None if math.isnan(error) else round(error, 6) for error in errors.tolist()]

@@ -34,11 +34,9 @@ class LayerMeasurements:
     """One model's values per token.
 
     Attributes:
-        values: (K, N) float64, response by response: log-probability, entropies, divergences, cosines.
-        layers: L.
-        layer: the chosen layer l, from 1.
-        counts: number of tokens read per response.
-        sizes: number of tokens per response.
+        values: (K, N) float64, response by response; see `columns`.
+        layers, layer: L, and the chosen layer l, from 1.
+        counts, sizes: number of tokens read per response, and in all per response.
     """
 
     values: Tensor
@@ -87,7 +85,7 @@ def measure_layers(
     measured: dict[int, Tensor] = {}
     with eval_mode(unwrap(model)), torch.no_grad():
         for indices in batches(pairs, batch_tokens):
-            batch = pad([pairs[i] for i in indices], [drawn[i] for i in indices], unembedding.weight.device)
+            batch = pad(pairs, drawn, indices, unembedding.weight.device)
             states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
             request = StatsRequest(targets=batch.targets, reference=states[layer - 1], kl_from_reference=True)
             stats = lens_stats(torch.cat([states, final[None]]), unembedding, request)
@@ -130,7 +128,6 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
                 f"{first_name} has {first.layers} layers and {name} has {one.layers}; only states of one model "
                 "(before, during and after training) can be compared layer by layer"
             )
-    several = len(first.counts) > 1
     result: dict[str, Any] = {
         "schema": 1,
         "kind": "comparison",
@@ -139,38 +136,42 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
         "tokens": sum(first.counts),
         "tokens_of_responses": sum(first.sizes),
         "samples": len(first.counts),
-        "standard_error_method": "clustered by response" if several else "over tokens (a single response)",
+        "standard_error_method": _means(first, first.values).method,
         "models": [],
     }
     for number, (name, one) in enumerate(measurements):
-        item = {"name": name, **_summary(first, one.values)}
-        item["perplexity"] = _perplexity(item.pop("logprob"))
+        item = {"name": name, **_summary(first, one.values, "perplexity")}
         if number:
-            change = _summary(first, one.values - first.values)
-            change["perplexity_ratio"] = _perplexity(change.pop("logprob"))
-            item["change"] = change
+            item["change"] = _summary(first, one.values - first.values, "perplexity_ratio")
         result["models"].append(item)
     return result
 
 
-def _summary(about: LayerMeasurements, values: Tensor) -> dict[str, Any]:
-    """Means and standard errors by name; of the cosines, only those of the chosen layer have errors."""
-    means = ClusterMeans(len(values))
-    for part, size in zip(values.split(about.counts, dim=-1), about.sizes, strict=True):
-        means.add(part, size=size)
-    widths = [width for _, width in about.columns()]
-    mean, error = means.mean().split(widths), means.standard_error().split(widths)
-    summary: dict[str, Any] = {}
-    for (name, _), m, e in zip(about.columns(), mean, error, strict=True):
-        if name == "cosine":
-            matrix, errors = m.view(about.layers, -1), e.view(about.layers, -1)
-            m, e, name = matrix[about.layer - 1], errors[about.layer - 1], "cosine_of_layer"
-            summary["cosine"] = [round_list(row, 4) for row in matrix]
-        summary[name] = {"mean": round_list(m), "standard_error": round_errors(e)}
-    return summary
+def _means(about: LayerMeasurements, values: Tensor) -> ClusterMeans:
+    means = ClusterMeans()
+    for index, part in enumerate(values.split(about.counts, dim=-1)):
+        means.add(part, index, about.sizes[index])
+    return means
 
 
-def _perplexity(logprob: dict[str, list[Any]]) -> dict[str, float | None]:
-    """``exp(-mean log-prob)`` and its standard error, which follows from the logarithm's; a ratio for a difference."""
+def _summary(about: LayerMeasurements, values: Tensor, perplexity: str) -> dict[str, Any]:
+    """Means and standard errors by name; of the cosines, only those of the chosen layer have errors.
+
+    ``perplexity`` names ``exp(-mean log-prob)``, a ratio of perplexities for a difference; its standard error follows
+    from the logarithm's.
+    """
+    columns = about.columns()
+    parts = (part.split([width for _, width in columns]) for part in _means(about, values).statistics())
+    by_name = {name: pair for (name, _), *pair in zip(columns, *parts, strict=True)}
+    matrix, errors = (part.view(about.layers, -1) for part in by_name.pop("cosine"))
+    by_name["cosine_of_layer"] = [matrix[about.layer - 1], errors[about.layer - 1]]
+    summary: dict[str, Any] = {
+        name: {"mean": round_list(mean), "standard_error": round_errors(error)}
+        for name, (mean, error) in by_name.items()
+    }
+    summary["cosine"] = [round_list(row, 4) for row in matrix]
+    logprob = summary.pop("logprob")
     value, (error,) = math.exp(-logprob["mean"][0]), logprob["standard_error"]
-    return {"value": round(value, 6), "standard_error": None if error is None else round(value * error, 6)}
+    error = None if error is None else round(value * error, 6)
+    summary[perplexity] = {"value": round(value, 6), "standard_error": error}
+    return summary

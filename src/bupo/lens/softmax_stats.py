@@ -30,7 +30,8 @@ from bupo.lens.online import OnlineSoftmaxStats, ReferenceStats, StatsRequest
 from bupo.models.capture import LayerStates
 from bupo.models.unembed import Unembedding, matmul_fp32_
 
-# The sites of one layer whose statistics are new; a layer's `layer_in` is the `layer_out` of the one before.
+SITES = ("attn_in", "attn_out", "ffn_in", "ffn_out", "layer_in", "layer_out")
+# those of one layer whose statistics are new: its `layer_in` is the `layer_out` of the one before
 GROUP_SITES = ("attn_in", "attn_out", "ffn_in", "ffn_out", "layer_out")
 LOG2_E = 1 / math.log(2)
 Stats = dict[str, Tensor]
@@ -102,10 +103,9 @@ def _group_stats(
 ) -> tuple[Stats, Stats]:
     kernel = _kernel(before.device) if request.only_entropy else None
     if kernel is not None:
-        e, dtype = unembedding, unembedding.weight.dtype
-        states = torch.stack([layer.stacked.to(dtype) for layer in layers])
-        entropies, lse = kernel.read(before.to(dtype), states, e.weight, e.bias, e.scale, e.softcap)
-        return lens_stats(before[None], e) if with_before else {}, {"entropy": entropies, "lse": lse}
+        states = torch.stack([layer.stacked.to(unembedding.weight.dtype) for layer in layers])
+        entropies, lse = kernel.read(before, states, unembedding)
+        return lens_stats(before[None], unembedding) if with_before else {}, {"entropy": entropies, "lse": lse}
     parts, before_parts = [], []
     for rows, tiles in _token_slices(len(before), unembedding, request):
         flat = [tiles.prepare(layer.stacked[:, rows].flatten(0, 1)) for layer in layers]

@@ -20,9 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bupo.models.unembed import Unembedding
+
 _LOG2_E = 1 / math.log(2)
 WARPS = 8  # with 4 the kernel spills registers on A100 and H100 (`benchmarks/kernel_build.py`)
 SITES = 5  # the new sites of a layer
+ROWS, TILE, WIDTH_TILE = 64, 128, 32
 
 
 def available() -> bool:
@@ -34,30 +37,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+# Signatures and loads are packed by hand: one argument per line would double the file.
+# fmt: off
 @triton.jit
-def _product(
-    states,
-    weight,
-    rows,
-    columns,
-    row_mask,
-    column_mask,
-    width,
-    PRECISE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    WIDTH_TILE: tl.constexpr,
-):
+def _product(states, weight, rows, columns, row_mask, column_mask, width,
+             PRECISE: tl.constexpr, UPCAST: tl.constexpr, WIDTH_TILE: tl.constexpr):
     """(rows, d) x (d, columns), accumulated in float32."""
     total = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
     for start in range(0, width, WIDTH_TILE):
         at = start + tl.arange(0, WIDTH_TILE)
         inside = at < width
-        left = tl.load(
-            states + rows[:, None] * width + at[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0
-        )
-        right = tl.load(
-            weight + columns[None, :] * width + at[:, None], mask=column_mask[None, :] & inside[:, None], other=0.0
-        )
+        left_mask, right_mask = row_mask[:, None] & inside[None, :], column_mask[None, :] & inside[:, None]
+        left = tl.load(states + rows[:, None] * width + at[None, :], mask=left_mask, other=0.0)
+        right = tl.load(weight + columns[None, :] * width + at[:, None], mask=right_mask, other=0.0)
         if UPCAST:  # the interpreter knows no products of bfloat16
             left, right = left.to(tl.float32), right.to(tl.float32)
         if PRECISE:  # noqa: SIM108  (triton compiles the branch away)
@@ -83,36 +75,18 @@ def _fold(products, maxima, sums, weighted, place, row_mask, column_mask, bias, 
     share = tl.exp2(centred)
     shift = tl.where(before == float("-inf"), 0.0, before - maximum)
     factor = tl.where(before == float("-inf"), 0.0, tl.exp2(shift))
-    tl.store(weighted + place, factor * (moment + shift * total)
-             + tl.sum(tl.where(column_mask[None, :], share * centred, 0.0), axis=1), mask=row_mask)  # fmt: skip
+    added = tl.sum(tl.where(column_mask[None, :], share * centred, 0.0), axis=1)
+    tl.store(weighted + place, factor * (moment + shift * total) + added, mask=row_mask)
     tl.store(sums + place, factor * total + tl.sum(share, axis=1), mask=row_mask)
     tl.store(maxima + place, maximum, mask=row_mask)
 
 
 @triton.jit
-def _read(
-    before,  # (N, d)
-    states,  # (G, 4, N, d)
-    weight,  # (V, d)
-    biases,  # (V,)
-    maxima,  # (P, G * SITES, N), as the two below
-    sums,
-    weighted,
-    tokens,
-    vocabulary,
-    width,
-    part,  # vocabulary entries of a part
-    scale,
-    softcap,
-    LAYERS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDTH_TILE: tl.constexpr,
-):
+def _read(before, states, weight, biases,  # (N, d), (G, 4, N, d), (V, d), (V,)
+          maxima, sums, weighted,  # (P, G * SITES, N) each
+          tokens, vocabulary, width, part, scale, softcap,  # part: vocabulary entries of a part
+          LAYERS: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, PRECISE: tl.constexpr,
+          UPCAST: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < tokens
     first = tl.program_id(1) * part
@@ -140,67 +114,44 @@ def _read(
                     stream += made  # + A^l E_u^T + F^l E_u^T
             place = home + (layer * 5 + 4) * tokens
             _fold(stream, maxima, sums, weighted, place, row_mask, column_mask, bias, scale, softcap, SOFTCAP)
+# fmt: on
 
 
-def read(
-    before: Tensor,
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    *,
-    parts: int | None = None,
-    rows: int = 64,
-    tile: int = 128,
-    width_tile: int = 32,
-) -> tuple[Tensor, Tensor]:
+def read(before: Tensor, states: Tensor, unembedding: Unembedding, parts: int | None = None) -> tuple[Tensor, Tensor]:
     """Compute entropies and log-sum-exps of the new sites of a group of layers.
 
     Args:
-        before: ``H^{l-1}`` (N, d), in the dtype of the weight.
-        states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer.
-        weight: ``E_u`` (V, d), float32, bfloat16 or float16; products accumulate in float32.
-        bias, scale, softcap: see :class:`bupo.models.unembed.Unembedding`.
-        parts: of the vocabulary, read by programs of their own (default: enough to occupy the device).
+        before: ``H^{l-1}`` (N, d).
+        states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer. Both are converted to the dtype of
+            ``E_u``, which is float32, bfloat16 or float16; products accumulate in float32.
+        unembedding: how states become logits.
+        parts: number of parts of the vocabulary, read by programs of their own (default: enough to fill the device).
 
     Returns:
         Entropies and log-sum-exps in nats, float64, each (G, 5, N).
     """
-    n, width = before.shape
-    vocabulary = len(weight)
-    layers = len(states)
-    before, weight = before.contiguous(), weight.contiguous()
-    blocks = triton.cdiv(n, rows)
+    weight, bias, softcap = unembedding.weight.contiguous(), unembedding.bias, unembedding.softcap
+    before, states = before.to(weight.dtype).contiguous(), states.to(weight.dtype).contiguous()
+    (n, width), vocabulary, layers = before.shape, len(weight), len(states)
+    blocks = triton.cdiv(n, ROWS)
     if parts is None:
-        parts = max(1, min(triton.cdiv(vocabulary, 8 * tile), 512 // blocks))
-    part = triton.cdiv(triton.cdiv(vocabulary, parts), tile) * tile
+        parts = max(1, min(triton.cdiv(vocabulary, 8 * TILE), 512 // blocks))
+    part = triton.cdiv(triton.cdiv(vocabulary, parts), TILE) * TILE
     parts = triton.cdiv(vocabulary, part)
-    shape = (parts, layers * SITES, n)
-    maxima = torch.full(shape, float("-inf"), dtype=torch.float32, device=before.device)
+    maxima = torch.full((parts, layers * SITES, n), float("-inf"), dtype=torch.float32, device=before.device)
     sums, weighted = torch.zeros_like(maxima), torch.zeros_like(maxima)
+    biases = weight if bias is None else bias.float().contiguous()
+    sizes = (n, vocabulary, width, part, unembedding.scale, 1.0 if softcap is None else softcap)
     _read[(blocks, parts)](
-        before,
-        states.to(weight.dtype).contiguous(),
-        weight,
-        weight if bias is None else bias.float().contiguous(),
-        maxima,
-        sums,
-        weighted,
-        n,
-        vocabulary,
-        width,
-        part,
-        scale,
-        1.0 if softcap is None else softcap,
+        *(before, states, weight, biases, maxima, sums, weighted, *sizes),
         LAYERS=layers,
         SOFTCAP=softcap is not None,
         BIAS=bias is not None,
         PRECISE=weight.dtype is torch.float32,
         UPCAST=interpreted(),
-        ROWS=rows,
-        TILE=tile,
-        WIDTH_TILE=width_tile,
+        ROWS=ROWS,
+        TILE=TILE,
+        WIDTH_TILE=WIDTH_TILE,
         num_warps=WARPS,
     )
     entropy, lse = _join(maxima.double(), sums.double(), weighted.double())
