@@ -1,19 +1,20 @@
-"""What `bupo analyze` costs, against the arithmetic it cannot avoid and against the plain procedure; one run, in turns.
+"""The cost of `bupo analyze` compared with the arithmetic it cannot avoid and with the plain procedure, in turns.
 
-Command: ``make smollm2 && python -m benchmarks.analysis --out benchmarks/results/analysis.json`` (about 25 minutes on
-two cores; ``--parts time`` etc. for some of it)
+Run ``make smollm2 && python -m benchmarks.analysis --out benchmarks/results/analysis.json`` from the repository root
+(about 25 minutes on two cores; ``--parts time`` etc. for a part). `benchmarks.paired` compares two versions of bupo.
 
 time       On SmolLM2-135M and on a random-weight model with a 151,936-token vocabulary (d=896, 24 layers), for the same
            responses of random tokens:
-           *products*  four vocabulary products a layer and the forward pass alone, nothing else;
-           *analysis*  `analyze_rollouts`, whole;
-           *plain*     what the authors' script does: two forwards a sample with eager attention in float32, all
-                       activations kept on the host, six separate projections a layer with softmax and log-softmax, and
-                       a Python record a token.
-           Ratios are of medians over the rounds; the entropies of both ways are compared.
+           *products*  only the forward pass and four vocabulary products per layer, in the same tiles, the same dtype
+                       and on the same units as the analysis;
+           *analysis*  `analyze_rollouts`;
+           *plain*     the procedure of the authors' script: two forwards per sample with eager attention, all
+                       activations kept on the host, six separate float32 projections per layer with softmax and
+                       log-softmax, and a Python record per token.
+           Ratios are of medians over the rounds; the entropies of analysis and plain are compared.
 memory     Peak resident memory of a fresh process above the loaded model, for one response of 8,192 tokens.
-processes  Two processes of one thread each against one of one thread (torchrun; accelerate's own launcher starts one
-           process on a CPU), the time of the analysis without start-up, and the largest difference of a result.
+processes  Two processes of one thread each compared with one of one thread (torchrun; accelerate's own launcher starts
+           one process on a CPU): the time of the analysis without start-up, and the largest difference of the results.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen2Config
 
+from benchmarks import common
+from benchmarks.common import Pair
 from bupo.lens.analyze import SITES, analyze_rollouts
-from bupo.lens.batching import pad
 from bupo.lens.softmax_stats import Tiling
 from bupo.models.layout import find_layout
-from bupo.models.load import load_model
-from bupo.models.unembed import get_unembedding
+from bupo.models.processes import join_processes
+from bupo.models.unembed import get_unembedding, matmul_fp32_
 from bupo.run_folder import describe_run, write_json
 
 MODULE = ("-m", "benchmarks.analysis")
@@ -48,67 +49,35 @@ PARTS = ("time", "memory", "processes")
 MODELS = ("smollm2", "wide")
 
 
-@dataclass
-class Pair:
-    """A prompt and its response as token ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-
-def make_model(name: str, args: argparse.Namespace, layers: int | None = None) -> nn.Module:
-    """The model to be measured, in float32 on the CPU unless told otherwise."""
-    if name == "smollm2":
-        model, _ = load_model(args.smollm2, dtype=args.dtype, device=args.device)
-        model.config.max_position_embeddings = 16384  # random tokens: what they mean does not matter here
-        return model
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=layers or 24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
-    return model.to(args.device)
-
-
-def responses(model: nn.Module, count: int, tokens: int, prompt: int = 8) -> list[Pair]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(n: int) -> list[int]:
-        return torch.randint(10, 40_000, (n,), generator=generator).tolist()
-
-    return [Pair(draw(prompt), draw(tokens)) for _ in range(count)]
+def load(name: str, args: argparse.Namespace, layers: int | None = None) -> Any:
+    return common.make_model(name, smollm2=args.smollm2, dtype=args.dtype, device=args.device, layers=layers)
 
 
 @torch.no_grad()
 def products_alone(model: nn.Module, rollouts: list[Pair]) -> None:
-    """The forward pass, and four products (N, d) x (d, V) a layer in the same blocks as the analysis, thrown away."""
-    rule = get_unembedding(model)
-    every = [range(len(r.response_ids)) for r in rollouts]
-    batch = pad(rollouts, every, range(len(rollouts)), rule.weight.device)
-    find_layout(model).backbone(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    n, d = len(batch.targets), rule.weight.shape[1]
-    tiling = Tiling.of(rule.weight.device)
+    """Run the forward pass and the products (N, d) x (d, V) of the analysis, four per layer, and discard them."""
+    unembedding, layout = get_unembedding(model), find_layout(model)
+    weight, low_precision = unembedding.weight, unembedding.low_precision
+    ids = torch.tensor([[*r.prompt_ids, *r.response_ids][:-1] for r in rollouts], device=weight.device)
+    layout.backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    n, tiling = sum(len(r.response_ids) for r in rollouts), Tiling.of(weight.device)
     rows = min(n, tiling.rows)
-    states = torch.randn(4 * rows, d, device=rule.weight.device)
-    out = torch.empty(4 * rows, tiling.tile, device=rule.weight.device)
+    states = torch.randn(4 * rows, weight.shape[1], device=weight.device)
+    states = states.to(weight.dtype) if low_precision else states
+    out = torch.empty(4 * rows * tiling.tile, device=weight.device)
     for first in range(0, n, rows):
         size = 4 * min(rows, n - first)
-        for start in range(0, len(rule.weight), tiling.tile):
-            tile = rule.weight[start : start + tiling.tile].float()
-            for _ in range(find_layout(model).n_layers):
-                torch.mm(states[:size], tile.T, out=out[:size, : len(tile)])
+        for start in range(0, len(weight), tiling.tile):
+            tile = weight[start : start + tiling.tile]
+            tile = tile if low_precision and tile.is_cuda else tile.float()
+            into = out[: size * len(tile)].view(size, len(tile))
+            for _ in range(layout.n_layers):
+                matmul_fp32_(states[:size], tile, into, low_precision=low_precision)
 
 
 @torch.no_grad()
 def plain(model: nn.Module, rollouts: list[Pair]) -> dict[str, list[float]]:
-    """The procedure without any of our means; entropies by site and layer."""
+    """Run the plain procedure; returns the mean entropies per site and layer."""
     layout = find_layout(model)
     weight = layout.unembedding.weight
     records: list[dict[str, float]] = []
@@ -133,7 +102,7 @@ def plain(model: nn.Module, rollouts: list[Pair]) -> dict[str, list[float]]:
 
 
 def _activations(model: nn.Module, rollout: Pair) -> dict[tuple[str, int], Tensor]:
-    """One forward of one sample with everything kept on the host (Qwen2 and Llama layouts)."""
+    """Run one forward of one sample and keep all activations on the host (Qwen2 and Llama layouts)."""
     kept: dict[tuple[str, int], Tensor] = {}
     hooks = []
 
@@ -159,8 +128,8 @@ def _activations(model: nn.Module, rollout: Pair) -> dict[tuple[str, int], Tenso
 
 
 def measure_time(name: str, args: argparse.Namespace) -> dict:
-    model = make_model(name, args)
-    rollouts = responses(model, args.responses, args.tokens)
+    model = load(name, args)
+    rollouts = common.responses(args.responses, args.tokens)
     found: dict[str, dict] = {}
 
     def analysis() -> None:
@@ -176,10 +145,10 @@ def measure_time(name: str, args: argparse.Namespace) -> dict:
         for way, run in ways.items():
             if way == "plain" and args.no_plain:
                 continue
-            _wait(args.device)
+            common.synchronize(args.device)
             started = time.perf_counter()
             run()
-            _wait(args.device)
+            common.synchronize(args.device)
             seconds[way].append(time.perf_counter() - started)
             print(f"{name}: {way:9} {seconds[way][-1]:.1f} s", flush=True)
     median = {way: statistics.median(values) for way, values in seconds.items() if values}
@@ -200,43 +169,27 @@ def measure_time(name: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def memory_kib(name: str) -> int:
-    """VmRSS (now) or VmHWM (the most since it was reset) of this process, KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
-
-
 def measure_memory(name: str, args: argparse.Namespace) -> dict:
-    """In a fresh process; the wide model with two layers, one group: more groups would not change its peak."""
-    layers = 2 if name == "wide" else None
-    model = make_model(name, args, layers)
-    analyze_rollouts(model, responses(model, 1, 4))  # what is made once: probes, libraries' work space
+    """Run in a fresh process; the wide model has two layers, one group, because more would not change its peak."""
+    model = load(name, args, layers=2 if name == "wide" else None)
+    analyze_rollouts(model, common.responses(1, 4))  # allocates what exists once: probes, work space of libraries
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: loading is not what is measured
-    loaded = memory_kib("VmRSS")
-    rollouts = responses(model, 1, args.long)
+    loaded = common.reset_peak()
     started = time.perf_counter()
-    analyze_rollouts(model, rollouts)
+    analyze_rollouts(model, common.responses(1, args.long))
     return {
         "tokens": args.long,
         "layers": find_layout(model).n_layers,
-        "gib_above_loaded_model": round((memory_kib("VmHWM") - loaded) / 2**20, 3),
-        "loaded_gib": round(loaded / 2**20, 3),
+        "gib_above_loaded_model": round((common.resident("VmHWM") - loaded) / 2**30, 3),
+        "loaded_gib": round(loaded / 2**30, 3),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
 def share(args: argparse.Namespace) -> None:
-    """One of the processes of `measure_processes`; the first prints."""
-    from bupo.models.processes import join_processes
-
-    model = make_model("smollm2", args)
-    rollouts = responses(model, 8, args.tokens // 4)
+    """Run as one of the processes of `measure_processes`; the first writes the result."""
+    model = load("smollm2", args)
+    rollouts = common.responses(8, args.tokens // 4)
     state = join_processes()
     analyze_rollouts(model, rollouts[:2], share=True)
     state.wait_for_everyone()
@@ -274,16 +227,16 @@ def measure_processes(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of time, memory, processes")
-    parser.add_argument("--models", default=",".join(MODELS), help="some of smollm2, wide")
+    parser.add_argument("--parts", default=",".join(PARTS), help="one or more of time, memory, processes")
+    parser.add_argument("--models", default=",".join(MODELS), help="one or both of smollm2, wide")
     parser.add_argument("--smollm2", default="models/smollm2")
     parser.add_argument("--responses", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128, help="of a response, in time and processes")
-    parser.add_argument("--long", type=int, default=8192, help="tokens of the response in memory")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per response, in time and processes")
+    parser.add_argument("--long", type=int, default=8192, help="tokens of the response, in memory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-plain", action="store_true", help="leave the plain procedure out")
+    parser.add_argument("--no-plain", action="store_true", help="skip the plain procedure")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=MODELS, help=argparse.SUPPRESS)
