@@ -34,10 +34,11 @@ def resident(kind: str) -> int:
 
 
 def recipe_of(name: str, phase: str):
-    from bupo.recipe import parse, read_recipe
+    from bupo.recipe import read_recipe
+    from bupo.train.build import check_recipe
 
     raw = {**read_recipe(REPOSITORY / "recipes" / f"{name}.yaml"), **RUNS[name], "precision": "float32"}
-    return parse({**raw, "internal_steps": raw["rollouts"] if phase == "internal" else 0})
+    return check_recipe({**raw, "internal_steps": raw["rollouts"] if phase == "internal" else 0})
 
 
 def run(name: str, phase: str) -> dict:

@@ -19,7 +19,8 @@ from bupo.plan.measure import measure
 from bupo.plan.shape import read_config, read_shape
 from bupo.plan.simulate import LiveBytes, Settings, simulate_rollout, simulate_update
 from bupo.plan.work import forward_flops
-from bupo.recipe import parse, read_recipe
+from bupo.recipe import read_recipe
+from bupo.train.build import check_recipe
 from tests.support.tiny import tiny_config, tiny_model
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -166,7 +167,7 @@ def test_operations_of_a_pass_are_those_of_its_products():
 
 
 def test_the_plan_of_a_recipe_adds_up():
-    recipe, shape = parse(RECIPE), shape_of()
+    recipe, shape = check_recipe(RECIPE), shape_of()
     made = make_plan(recipe, shape, Question(find_device("cpu")))
     json.dumps(made)
     assert made["tokens"] == {"rollout": 16 * 11, "run": 16 * 11 * 6}
@@ -177,27 +178,27 @@ def test_the_plan_of_a_recipe_adds_up():
     )
     assert 0 < made["phase1"]["update_flops"] < 1
     assert 0 < made["phase1"]["update_memory"] < 1
-    deeper = make_plan(parse({**RECIPE, "internal_layer": 3}), shape, Question(find_device("cpu")))
+    deeper = make_plan(check_recipe({**RECIPE, "internal_layer": 3}), shape, Question(find_device("cpu")))
     assert made["phase1"]["update_flops"] < deeper["phase1"]["update_flops"] < 1
-    plain = make_plan(parse({**RECIPE, "internal_steps": 0}), shape, Question(find_device("cpu")))
+    plain = make_plan(check_recipe({**RECIPE, "internal_steps": 0}), shape, Question(find_device("cpu")))
     assert plain["phase1"] is None
     assert "internal" not in plain["memory"]
     assert plain["memory"]["full"] == made["memory"]["full"]
     phase = {"layer": RECIPE["internal_layer"], "rollouts": RECIPE["internal_steps"], "weight": 0.5}
-    joined = parse({**RECIPE, "internal_layer": None, "internal_steps": None, "phases": [phase]})
+    joined = check_recipe({**RECIPE, "internal_layer": None, "internal_steps": None, "phases": [phase]})
     joint = make_plan(joined, shape, Question(find_device("cpu")))
     both = made["flops"]["updates_internal"] + made["flops"]["updates_full"]
     assert joint["flops"]["updates_internal"] == both
     assert joint["memory"]["internal"]["update"] > made["memory"]["full"]["update"]
     assert made["notes"] == []
     for change, word in (({"estimator": "ppo"}, "critic"), ({"internal_steps": "auto"}, "host's memory")):
-        assert word in make_plan(parse({**RECIPE, **change}), shape, Question(find_device("cpu")))["notes"][0]
+        assert word in make_plan(check_recipe({**RECIPE, **change}), shape, Question(find_device("cpu")))["notes"][0]
     faster = make_plan(recipe, shape, Question(find_device("cpu", flops=1e15)))
     assert faster["seconds"]["full"]["updates"] < seconds["full"]["updates"]
 
 
 def test_sharding_shares_what_it_says():
-    recipe, shape = parse(RECIPE), shape_of()
+    recipe, shape = check_recipe(RECIPE), shape_of()
     memory = {
         kind: make_plan(recipe, shape, Question(find_device("cpu"), 2, kind))["memory"]
         for kind in ("ddp", "zero2", "zero3", "fsdp2")
@@ -216,7 +217,7 @@ def test_layers_can_be_timed():
     speeds = measure(shape_of(), SETTINGS, device="cpu", repeats=1)
     assert speeds.update.at(4) > 0
     assert speeds.optimizer > 0
-    made = make_plan(parse(RECIPE), shape_of(), Question(find_device("cpu")), speeds)
+    made = make_plan(check_recipe(RECIPE), shape_of(), Question(find_device("cpu")), speeds)
     assert made["seconds"]["measured"]
     assert made["seconds"]["run"] > 0
 

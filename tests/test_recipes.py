@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from bupo.data.prompts import TEMPLATES
 from bupo.models.load import SMALL_MODEL
-from bupo.recipe import parse, read_recipe
+from bupo.recipe import read_recipe
+from bupo.train.build import check_recipe
 from bupo.train.run import train
 from tests.support.tiny import tiny_model
 
@@ -43,7 +44,7 @@ def config_of(recipe):
 
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_the_papers_settings(name):
-    recipe = parse(read_recipe(FOLDER / f"{name}.yaml"))
+    recipe = check_recipe(read_recipe(FOLDER / f"{name}.yaml"))
     steps, layer, response, template = PAPER[name]
     assert (recipe.internal_steps, recipe.internal_layer) == (steps, layer)
     assert (recipe.max_prompt_length, recipe.max_completion_length) == (1024, response)
@@ -62,7 +63,7 @@ def test_there_is_a_recipe_for_every_case_and_every_name_is_known():
     names = {path.stem for path in RECIPES}
     assert {*PAPER, "small", "smollm2", "qwen3-4b-lora-24gb"} <= names
     for path in RECIPES:
-        assert parse(read_recipe(path)).template in TEMPLATES
+        assert check_recipe(read_recipe(path)).template in TEMPLATES
         for line in path.read_text().splitlines():
             if line.startswith("#   bupo ") and " recipes/" in line:  # the commands in the comment name this very file
                 assert f" recipes/{path.name}" in line
@@ -74,7 +75,7 @@ def scaled(tmp_path, tiny_folder):
 
     def make(path):
         raw = read_recipe(path)
-        recipe = parse(raw)
+        recipe = check_recipe(raw)
         config = config_of(recipe)
         layer = min(TINY_LAYERS - 1, max(1, math.floor(recipe.internal_layer / config.num_hidden_layers * TINY_LAYERS)))
         folder = tmp_path / "model"
@@ -110,7 +111,7 @@ def scaled(tmp_path, tiny_folder):
             rows = [{"question": f"What is {i} + {i}?", "final_answer": str(2 * i)} for i in range(40)]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
             small |= {"dataset": str(data), "problems": 32, "reward": "tests.support.training:digits"}
-        return parse({**raw, **small})
+        return check_recipe({**raw, **small})
 
     return make
 

@@ -1,4 +1,4 @@
-"""bupo: the internal policies of language models (arXiv 2512.19673): see, train bottom-up, measure."""
+"""bupo: see the internal policies of language models, train them bottom-up, and measure it (arXiv 2512.19673)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from bupo.train.config import BuPOConfig
     from bupo.train.trainer import BuPOTrainer
 
-# Imported on first use: the command line must start without torch.
-_HOMES = {
+_MODULES = {  # imported on first use, so that the command line starts without torch
     "internal_policy": "bupo.models.internal_policy",
     "load_model": "bupo.models.load",
     "analyze_rollouts": "bupo.lens.analyze",
@@ -24,6 +23,10 @@ __all__ = ["BuPOConfig", "BuPOTrainer", "analyze_rollouts", "internal_policy", "
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'bupo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

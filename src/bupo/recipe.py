@@ -1,318 +1,293 @@
-"""Recipes: what a training run is told. Parsing needs no torch, and all problems of a recipe are reported together.
+"""Recipes: the settings of a training run, read from YAML and checked without importing torch.
 
-A recipe is a YAML mapping; its keys are the fields of `Recipe`. The batch arithmetic, for W processes::
+The keys of a recipe are the fields of `Recipe` and every other field of `BuPOConfig`, which checks those itself
+(`bupo.train.build.check_recipe` reports both). The batch arithmetic, for W processes::
 
-    samples a rollout batch   S = prompts_per_rollout * samples_per_prompt
-    samples an update         S / updates_per_rollout
-    accumulation              S / (updates_per_rollout * micro_batch * W)     micro-batches an update, a process
-    steps_per_generation      accumulation * updates_per_rollout              micro-batches a rollout batch, a process
-    updates in all            rollouts * updates_per_rollout
+    samples per rollout batch   S = prompts_per_rollout * samples_per_prompt
+    samples per update          S / updates_per_rollout
+    accumulation                S / (updates_per_rollout * micro_batch * W)     micro-batches per update and process
+    total updates               rollouts * updates_per_rollout
 
-Every division must come out even. With the paper's numbers (arXiv 2512.19673): 128 prompts x 8 samples = 1,024 samples
-a rollout batch, 4 updates of 256 samples (32 prompts) each, and with micro_batch 8 on one process 32 micro-batches an
-update. ``micro_batch`` changes memory and speed only: the loss is a sum over an update's tokens.
+Every division must be even. With the paper's numbers (arXiv 2512.19673): 128 prompts x 8 samples = 1,024 samples per
+rollout batch, 4 updates of 256 samples (32 prompts) each. ``micro_batch`` changes memory and speed only.
 """
-# ruff: noqa: RUF009  (`key` is dataclasses.field with a meaning)
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from bupo.errors import ConfigError, InputError
-from bupo.schema import build, either, key, load_yaml
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bupo.errors import ConfigError, InputError, describe, either
 
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
-Estimator = Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline", "ppo"]
-Precision = Literal["auto", "float32", "bfloat16"]
-
-TRACKERS = ("tensorboard", "trackio", "wandb")
-# trainer settings that a recipe has its own key for
-_OWNED = {
-    "output_dir": "--output",
-    "max_steps": "rollouts",
-    "num_train_epochs": "rollouts",
-    "per_device_train_batch_size": "micro_batch",
-    "per_device_eval_batch_size": "eval.samples",
-    "gradient_accumulation_steps": "updates_per_rollout and micro_batch",
-    "steps_per_generation": "updates_per_rollout and micro_batch",
-    "generation_batch_size": "prompts_per_rollout",
-    "updates_per_rollout": "updates_per_rollout",
-    "num_generations": "samples_per_prompt",
-    "num_generations_eval": "eval.samples",
-    "max_completion_length": "max_completion_length",
-    "learning_rate": "learning_rate",
-    "temperature": "temperature",
-    "internal_layer": "internal_layer",
-    "internal_steps": "internal_steps",
-    "internal_max_steps": "internal_max_steps",
-    "internal_norm": "internal_norm",
-    "internal_temperature": "internal_temperature",
-    "phases": "phases",
-    "estimator": "estimator",
-    "frozen_layers": "frozen_layers",
-    "critic_learning_rate": "critic_learning_rate",
-    "critic_clip": "critic_clip",
-    "gae_gamma": "gae_gamma",
-    "gae_lambda": "gae_lambda",
-    "upper_learning_rate_scale": "upper_learning_rate_scale",
-    "upper_learning_rate_above": "upper_learning_rate_above",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "seed": "seed",
-    "bf16": "precision",
-    "fp16": "precision",
-    "save_strategy": "save_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_checkpoints",
-    "eval_strategy": "eval.every",
-    "eval_steps": "eval.every",
-    "model_init_kwargs": "model, dtype, revision",
-    "report_to": "report_to",
-    "resume_from_checkpoint": "--resume",
-}
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Interval = Annotated[int, Field(ge=0, le=10_000_000)]
+_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters instead of all weights."""
+class Lora(BaseModel):
+    """Low-rank adapters, trained instead of all weights."""
 
-    r: int = key(16, "rank", low=1)
-    alpha: int = key(32, "scale of the adapters' output, over r", low=1)
-    dropout: float = key(0.0, "dropout in front of the adapters", low=0)
-    target_modules: str | list = key("all-linear", "module names, or all-linear (never the unembedding)")
-    four_bit: bool = key(False, "hold the frozen weights in 4 bits, nf4 (QLoRA; needs bitsandbytes)")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Rewards on held-out problems during training (a quick look; `bupo eval` measures)."""
-
-    dataset: str = key("", "problems, as in the recipe's dataset")
-    split: str | None = key("test", "split of a hub or generated dataset")
-    limit: int = key(64, "problems", low=1)
-    samples: int = key(1, "samples a problem", low=1)
-    every: int = key(10, "rollout batches between two evaluations", low=1)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One training run. `parse` makes it from a mapping."""
-
-    model: str = key("", "hub id, model folder, or small (shipped)")
-    dataset: str = key("", "arithmetic, arithmetic-hard, reasoning_gym/NAME, a .jsonl/.json/.parquet file, or a hub id")
-    split: str | None = key("train", "split of a hub or generated dataset")
-    problems: int | None = key(
-        None, "so many, drawn at random (default: all of a dataset; of a generated task one for every prompt)", low=1
+    model_config = _STRICT
+    r: Count = Field(16, description="Rank of the adapters.")
+    alpha: Count = Field(32, description="Scale of the adapters: their output is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate in front of the adapters.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Modules that get adapters. 'all-linear' takes every linear layer but the unembedding.",
     )
-    template: Template = key("auto", "prompt template")
-    reward: str = key("answer", "answer (1 if the last box is right, or the task's own score), or module:function")
+    four_bit: bool = Field(False, description="Hold the frozen weights in 4 bits (nf4, QLoRA). Needs bitsandbytes.")
 
-    rollouts: int = key(300, "rollout batches in all (the paper's steps)", low=1)
-    prompts_per_rollout: int = key(128, "different prompts in one rollout batch", low=1)
-    samples_per_prompt: int = key(8, "responses sampled for each prompt (G)", low=2)
-    updates_per_rollout: int = key(4, "optimizer updates a rollout batch", low=1)
-    micro_batch: int = key(8, "responses in one forward and backward pass, a process", low=1)
-    max_prompt_length: int = key(1024, "longer prompts are left out, tokens", low=1)
-    max_completion_length: int = key(7168, "longest response, tokens", low=1)
-    temperature: float = key(1.0, "of sampling, and of the log-probabilities", above=0)
-    learning_rate: float = key(1e-6, "of AdamW, constant", above=0)
 
-    internal_layer: int | str | None = key(None, "l of the internal policy, 1 to L, or auto: the boundary layer")
-    internal_steps: int | Literal["auto"] | None = key(
-        None, "s_inter: rollout batches on the internal policy; 0: plain GRPO, auto: until the guard ends them", low=0
+class Evaluation(BaseModel):
+    """Mean reward on held-out problems during training, for orientation; `bupo eval` measures properly."""
+
+    model_config = _STRICT
+    dataset: str = Field(min_length=1, description="Held-out problems, named as in the recipe's dataset.")
+    split: str | None = Field("test", description="Split of a hub or generated dataset.")
+    limit: Count = Field(64, description="Number of problems.")
+    samples: Count = Field(1, description="Number of responses per problem.")
+    every: Count = Field(10, description="Number of rollout batches between two evaluations.")
+
+
+class Recipe(BaseModel):
+    """One training run. Keys beside the declared ones are settings of the trainer (`trainer`)."""
+
+    model_config = ConfigDict(**{**_STRICT, "extra": "allow"})
+    model: str = Field(min_length=1, description="Hub id, model folder, or 'small' (shipped with bupo).")
+    dataset: str = Field(
+        min_length=1,
+        description="arithmetic, arithmetic-hard, reasoning_gym/NAME, a .jsonl, .json or .parquet file, or a hub id.",
     )
-    internal_max_steps: int | None = key(None, "with auto: the most of them (default: a third of all)", low=1)
-    internal_norm: bool = key(False, "read the internal policy through the final norm (ablation)")
-    internal_temperature: float = key(1.0, "T of softmax(H^l E_u^T / T)", above=0)
-
-    phases: list | None = key(None, "internal phases, [{layer, rollouts, weight}, ...], in place of one layer's steps")
-    estimator: Estimator = key("grpo", "advantages: see bupo.train.advantages")
-
-    critic_learning_rate: float = key(1e-5, "with ppo: the critic's", above=0)
-    critic_clip: float = key(0.5, "with ppo: how far a value may move within a rollout batch", above=0)
-    gae_gamma: float = key(1.0, "with ppo: discount a token, 0 to 1", low=0)
-    gae_lambda: float = key(1.0, "with ppo: weight of whole returns, 0 to 1", low=0)
-    frozen_layers: int | None = key(None, "layers 1 to this one keep their weights (comparison)", low=1)
-    upper_learning_rate_scale: float | None = key(
-        None, "factor on the learning rate of upper layers (comparison; the paper's 0.1)", above=0
+    split: str | None = Field("train", description="Split of a hub or generated dataset.")
+    problems: Count | None = Field(
+        None, description="Number of problems to sample. Default: the dataset, or one per prompt for generated tasks."
     )
-    upper_learning_rate_above: int | None = key(None, "the layer above which that factor acts", low=1)
-
-    lora: Lora | None = key(None, "train adapters instead of all weights")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = key("float32", "of the weights in memory")
-    precision: Precision = key("auto", "of the products: bfloat16 (mixed), float32; auto is bfloat16 on an accelerator")
-    gradient_checkpointing: bool = key(True, "recompute activations: less memory, about a fifth slower")
-    revision: str | None = key(None, "hub revision of the model")
-    trust_remote_code: bool = key(False, "run code that comes with the model")
-    seed: int = key(0, "of problems, order, sampling and adapters", low=0)
-    save_every: int = key(10, "rollout batches between two checkpoints", low=1)
-    keep_checkpoints: int | None = key(2, "newest checkpoints kept; null keeps all", low=2)
-    eval: Evaluation | None = key(None, "evaluate during training")
-    report_to: list = key([], "trackers that get every metric: tensorboard, trackio, wandb")
-    flow_every: int = key(
-        0, "rollout batches between two entropy-flow figures of the model in training; 0: none", low=0
+    template: Template = Field("auto", description="Prompt template. 'auto' is the model's chat template, if any.")
+    reward: str = Field(
+        "answer",
+        pattern=r"^(answer|[\w.]+:\w+)$",
+        description="'answer' (1 if the final answer is right, or the task's own score), or module:function.",
     )
-    inside_every: int = key(
-        0, "rollout batches between two readings of what training does inside (`bupo compare`'s); 0: none", low=0
+    rollouts: Count = Field(300, description="Number of rollout batches in the run (the paper's steps).")
+    prompts_per_rollout: Count = Field(128, description="Number of different prompts per rollout batch.")
+    samples_per_prompt: int = Field(8, ge=2, le=10**7, description="Number of responses sampled per prompt (G).")
+    updates_per_rollout: Count = Field(4, description="Number of optimizer updates per rollout batch.")
+    micro_batch: Count = Field(8, description="Number of responses per forward and backward pass on one process.")
+    max_prompt_length: Count = Field(1024, description="Prompts with more tokens than this are left out.")
+    max_completion_length: Count = Field(7168, description="Maximum number of tokens per response.")
+    lora: Lora | None = Field(None, description="Train low-rank adapters instead of all weights.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="Dtype of the weights in memory. 'auto' keeps the checkpoint's."
     )
-    inside_layer: int | None = key(None, "the layer l they compare with the others (default: the internal one)", low=1)
-    inside_responses: str | None = key(None, "responses that they read (default: the first rollout batch's)")
-    trl: dict = key({}, "anything else of BuPOConfig, passed on as it is")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Dtype of matrix products. 'auto' is bfloat16 (mixed precision) on an accelerator."
+    )
+    revision: str | None = Field(None, description="Revision of a hub model: a branch, tag or commit.")
+    trust_remote_code: bool = Field(False, description="Run the Python code in the model's repository.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Random seed for problem selection, shuffling, sampling and new adapters."
+    )
+    save_every: Count = Field(10, description="Number of rollout batches between two checkpoints.")
+    keep_checkpoints: int | None = Field(2, ge=2, description="Number of newest checkpoints kept. null keeps all.")
+    eval: Evaluation | None = Field(None, description="Evaluate on held-out problems during training.")
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="Trackers that receive every metric: tensorboard, trackio, wandb."
+    )
+    flow_every: Interval = Field(0, description="Number of rollout batches between two entropy-flow figures; 0: none.")
+    inside_every: Interval = Field(
+        0, description="Number of rollout batches between two measurements of `bupo compare`'s metrics; 0: none."
+    )
+    inside_layer: Count | None = Field(
+        None, description="Layer that they compare with the others. Default: the layer of the internal phase."
+    )
+    inside_responses: str | None = Field(
+        None, description="File of responses that they measure. Default: those of the first rollout batch."
+    )
+    trl: dict[str, Any] = Field({}, description="Further settings of the trainer, under TRL's names.")
 
-    # -- arithmetic ------------------------------------------------------------------------------------------------
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # settings of the trainer
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Settings of the trainer: the keys that are not declared here, and those under ``trl``."""
+        return {**self.trl, **(self.model_extra or {})}
 
     def samples_per_rollout(self) -> int:
-        """S: responses in one rollout batch, over all processes."""
+        """S: responses per rollout batch, over all processes."""
         return self.prompts_per_rollout * self.samples_per_prompt
 
-    def total_updates(self) -> int:
-        """Optimizer updates of the whole run."""
-        return self.rollouts * self.updates_per_rollout * int(self.trl.get("num_iterations", 1))
+    def updates(self, rollouts: int) -> int:
+        """Number of optimizer updates that ``rollouts`` rollout batches make."""
+        return rollouts * self.updates_per_rollout * int(self.trainer.get("num_iterations", 1))
 
     def trainer_settings(self, processes: int | None = None) -> dict[str, Any]:
-        """Keyword arguments of `BuPOConfig` (but for the output folder and the precision, which need torch).
+        """Keyword arguments of `BuPOConfig`, except the output folder and the precision (those need torch).
 
         Raises:
             ConfigError: the samples do not split evenly over ``processes`` (default: the launcher's WORLD_SIZE).
         """
         processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
-        problems = batch_problems(self, processes)
-        if problems:
+        if problems := batch_problems(self, processes):
             raise ConfigError(problems)
+        per_step = self.updates_per_rollout * self.micro_batch * processes
         settings: dict[str, Any] = {
             "num_generations": self.samples_per_prompt,
             "per_device_train_batch_size": self.micro_batch,
-            "gradient_accumulation_steps": self.samples_per_rollout()
-            // (self.updates_per_rollout * self.micro_batch * processes),
+            "gradient_accumulation_steps": self.samples_per_rollout() // per_step,
             "updates_per_rollout": self.updates_per_rollout,
-            "max_steps": self.total_updates(),
+            "max_steps": self.updates(self.rollouts),
             "max_completion_length": self.max_completion_length,
-            "temperature": self.temperature,
-            "learning_rate": self.learning_rate,
-            "internal_layer": self.internal_layer,
-            "internal_steps": self.internal_steps,
-            "internal_max_steps": self.internal_max_steps,
-            "internal_norm": self.internal_norm,
-            "internal_temperature": self.internal_temperature,
-            "phases": self.phases,
-            "estimator": self.estimator,
-            "frozen_layers": self.frozen_layers,
-            "critic_learning_rate": self.critic_learning_rate,
-            "critic_clip": self.critic_clip,
-            "gae_gamma": self.gae_gamma,
-            "gae_lambda": self.gae_lambda,
-            "upper_learning_rate_scale": self.upper_learning_rate_scale,
-            "upper_learning_rate_above": self.upper_learning_rate_above,
-            "gradient_checkpointing": self.gradient_checkpointing,
             "seed": self.seed,
             "save_strategy": "steps",
-            "save_steps": self.save_every * self.total_updates() // self.rollouts,
+            "save_steps": self.updates(self.save_every),
             "save_total_limit": self.keep_checkpoints,
             "report_to": list(self.report_to),
         }
         if self.eval is not None:
-            samples = self.eval.samples
             settings |= {
                 "eval_strategy": "steps",
-                "eval_steps": self.eval.every * self.total_updates() // self.rollouts,
-                "num_generations_eval": samples,
-                "per_device_eval_batch_size": -(-self.micro_batch // samples) * samples,
+                "eval_steps": self.updates(self.eval.every),
+                "num_generations_eval": self.eval.samples,
+                "per_device_eval_batch_size": -(-self.micro_batch // self.eval.samples) * self.eval.samples,
             }
-        return {**settings, **self.trl}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The whole recipe, defaults filled in, as `parse` reads it."""
-        return dataclasses.asdict(self)
+        return {**settings, **self.trainer}
 
 
 def batch_problems(recipe: Recipe, processes: int) -> list[str]:
     """Why a rollout batch does not split evenly into updates, processes and micro-batches; empty if it does."""
     samples, updates, micro = recipe.samples_per_rollout(), recipe.updates_per_rollout, recipe.micro_batch
-    made = f"prompts_per_rollout {recipe.prompts_per_rollout} x samples_per_prompt {recipe.samples_per_prompt}"
+    product = f"prompts_per_rollout {recipe.prompts_per_rollout} x samples_per_prompt {recipe.samples_per_prompt}"
     if samples % updates:
-        return [f"{made} = {samples} samples do not split into updates_per_rollout {updates} equal updates"]
+        return [f"{product} = {samples} samples do not split into updates_per_rollout {updates} equal updates"]
     share, left = divmod(samples // updates, processes)
-    each = f"{made} / updates_per_rollout {updates}" + (f" / {processes} processes" if processes > 1 else "")
+    quotient = f"{product} / updates_per_rollout {updates}" + (f" / {processes} processes" if processes > 1 else "")
     if left:
-        return [f"{each}: {samples // updates} samples an update do not split over {processes} processes"]
+        return [f"{quotient}: {samples // updates} samples per update do not split over {processes} processes"]
     if share % micro:
-        fitting = [m for m in range(1, share + 1) if share % m == 0]
-        near = sorted(sorted(fitting, key=lambda m: abs(m - micro))[:4])
-        return [f"{each} = {share} samples, no multiple of micro_batch {micro}; it could be {either(near)}"]
+        small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+        near = sorted({*small, *(share // n for n in small)}, key=lambda n: abs(n - micro))[:4]
+        fits = either(sorted(near))
+        return [f"{quotient} = {share} samples, not a multiple of micro_batch {micro}; it could be {fits}"]
     return []
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+_NESTED: dict[str, type[BaseModel]] = {"lora": Lora, "eval": Evaluation}
+
+
+def validate(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe in a mapping, and what is wrong with its declared keys; a wrong key has its default in the recipe."""
+    problems: dict[str, list[Any]] = {}
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            depth = 2 if item["loc"][0] in _NESTED else 1
+            problems.setdefault(".".join(map(str, item["loc"][:depth])), []).append(item)
+        wrong = {name.split(".")[0] for name in problems}
+        rest = {key: value for key, value in raw.items() if str(key) not in wrong}
+        recipe = Recipe.model_validate({"model": "?", "dataset": "?", **rest})
+    fields = {name: _NESTED.get(name.split(".")[0], Recipe).model_fields for name in problems}
+    told = [describe(name, errors, fields[name]) for name, errors in problems.items()]
+    if not recipe.inside_every and (recipe.inside_layer is not None or recipe.inside_responses is not None):
+        told.append("inside_layer and inside_responses need inside_every")
+    layer = recipe.inside_layer or any(recipe.trainer.get(name) for name in ("internal_layer", "phases"))
+    if recipe.inside_every and not layer:
+        told.append("inside_every needs a layer to compare with the others: set inside_layer or internal_layer")
+    return recipe, told
+
+
+# -- YAML --------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-6 is a number and a key may be given only once."""
+
+    def construct_unique(self, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for name, _ in node.value:
+            key = self.construct_object(name, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", name.start_mark)
+            seen.add(key)
+        return self.construct_mapping(node, deep=True)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_unique)
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """Parse YAML safely.
+
+    Raises:
+        InputError: it is not YAML; the message names the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "problem", None) or error
+        raise InputError(f"{name} is not valid YAML{where}: {reason}") from error
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in a recipe file, unchecked.
 
     Raises:
-        InputError: no such file, not YAML, or not a mapping.
+        InputError: the file does not exist, is not YAML in UTF-8, or does not hold a mapping.
     """
     path = Path(path)
     if not path.is_file():
-        known = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        hint = f"; there are {', '.join(known)}" if known else ""
-        raise InputError(f"recipe {path} does not exist{hint}")
-    raw = load_yaml(path.read_text(encoding="utf-8"), f"recipe {path}")
+        shipped = sorted(map(str, Path("recipes").glob("*.yaml")))
+        raise InputError(f"recipe {path} does not exist" + (f"; there are {', '.join(shipped)}" if shipped else ""))
+    try:
+        raw = load_yaml(path.read_text(encoding="utf-8-sig"), f"recipe {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read as text in UTF-8: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"recipe {path} must hold keys and values, such as 'model: small'")
     return raw
 
 
-def parse(raw: Mapping[str, Any]) -> Recipe:
-    """Check a recipe's mapping and fill in the defaults.
+def override(raw: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Apply ``key=value`` changes; the value is YAML, and dots reach into nested keys (``trl.epsilon_high=0.28``).
 
     Raises:
-        ConfigError: with every problem found: unknown keys (with the nearest valid name), wrong types, values out of
-            range, and settings that do not fit together.
+        ConfigError: a change is not of this form, or reaches into something that is not a mapping.
     """
-    problems: list[str] = []
-    recipe = build(Recipe, raw, problems)
-    problems = problems or _cross_problems(recipe)
+    result, problems = copy.deepcopy(dict(raw)), []
+    for change in changes:
+        name, equals, text = (part.strip() for part in change.partition("="))
+        *path, last = name.split(".")
+        place: Any = result
+        for part in path:
+            if place.get(part) is None:
+                place[part] = {}
+            place = place[part]
+            if not isinstance(place, dict):
+                problems.append(f"--set {name}: {part} is not a mapping")
+                break
+        else:
+            if equals and last:
+                place[last] = load_yaml(text, f"--set {name}")
+            else:
+                problems.append(f"--set {change!r} is not of the form key=value")
     if problems:
         raise ConfigError(problems)
-    return recipe
-
-
-def _cross_problems(recipe: Recipe) -> list[str]:
-    problems = [f"{name} is missing" for name in ("model", "dataset") if not getattr(recipe, name)]
-    if recipe.eval is not None and not recipe.eval.dataset:
-        problems.append("eval.dataset is missing")
-    layer = recipe.internal_layer
-    if isinstance(layer, str) and layer != "auto":
-        problems.append(f"internal_layer must be a layer from 1 to L or auto, not {layer!r}")
-    if isinstance(layer, int) and layer < 1:
-        problems.append(f"internal_layer counts from 1, not {layer}")
-    if recipe.internal_steps and layer is None:
-        problems.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
-    if (recipe.upper_learning_rate_scale is None) != (recipe.upper_learning_rate_above is None):
-        problems.append("upper_learning_rate_scale and upper_learning_rate_above go together")
-    if recipe.internal_steps and recipe.frozen_layers and isinstance(layer, int) and 1 <= layer <= recipe.frozen_layers:
-        problems.append(
-            f"frozen_layers {recipe.frozen_layers} leaves nothing of internal_layer {layer} to train; freeze fewer"
-        )
-    for name in ("internal_steps", "internal_max_steps"):
-        steps = getattr(recipe, name)
-        if isinstance(steps, int) and steps > recipe.rollouts:
-            problems.append(f"{name} {steps} is more than rollouts {recipe.rollouts}")
-    if not recipe.inside_every and (recipe.inside_layer is not None or recipe.inside_responses is not None):
-        problems.append("inside_layer and inside_responses go with inside_every")
-    known = recipe.inside_layer or isinstance(layer, int) or recipe.phases or recipe.internal_steps
-    if recipe.inside_every and not known:
-        problems.append("inside_every needs a layer to compare with the others: inside_layer, or an internal phase's")
-    unknown = [name for name in recipe.report_to if name not in TRACKERS]
-    problems += [f"report_to: unknown tracker {name!r}; one of {either(list(TRACKERS))}" for name in unknown]
-    if recipe.reward != "answer" and not re.fullmatch(r"[\w.]+:\w+", recipe.reward):
-        problems.append(f"reward must be answer or module:function, not {recipe.reward!r}")
-    for name in recipe.trl:
-        if name in _OWNED:
-            problems.append(f"trl.{name} is set by the recipe's own key: {_OWNED[name]}")
-    iterations = recipe.trl.get("num_iterations", 1)
-    if type(iterations) is not int or iterations < 1:
-        problems.append(f"trl.num_iterations must be a whole number from 1, not {iterations!r}")
-    return problems + batch_problems(recipe, 1)
+    return result

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bupo.errors import InputError
 
 RUN_FILE = "run.json"
@@ -91,8 +93,6 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The machine a number was measured on: processor, cores, memory in GiB."""
-    import psutil
-
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
@@ -112,3 +112,19 @@ def describe_run(command: str, config: dict[str, Any], **more: Any) -> dict[str,
         "machine": machine(),
         **more,
     }
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The content of a training run's ``run.json``.
+
+    Raises:
+        InputError: the folder holds no training run.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(run["config"], dict):
+            return run
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{folder} holds no training run to resume: {RUN_FILE} is missing or damaged")

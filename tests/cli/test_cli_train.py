@@ -129,7 +129,7 @@ REFUSED = [
     ({"dataset": "nothing.jsonl"}, "no such file: nothing.jsonl"),
     ({"dataset": "columns.jsonl"}, "lacks an answer column"),
     ({"internal_layer": 5}, "layer 5 does not exist: this model has layers 1 to 4"),
-    ({"internal_layer": 0}, "internal_layer counts from 1"),
+    ({"internal_layer": 0}, "internal_layer must be a layer from 1"),
     ({"max_completion_length": 1000}, "exceed the model's context of 512"),
     ({"max_prompt_length": 2}, "no prompt fits into max_prompt_length 2"),
     ({"prompts_per_rollout": 8}, "6 prompts, fewer than the 8 of one rollout batch"),

@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from bupo.errors import ConfigError
-from bupo.recipe import Recipe
 from bupo.train.checkpoint import fill_optimizer_state
-from bupo.train.run import _memory_advice, out_of_memory
 from bupo.train.unsupported import engine
-from tests.cli.test_cli_train import recipe, run  # noqa: F401  (a fixture)
 from tests.support.training import config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "accelerate").glob("*.yaml"))
@@ -125,51 +122,3 @@ def test_an_optimizer_with_other_shapes_is_refused():
     optimizer.step()
     with pytest.raises(ConfigError, match="needs AdamW or SGD: the state of Adafactor"):
         fill_optimizer_state(optimizer)
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-ERRORS = [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "accelerator"),
-    (RuntimeError("CUDA error: out of memory"), "accelerator"),
-    (MemoryError(), "host"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "host"),
-    (OSError(12, "Cannot allocate memory"), "host"),
-    (RuntimeError("shapes do not fit"), None),
-    (ValueError("memory"), None),
-]
-
-
-@pytest.mark.parametrize(("error", "whose"), ERRORS, ids=[repr(e)[:40] for e, _ in ERRORS])
-def test_whose_memory_ran_out(error, whose):
-    assert out_of_memory(error) == whose
-
-
-def test_the_advice_names_what_this_run_can_change():
-    trainer = SimpleNamespace(
-        use_vllm=True,
-        args=SimpleNamespace(vllm_mode="colocate", vllm_gpu_memory_utilization=0.3),
-        position=lambda: "update 3 (rollout batch 1, internal phase, layer 6)",
-    )
-    told = _memory_advice(MemoryError(), trainer, Recipe(micro_batch=8, gradient_checkpointing=False))
-    assert told == (
-        "out of host memory in update 3 (rollout batch 1, internal phase, layer 6); lower micro_batch (8) or "
-        "max_completion_length (7168) or trl.vllm_gpu_memory_utilization (0.3), or set gradient_checkpointing to true, "
-        "or use lora. Checkpoints stay"
-    )
-    trainer.use_vllm = False
-    told = _memory_advice(MemoryError(), trainer, Recipe(micro_batch=1))
-    assert "micro_batch" not in told
-    assert "gradient_checkpointing" not in told
-    assert "vllm" not in told
-
-
-def test_real_exhaustion_of_host_memory_is_one_line(capsys, tmp_path, recipe):  # noqa: F811
-    code, _, err = run(capsys, recipe(reward="tests.support.training:much_memory"), "--output", tmp_path / "run")
-    assert code == 2
-    lines = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
-    assert lines == [
-        "bupo: error: out of host memory in update 1 (rollout batch 1, internal phase, layer 2); lower micro_batch (4) "
-        "or max_completion_length (6), or set gradient_checkpointing to true, or use lora. Checkpoints stay"
-    ]
-    assert "Traceback" not in err

@@ -1,7 +1,7 @@
 """A process that has imported everything once and forks for the tests that need processes of their own.
 
-It reads one JSON object a line, ``{"call": "module:function", "arguments": {...}}``, calls the function (which forks)
-and answers with what it returned. Importing costs more than most of these tests' runs.
+It reads one JSON object per line, ``{"call": "module:function", "arguments": {...}}`` with a module of this folder,
+calls the function (which forks) and answers with its result. Importing costs more than most of these tests' runs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         module, _, function = order["call"].partition(":")
-        answer = getattr(importlib.import_module(module), function)(**order["arguments"])
+        answer = getattr(importlib.import_module(f"tests.support.{module}"), function)(**order["arguments"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from bupo.errors import ConfigError
-from bupo.recipe import parse
+from bupo.train.build import check_recipe
 from bupo.train.critic import Critic, CriticDiverged
 from bupo.train.gae import clipped_value_loss, gae, outcome_rewards
 from bupo.train.trainer import BuPOTrainer
@@ -346,7 +346,7 @@ def test_wrong_settings(tmp_path, settings, part):
 
 
 def test_recipes():
-    recipe = parse({"model": "small", "dataset": "arithmetic", "estimator": "ppo", "critic_learning_rate": 1e-4})
+    recipe = check_recipe({"model": "small", "dataset": "arithmetic", "estimator": "ppo", "critic_learning_rate": 1e-4})
     found = recipe.trainer_settings(1)
     assert json.loads(json.dumps({k: found[k] for k in ("estimator", "critic_learning_rate", "gae_lambda")})) == {
         "estimator": "ppo",

@@ -8,9 +8,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from bupo.errors import ConfigError
-from bupo.recipe import parse
 from bupo.train import trainer as trainer_module
 from bupo.train.auto_layer import LayerChoice
+from bupo.train.build import check_recipe
 from bupo.train.layerwise import split_groups
 from bupo.train.trainer import BuPOTrainer, TrainingStopped
 from tests.support.tiny import tiny_model
@@ -180,9 +180,9 @@ def test_a_layer_found_by_analysis_that_is_frozen_stops(tmp_path, monkeypatch):
 
 def test_recipes():
     base = {"model": "small", "dataset": "arithmetic"}
-    recipe = parse({**base, "frozen_layers": 6, **SCALED})
+    recipe = check_recipe({**base, "frozen_layers": 6, **SCALED})
     assert {k: recipe.trainer_settings(1)[k] for k in ("frozen_layers", *SCALED)} == {"frozen_layers": 6, **SCALED}
     with pytest.raises(ConfigError, match="go together"):
-        parse({**base, "upper_learning_rate_scale": 0.1})
+        check_recipe({**base, "upper_learning_rate_scale": 0.1})
     with pytest.raises(ConfigError, match="leaves nothing of internal_layer 3"):
-        parse({**base, "frozen_layers": 3, "internal_layer": 3, "internal_steps": 2})
+        check_recipe({**base, "frozen_layers": 3, "internal_layer": 3, "internal_steps": 2})

@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bupo.errors import ConfigError
-from bupo.recipe import parse
 from bupo.train import lora, run
-from bupo.train.build import build
+from bupo.train.build import build, check_recipe
 from bupo.train.lora import keep_adapters_precise
 from tests.cli.test_cli_train import RECIPE
 
@@ -25,7 +24,7 @@ def recipe(tmp_path, tiny_folder):
     data = tmp_path / "sums.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)}) + "\n" for i in range(6)))
     wanted = {**RECIPE, "model": str(tiny_folder), "dataset": str(data), "rollouts": 2, "internal_steps": 1}
-    return lambda **changes: parse({**wanted, "lora": {"r": 2, "four_bit": True}, **changes})
+    return lambda **changes: check_recipe({**wanted, "lora": {"r": 2, "four_bit": True}, **changes})
 
 
 class Watch(TrainerCallback):
@@ -103,13 +102,14 @@ def test_without_bitsandbytes_one_line_says_what_to_do(tmp_path, recipe, monkeyp
 def test_split_weights_are_refused(recipe, monkeypatch, launcher):
     """Also where the launcher splits them, and the recipe says nothing of it."""
     monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: True)
-    alone = SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None, world_size=1)
-    assert lora.four_bit(recipe(), alone)["quantization_config"].load_in_4bit
+    four_bit = recipe()
+    alone = SimpleNamespace(deepspeed=None, fsdp=None, fsdp_config=None, world_size=1, bf16=False)
+    assert lora.load_in_4bit(four_bit, alone)["quantization_config"].load_in_4bit
     with pytest.raises(ConfigError, match="FSDP and DeepSpeed"):
-        lora.four_bit(recipe(), SimpleNamespace(**{**vars(alone), "fsdp": "full_shard"}))
+        lora.load_in_4bit(four_bit, SimpleNamespace(**{**vars(alone), "fsdp": "full_shard"}))
     monkeypatch.setenv(launcher, "true")
     with pytest.raises(ConfigError, match="FSDP and DeepSpeed"):
-        lora.four_bit(recipe(), alone)
+        lora.load_in_4bit(four_bit, alone)
 
 
 def test_only_adapters_over_packed_weights_are_widened():

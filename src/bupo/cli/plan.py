@@ -50,10 +50,10 @@ def plan(
 ) -> None:
     from bupo.errors import ConfigError
     from bupo.plan.devices import find_device
-    from bupo.recipe import parse, read_recipe
-    from bupo.schema import override
+    from bupo.recipe import override, read_recipe
+    from bupo.train.build import check_recipe
 
-    asked = parse(override(read_recipe(recipe), changes or []))
+    asked = check_recipe(override(read_recipe(recipe), changes or []))
     machine = find_device(device, flops, memory)
     if sharding is not None and processes == 1:
         raise ConfigError("--sharding needs --processes 2 or more")

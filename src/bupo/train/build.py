@@ -1,41 +1,177 @@
-"""From a recipe to a trainer: model, tokenizer, problems, reward and settings, checked before anything is written."""
+"""From a recipe to a trainer: settings, problems, model, tokenizer and reward, checked before anything is written."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PrinterCallback, ProgressCallback
 
 from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
-from bupo.errors import BupoError, ConfigError
+from bupo.errors import BupoError, ConfigError, describe, nearest
 from bupo.models.layout import context_length
 from bupo.models.load import load_model
-from bupo.recipe import Recipe
-from bupo.schema import nearest
+from bupo.recipe import Recipe, validate
 from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import check_trackers
-from bupo.train.lora import four_bit, lora_config
-from bupo.train.rewards import make_reward
+from bupo.train.lora import check_lora, load_in_4bit, lora_config
+from bupo.train.rewards import Reward, make_reward
 from bupo.train.trainer import BuPOTrainer
 
+# trainer settings that follow from keys of the recipe
+_OWNED_BY = {
+    "--output": "output_dir",
+    "rollouts": "max_steps num_train_epochs",
+    "micro_batch": "per_device_train_batch_size",
+    "updates_per_rollout and micro_batch": "gradient_accumulation_steps steps_per_generation",
+    "prompts_per_rollout": "generation_batch_size",
+    "samples_per_prompt": "num_generations",
+    "eval.samples": "per_device_eval_batch_size num_generations_eval",
+    "eval.every": "eval_strategy eval_steps",
+    "save_every": "save_strategy save_steps",
+    "keep_checkpoints": "save_total_limit",
+    "precision": "bf16 fp16",
+    "model, dtype and revision": "model_init_kwargs",
+    "--resume": "resume_from_checkpoint",
+    "template": "chat_template_kwargs",
+}
+_OWNED = {name: key for key, names in _OWNED_BY.items() for name in names.split()}
+_REMOVED = {
+    "internal_ladder": "write phases: [{layer: 6, rollouts: 30}, {layer: 12, rollouts: 10}]",
+    "internal_weight": "give the weight to a phase, as in phases: [{layer: 6, rollouts: 30, weight: 0.5}]",
+    "internal_rule": "internal_layer: auto takes the boundary layer",
+    "internal_temperature: auto": "give a number; 1.0 is the internal policy as the paper defines it",
+    "estimator: dapo": "set estimator: grpo and epsilon_high: 0.28",
+    "estimator: dr_grpo": "set estimator: grpo, loss_type: dr_grpo and scale_rewards: none",
+}
+_AT_THE_TOP = (
+    "learning_rate",
+    "temperature",
+    "gradient_checkpointing",
+)  # of a run's record, beside BuPO's own settings
+_TYPED_TOO_NARROWLY = ("fsdp",)  # transformers takes true, too
+_BATCH = ("prompts_per_rollout ", "samples_per_prompt ", "updates_per_rollout ", "micro_batch ")
+_ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_per_rollout": 1, "max_steps": 10**6}
 
-def build(
-    recipe: Recipe, folder: Path, say: Callable[[str], None] = print
-) -> tuple[BuPOTrainer, Any, Callable[..., list[float | None]]]:
+
+def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe:
+    """The recipe in a mapping with every default filled in, those of `BuPOConfig`'s own settings too.
+
+    Args:
+        processes: number of training processes. Default: the launcher's.
+
+    Raises:
+        ConfigError: with every problem found: unknown keys (with the nearest valid name), wrong types, values out of
+            range, and settings that do not fit together.
+    """
+    recipe, problems = validate(raw)
+    wrong = _trainer_problems(recipe)
+    problems += wrong.values()
+    values = recipe.model_dump()
+    for name in wrong:
+        (values["trl"] if name.startswith("trl.") else values).pop(name.removeprefix("trl."))
+    recipe = Recipe.model_validate(values)
+    try:
+        settings = recipe.trainer_settings(processes)
+    except ConfigError as error:
+        settings = {**recipe.trainer, **_ANY_BATCH}
+        problems += [] if any(problem.startswith(_BATCH) for problem in problems) else error.problems
+    try:
+        trainer_config(recipe, Path(), settings)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return _with_defaults(recipe)
+
+
+def _trainer_problems(recipe: Recipe) -> dict[str, str]:
+    """What is wrong with single settings of the trainer, by key (``trl.`` before those that stand there)."""
+    problems: dict[str, str] = {}
+    fields = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}
+    types, extras = get_type_hints(BuPOConfig), recipe.model_extra or {}
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    for key, value in {**extras, **{f"trl.{name}": value for name, value in recipe.trl.items()}}.items():
+        name = key.removeprefix("trl.")
+        removed = next((text for text in (name, f"{name}: {value}") if text in _REMOVED), None)
+        if removed is not None:
+            problems[key] = f"{removed} was removed; {_REMOVED[removed]}"
+        elif name in _OWNED or name in Recipe.model_fields:
+            problems[key] = f"{key} is set by the recipe's own key: {_OWNED.get(name, name)}"
+        elif name not in fields:
+            valid = fields - _OWNED.keys() | (set() if key != name else Recipe.model_fields.keys())
+            problems[key] = f"unknown key {key}{nearest(name, sorted(valid))}"
+        elif key != name and name in extras:
+            problems[key] = f"{name} is given twice, as a key of the recipe and under trl; keep one of them"
+        elif name == "remove_unused_columns" and value:
+            problems[key] = f"{key} would drop the column from which rewards are computed; leave it out"
+        elif name == "num_iterations" and not (type(value) is int and value >= 1):
+            problems[key] = f"{key} must be a whole number from 1, not {value!r}"
+        elif name not in _TYPED_TOO_NARROWLY:
+            try:
+                TypeAdapter(types[name], config=strict).validate_python(value)
+            except ValidationError as error:
+                problems[key] = describe(key, [{**item, "input": value} for item in error.errors()])
+    return problems
+
+
+def _with_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with BuPO's own settings and some of TRL's as keys, so that a record of it says what was trained."""
+    own = {
+        name
+        for cls in BuPOConfig.__mro__
+        if cls.__module__.startswith("bupo.")
+        for name in inspect.get_annotations(cls)
+    }
+    values, trl, shown = recipe.model_dump(), dict(recipe.trl), {}
+    for field in dataclasses.fields(BuPOConfig):
+        if field.name in (*_AT_THE_TOP, *(own - Recipe.model_fields.keys())):
+            shown[field.name] = values.pop(field.name, trl.pop(field.name, field.default))
+    if shown["internal_steps"] is None and not shown["phases"]:
+        shown["internal_steps"] = 0
+    return Recipe.model_validate({**values, **shown, "trl": trl})
+
+
+def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | None = None) -> BuPOConfig:
+    """The trainer's settings for a run in ``folder`` on this machine.
+
+    Args:
+        settings: replace ``recipe.trainer_settings()``.
+
+    Raises:
+        ConfigError: the settings do not fit together; `BuPOConfig` decides.
+    """
+    accelerator = torch.accelerator.is_available()
+    machine = {
+        "output_dir": str(folder / "checkpoints"),
+        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator),
+        "dataloader_pin_memory": accelerator,
+        "disable_tqdm": True,
+    }
+    try:
+        return BuPOConfig(**{**machine, **(recipe.trainer_settings() if settings is None else settings)})
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # TRL's and transformers' own checks
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> tuple[BuPOTrainer, Any, Reward]:
     """The trainer of a recipe, its tokenizer and its reward function, ready to train.
 
     Raises:
         InputError, ConfigError: the recipe does not fit the model, the data or this machine.
     """
     check_trackers(recipe.report_to)
-    settings = _settings(recipe, folder)
+    settings = trainer_config(recipe, folder)
     problems = _problems(recipe)
     model, tokenizer = load_model(
         recipe.model,
@@ -43,23 +179,23 @@ def build(
         device="cpu",  # the trainer places it
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
-        **(four_bit(recipe, settings) if recipe.lora is not None and recipe.lora.four_bit else {}),
+        **load_in_4bit(recipe, settings),
     )
     tokenizer.padding_side = "left"
-    room = context_length(model.config)
-    if room is not None and recipe.max_prompt_length + recipe.max_completion_length > room:
+    room, longest = context_length(model.config), recipe.max_prompt_length + recipe.max_completion_length
+    if room is not None and longest > room:
         raise ConfigError(
             f"max_prompt_length {recipe.max_prompt_length} + max_completion_length {recipe.max_completion_length} "
             f"exceed the model's context of {room} tokens; lower them"
         )
     rows, dropped = training_rows(problems, tokenizer, recipe.template, recipe.max_prompt_length)
     if dropped:
-        say(f"{dropped} of {len(problems)} prompts are longer than {recipe.max_prompt_length} tokens and left out")
+        say(f"left out {dropped} of {len(problems)} prompts, which have more than {recipe.max_prompt_length} tokens")
     held_out: list[dict[str, Any]] = []
     if recipe.eval is not None:
         more = load_problems(recipe.eval.dataset, split=recipe.eval.split, limit=recipe.eval.limit, seed=recipe.seed)
-        found, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length)
-        held_out = [{**row, "problem": row["problem"] + len(problems)} for row in found]
+        fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length)
+        held_out = [{**row, "problem": row["problem"] + len(problems)} for row in fitting]
         problems = [*problems, *more]
     reward = make_reward(recipe.reward, problems)
     try:
@@ -72,48 +208,25 @@ def build(
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
-    except BupoError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:  # TRL's and PEFT's own checks
-        raise ConfigError(_one_line(error)) from error
+        check_lora(trainer.model)
+    except BaseException as error:
+        reward.close()
+        if isinstance(error, BupoError) or not isinstance(error, (ValueError, TypeError, ImportError)):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error  # TRL's and PEFT's own checks
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer, tokenizer, reward
 
 
-def _settings(recipe: Recipe, folder: Path) -> BuPOConfig:
-    wanted = recipe.trainer_settings()
-    valid = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}
-    unknown = [f"unknown key trl.{name}{nearest(name, valid)}" for name in recipe.trl if name not in valid]
-    if unknown:
-        raise ConfigError(unknown)
-    accelerator = torch.accelerator.is_available()
-    here = {
-        "output_dir": str(folder / "checkpoints"),
-        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator),
-        "dataloader_pin_memory": accelerator,
-        "disable_tqdm": True,
-    }
-    try:
-        return BuPOConfig(**{**here, **wanted})
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:  # TRL's and transformers' own checks
-        raise ConfigError(_one_line(error)) from error
-
-
 def _problems(recipe: Recipe) -> list[Problem]:
-    """All of a file or hub dataset, or a random ``problems`` of them; of a generated task as many as asked for."""
+    """The whole dataset or a random part of it; as many problems as there are prompts for a generated task."""
     generated = recipe.dataset.startswith(("arithmetic", "reasoning_gym/")) and not Path(recipe.dataset).exists()
     if generated:
-        wanted = recipe.problems or recipe.rollouts * recipe.prompts_per_rollout
-        return load_problems(recipe.dataset, split=recipe.split, limit=wanted, seed=recipe.seed)
+        number = recipe.problems or recipe.rollouts * recipe.prompts_per_rollout
+        return load_problems(recipe.dataset, split=recipe.split, limit=number, seed=recipe.seed)
     problems = load_problems(recipe.dataset, split=recipe.split)
     if recipe.problems is None or recipe.problems >= len(problems):
         return problems
     chosen = sorted(random.Random(recipe.seed).sample(range(len(problems)), recipe.problems))
     return [problems[i] for i in chosen]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

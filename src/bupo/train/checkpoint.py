@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Sampler
 
 from bupo.errors import ConfigError, InputError
-from bupo.run_folder import RUN_FILE, write_json
+from bupo.run_folder import write_json
 from bupo.train.schedule import Schedule
 
 STATE_FILE = "bupo_state.json"
@@ -182,19 +182,6 @@ def _checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """Checkpoints in order of their number of updates, complete or not."""
     names = ((_NAME.fullmatch(path.name), path) for path in Path(folder).glob("checkpoint-*"))
     return sorted((int(name.group(1)), path) for name, path in names if name)
-
-
-def saved_recipe(folder: str | Path) -> dict[str, Any]:
-    """The resolved recipe of the run in ``folder``.
-
-    Raises:
-        InputError: the folder holds no run.
-    """
-    path = Path(folder) / RUN_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no training run to resume: {RUN_FILE} is missing or damaged") from error
 
 
 # -- exact resuming --------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""A whole training run from a recipe: data, model, trainer, log, checkpoints, the final model.
+"""A whole training run: recipe -> trainer -> final model -> summary.
 
-The output folder holds ``run.json`` (what was asked and with what), ``log.jsonl``, ``checkpoints/``, ``model/`` (the
-final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it), with ``flow_every`` the entropy flows in
-``flow/``, with ``inside_every`` the readings in ``inside/`` (`bupo.train.layer_drift`), and, for
-``internal_layer: auto``, the analysis it rests on in ``auto_layer.json``.
+The output folder holds ``run.json`` (command, recipe, versions, result), ``log.jsonl``, ``checkpoints/``, ``model/``
+(the final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it), with ``flow_every`` entropy flows in
+``flow/``, with ``inside_every`` measurements in ``inside/``, and for ``internal_layer: auto`` the analysis that chose
+the layer in ``auto_layer.json``.
 """
 
 from __future__ import annotations
@@ -12,27 +12,45 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bupo.errors import ConfigError, InputError, TrainingStopped
+from bupo.errors import ConfigError, InputError, TrainingStopped, out_of_memory
 from bupo.models.load import model_revision
 from bupo.recipe import Recipe
-from bupo.run_folder import RUN_FILE, claim, describe_run, write_json
+from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
-from bupo.train.checkpoint import last_checkpoint, read_state, rotate, saved_recipe
+from bupo.train.checkpoint import last_checkpoint, rotate
 from bupo.train.diagnostics import Draw, add_diagnostics
 from bupo.train.layer_drift import FOLDER as INSIDE
 from bupo.train.layer_drift import LayerDrift
-from bupo.train.lora import merged
-from bupo.train.rewards import AnswerReward
+from bupo.train.lora import merge_adapters
+from bupo.train.rewards import Reward
 from bupo.train.trainer import BuPOTrainer
 
 LOG_FILE = "log.jsonl"
 _FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every", "inside_every")  # of a resumed run
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run works with."""
+
+    recipe: Recipe
+    folder: Path
+    trainer: BuPOTrainer
+    tokenizer: Any
+    reward: Reward
+    checkpoint: Path | None  # to resume from
+    say: Say
+
+    @property
+    def main(self) -> bool:
+        return self.trainer.accelerator.is_main_process
 
 
 def train(
@@ -41,200 +59,212 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, and return a summary.
 
     Args:
-        resume: go on from the last complete checkpoint in ``output``.
-        overwrite: replace a run that ``output`` holds.
-        say: is given one line a rollout batch, and whatever else a person should know.
-        draw: draws the entropy flow that ``flow_every`` asks for, see `bupo.train.diagnostics`; without it only its
-            JSON is saved.
+        recipe: from `bupo.train.build.check_recipe`.
+        resume: continue from the last complete checkpoint in ``output``. A finished run is left as it is.
+        overwrite: replace the run in ``output``.
+        say: receives one line per rollout batch, and whatever else a person should know.
+        draw: draws the entropy flows that ``flow_every`` asks for; without it only their JSON is saved.
 
     Returns:
         ``{"output", "model" (None if interrupted), "interrupted", "rollouts", "updates", "seconds", "internal_layer",
-        "internal_temperature", "phase_end", "reward_first", "reward_last"}``; ``phase_end`` says when and why the
-        guard ended the internal phase (None if it did not); rewards are means over the first and the last tenth of the
-        rollout batches.
+        "internal_temperature", "phase_end", "reward_first", "reward_last"}``. ``phase_end`` says when and why the
+        guard ended the internal phase (None if it did not); the rewards are means over the first and the last tenth
+        of the rollout batches.
 
     Raises:
         InputError, ConfigError: anything a user can fix, before the first file is written.
-        TrainingStopped: not finite, out of memory, or no layer found; checkpoints stay.
+        TrainingStopped: a value was not finite, memory ran out, or no layer was found; checkpoints stay.
     """
     started = time.monotonic()
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other")
     folder = claim(output, overwrite=overwrite, resume=resume)
-    checkpoint = _checkpoint(folder, recipe) if resume else None
-    there = folder.is_dir()
-    reward: Any = None
+    checkpoint = _checkpoint_of(folder, recipe) if resume else None
+    finished = checkpoint is not None and _updates_of(checkpoint) >= recipe.updates(recipe.rollouts)
+    earlier = read_run(folder) if finished else {}
+    if "result" in earlier and (folder / "model").is_dir():
+        say(f"the run in {folder} is finished; nothing to do")
+        return earlier["result"]
+    run = _set_up(recipe, folder, checkpoint, say)
+    with closing(run.reward):
+        record = earlier if "result" in earlier else _record(run)
+        if run.main:
+            _tidy(run, overwrite)
+            write_json(folder / RUN_FILE, record)
+        stopped = _load_finished(run) if finished else _train(run, draw)
+        if not stopped:
+            save_final(run)
+        if "result" not in record:
+            record["result"] = _summary(run, stopped, started)
+            if run.main:
+                write_json(folder / RUN_FILE, record)
+    return record["result"]
+
+
+def _set_up(recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say) -> _Run:
+    """Load and check everything; if something is wrong, the folder is left as it was."""
+    existed = folder.is_dir()
     try:
         trainer, tokenizer, reward = build(recipe, folder, say)
         if recipe.inside_every:
-            readings = LayerDrift(recipe, trainer, tokenizer, folder, say)
-            trainer.on_rollout.append(readings)
-            trainer.add_callback(readings)
+            drift = LayerDrift(recipe, trainer, tokenizer, folder, say)
+            trainer.on_rollout.append(drift)
+            trainer.add_callback(drift)
     except BaseException:
-        if isinstance(reward, AnswerReward):
-            reward.close()
-        _remove_if_empty(folder / "checkpoints", folder if not there else None)
+        _remove_if_empty(folder / "checkpoints", folder if not existed else None)
         raise
-    try:
-        return _run(recipe, folder, trainer, tokenizer, checkpoint, overwrite, say, started, draw)
-    finally:
-        if isinstance(reward, AnswerReward):
-            reward.close()
+    return _Run(recipe, folder, trainer, tokenizer, reward, checkpoint, say)
 
 
-def _run(
-    recipe: Recipe,
-    folder: Path,
-    trainer: BuPOTrainer,
-    tokenizer: Any,
-    checkpoint: Path | None,
-    overwrite: bool,
-    say: Callable[[str], None],
-    started: float,
-    draw: Draw | None,
-) -> dict[str, Any]:
-    main = trainer.accelerator.is_main_process
-    run = describe_run(
+def _record(run: _Run) -> dict[str, Any]:
+    return describe_run(
         "train",
-        recipe.to_dict(),
-        seed=recipe.seed,
-        model_revision=model_revision(trainer.model),
-        resumed=bool(checkpoint),
+        run.recipe.model_dump(mode="json"),
+        seed=run.recipe.seed,
+        model_revision=model_revision(run.trainer.model),
+        resumed=run.checkpoint is not None,
     )
-    if main:
-        if overwrite:
-            _remove_old(folder)
-        _tidy(folder, recipe.keep_checkpoints if checkpoint else None)
-        write_json(folder / RUN_FILE, run)
-    log = LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts)
-    stop = StopOnSignal(trainer, say)
+
+
+def _load_finished(run: _Run) -> bool:
+    """Load what a run that was killed after its last checkpoint has trained; returns False, as it was not stopped."""
+    assert run.checkpoint is not None
+    run.trainer._load_from_checkpoint(str(run.checkpoint))
+    run.trainer.checkpointer.restore(run.checkpoint)
+    return False
+
+
+def _train(run: _Run, draw: Draw | None) -> bool:
+    """Run the updates; returns whether a signal stopped them."""
+    recipe, folder, trainer = run.recipe, run.folder, run.trainer
+    stop = StopOnSignal(trainer, run.say)
     trackers = bool(recipe.report_to)
-    add_diagnostics(trainer, folder, trackers=trackers, flow_every=recipe.flow_every, log=say, draw=draw)
-    trainer.add_callback(log)
+    add_diagnostics(trainer, folder, trackers=trackers, flow_every=recipe.flow_every, log=run.say, draw=draw)
+    trainer.add_callback(LogWriter(folder / LOG_FILE, trainer, show=run.say, rollouts=recipe.rollouts))
     trainer.add_callback(stop)
     try:
-        done = checkpoint is not None and _updates(checkpoint) >= trainer.args.max_steps
-        if done:
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.checkpointer.restore(str(checkpoint))
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error) is None:
+        memory = out_of_memory(error)
+        if memory is None:
             raise
-        raise TrainingStopped(_memory_advice(error, trainer, recipe)) from error
+        where = f"out of {memory} memory in {trainer.position()}"
+        raise TrainingStopped(f"{where}; {_memory_advice(trainer, recipe)}. Checkpoints stay") from error
     finally:
         stop.restore()
-        choice = getattr(trainer, "auto_layer", None)
-        if main and choice is not None and choice.analysis:
+        choice = trainer.auto_layer
+        if run.main and choice is not None and choice.analysis:
             write_json(folder / "auto_layer.json", choice.analysis)
-    model = None
-    if not stop.stopped:
-        model = save_final(trainer, tokenizer, folder)
-    summary = {
-        "output": str(folder),
-        "model": None if model is None else str(model),
-        "interrupted": stop.stopped,
-        "rollouts": trainer._step // trainer.args.generate_every if not done else recipe.rollouts,
-        "updates": _updates(checkpoint) if done and checkpoint else trainer.state.global_step,
+    return stop.stopped
+
+
+def _summary(run: _Run, stopped: bool, started: float) -> dict[str, Any]:
+    trainer = run.trainer
+    updates = trainer.state.global_step or _updates_of(run.checkpoint)
+    rewards = [row["reward"] for row in _rows(run.folder / LOG_FILE) if row.get("reward") is not None]
+    tenth = max(1, len(rewards) // 10)
+    first, last = (round(sum(part) / len(part), 4) if part else None for part in (rewards[:tenth], rewards[-tenth:]))
+    return {
+        "output": str(run.folder),
+        "model": None if stopped else str(run.folder / "model"),
+        "interrupted": stopped,
+        "rollouts": updates // run.recipe.updates(1),
+        "updates": updates,
         "seconds": round(time.monotonic() - started, 1),
         "internal_layer": next(iter(trainer.schedule.layers), None),
-        "internal_temperature": recipe.internal_temperature,
+        "internal_temperature": trainer.args.internal_temperature,
         "phase_end": trainer.phase_end,
-        **_rewards(folder / LOG_FILE),
+        "reward_first": first,
+        "reward_last": last,
     }
-    if main:
-        write_json(folder / RUN_FILE, {**run, "result": summary})
-    return summary
 
 
-# -- resuming, saving, ending ----------------------------------------------------------------------------------------
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _checkpoint(folder: Path, recipe: Recipe) -> Path:
-    """The checkpoint to resume from, after checking that the run was asked for the same."""
-    found = last_checkpoint(folder / "checkpoints")
-    if found is None:
+# -- resuming, saving, cleaning up -------------------------------------------------------------------------------------
+
+
+def _checkpoint_of(folder: Path, recipe: Recipe) -> Path:
+    """The checkpoint to resume from, after checking that the run had the same recipe."""
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
         raise InputError(
             f"there is no complete checkpoint in {folder / 'checkpoints'} to resume from; start without --resume"
         )
-    before = saved_recipe(folder)
-    now = json.loads(json.dumps(recipe.to_dict()))
+    before = read_run(folder)["config"]
     problems = [
         f"{name} was {before.get(name)!r} and is now {value!r}; a resumed run keeps its recipe"
-        for name, value in now.items()
+        for name, value in recipe.model_dump(mode="json").items()
         if before.get(name) != value and name not in _FREE_TO_CHANGE
     ]
     if problems:
         raise ConfigError(problems)
-    return found
+    return checkpoint
 
 
-def _updates(checkpoint: Path) -> int:
-    read_state(checkpoint)
-    return int(checkpoint.name.rsplit("-", 1)[1])
+def _updates_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint is not None else 0
 
 
-def save_final(trainer: BuPOTrainer, tokenizer: Any, folder: Path) -> Path:
-    """Write ``model/`` (and ``adapter/``) whole or not at all."""
-    wrapped = trainer.accelerator.unwrap_model(trainer.model)
-    adapters = hasattr(wrapped, "peft_config")
-    _save_whole(trainer, tokenizer, folder / ("adapter" if adapters else "model"))
-    if adapters and trainer.accelerator.is_main_process:
-        temporary = folder / ".model.partial"
+def save_final(run: _Run) -> None:
+    """Write ``model/`` (and ``adapter/``), each whole or not at all."""
+    model: Any = run.trainer.accelerator.unwrap_model(run.trainer.model)
+    adapters = hasattr(model, "peft_config")
+    _save_trained(run, run.folder / ("adapter" if adapters else "model"))
+    if adapters and run.main:
+        temporary = run.folder / ".model.partial"
         shutil.rmtree(temporary, ignore_errors=True)
-        merged(wrapped, folder / "adapter").save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        _replace(temporary, folder / "model")
-    trainer.accelerator.wait_for_everyone()
-    return folder / "model"
+        whole = merge_adapters(model, run.folder / "adapter", run.recipe, sharded=run.trainer.is_fsdp_enabled)
+        whole.save_pretrained(temporary)
+        run.tokenizer.save_pretrained(temporary)
+        _replace(temporary, run.folder / "model")
+    run.trainer.accelerator.wait_for_everyone()
 
 
-def _save_whole(trainer: BuPOTrainer, tokenizer: Any, target: Path) -> None:
-    temporary = target.parent / f".{target.name}.partial"
-    main = trainer.accelerator.is_main_process
-    if main:
+def _save_trained(run: _Run, target: Path) -> None:
+    """Save the parameters that were trained; every process calls this."""
+    trainer, temporary = run.trainer, target.parent / f".{target.name}.partial"
+    if run.main:
         shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_fsdp_enabled:  # whole, although checkpoints are sharded
-        whole = trainer.accelerator.get_state_dict(trainer.model)
-        if main:
-            trainer._save(str(temporary), state_dict=whole)
+        state = trainer.accelerator.get_state_dict(trainer.model)
+        if run.main:
+            trainer._save(str(temporary), state_dict=state)
     else:
         trainer.save_model(str(temporary))
-    if main:
-        tokenizer.save_pretrained(temporary)
+    if run.main:
+        run.tokenizer.save_pretrained(temporary)
         (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
         _replace(temporary, target)
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
+    shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
 
 
-def _remove_old(folder: Path) -> None:
-    for name in (RUN_FILE, LOG_FILE, "auto_layer.json"):  # without the first, what is left cannot be resumed
-        (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model", "adapter", "flow", INSIDE, "tensorboard"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "checkpoints").mkdir(parents=True)
-
-
-def _tidy(folder: Path, keep: int | None) -> None:
-    """Remove what a run killed before its time may have left: files half written, checkpoints not rotated."""
-    for name in (LOG_FILE, RUN_FILE, "auto_layer.json"):
-        for path in folder.glob(f".{name}.*"):
-            path.unlink(missing_ok=True)
-    if keep:
-        rotate(folder / "checkpoints", keep)
+def _tidy(run: _Run, overwrite: bool) -> None:
+    """Remove a run that is replaced, or what a killed run left: half-written files and checkpoints to rotate."""
+    files = (RUN_FILE, LOG_FILE, "auto_layer.json")  # without the first, what is left cannot be resumed
+    if overwrite:
+        for name in files:
+            (run.folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "model", "adapter", "flow", INSIDE, "tensorboard"):
+            shutil.rmtree(run.folder / name, ignore_errors=True)
+        (run.folder / "checkpoints").mkdir(parents=True)
+    for path in (path for name in files for path in run.folder.glob(f".{name}.*")):
+        path.unlink(missing_ok=True)
+    if run.checkpoint is not None and run.recipe.keep_checkpoints:
+        rotate(run.folder / "checkpoints", run.recipe.keep_checkpoints)
 
 
 def _remove_if_empty(*folders: Path | None) -> None:
@@ -243,36 +273,12 @@ def _remove_if_empty(*folders: Path | None) -> None:
             folder.rmdir()
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """``accelerator`` or ``host``: whose memory was exhausted; None if it was something else."""
-    text = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
-        return "accelerator"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "cannot allocate memory" in text:
-        return "host"
-    return None
-
-
-def _memory_advice(error: BaseException, trainer: BuPOTrainer, recipe: Recipe) -> str:
-    """What ran out, where, and what of this run's settings to change."""
-    advice = [f"max_completion_length ({recipe.max_completion_length})"]
-    if recipe.micro_batch > 1:
-        advice.insert(0, f"micro_batch ({recipe.micro_batch})")
+def _memory_advice(trainer: BuPOTrainer, recipe: Recipe) -> str:
+    """Which settings of this run to change so that it needs less memory."""
+    lower = [f"micro_batch ({recipe.micro_batch})"] if recipe.micro_batch > 1 else []
+    lower.append(f"max_completion_length ({recipe.max_completion_length})")
     if trainer.use_vllm and trainer.args.vllm_mode == "colocate":
-        advice.append(f"trl.vllm_gpu_memory_utilization ({trainer.args.vllm_gpu_memory_utilization})")
-    other = [] if recipe.gradient_checkpointing else ["set gradient_checkpointing to true"]
-    other += [] if recipe.lora is not None else ["use lora"]
-    parts = ", or ".join([f"lower {' or '.join(advice)}", *other])
-    return f"out of {out_of_memory(error)} memory in {trainer.position()}; {parts}. Checkpoints stay"
-
-
-def _rewards(path: Path) -> dict[str, float | None]:
-    rewards = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            value = json.loads(line).get("reward")
-            if value is not None:
-                rewards.append(value)
-    some = max(1, len(rewards) // 10)
-    means = [round(sum(part) / len(part), 4) if part else None for part in (rewards[:some], rewards[-some:])]
-    return {"reward_first": means[0], "reward_last": means[1]}
+        lower.append(f"vllm_gpu_memory_utilization ({trainer.args.vllm_gpu_memory_utilization})")
+    more = [] if trainer.args.gradient_checkpointing else ["set gradient_checkpointing to true"]
+    more += [] if recipe.lora is not None else ["use lora"]
+    return ", or ".join([f"lower {' or '.join(lower)}", *more])

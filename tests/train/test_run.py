@@ -1,0 +1,212 @@
+"""What a run does when something is wrong: rewards, memory, adapters that cannot be merged, runs that are finished."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bupo.data.problems import Problem
+from bupo.errors import ConfigError, InputError, out_of_memory
+from bupo.recipe import Recipe
+from bupo.train.rewards import AnswerReward, OwnReward, make_reward
+from bupo.train.run import _memory_advice
+from tests.cli.test_cli_train import finished, recipe, rows, run  # noqa: F401  (fixtures)
+from tests.support.tiny import tiny_model
+
+# -- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_reward_grades():
+    problems = [Problem("a", "1+1=", "2", "t"), Problem("b", "?", r"\frac{", "t"), Problem("c", "2+2=", "4", "t")]
+    logged = {}
+    reward = AnswerReward(problems)
+    try:
+        completions = [r"\boxed{2}", r"\boxed{3}", "no box", r"\boxed{4.0}"]
+        values = reward(completions=completions, problem=[0, 0, 2, 2], log_metric=logged.__setitem__)
+    finally:
+        reward.close()
+    assert values == [1.0, 0.0, 0.0, 1.0]
+    assert logged == {"grading/unparsable": 0.25, "grading/timeout": 0.0}
+
+
+def raising(completions, **columns):
+    raise KeyError("gold")
+
+
+RETURNED = [
+    (["1.0", "0.5"], "must return a finite number or None per response, but returned '1.0' for response 1"),
+    ([1.0, math.nan], "but returned nan for response 2 of its batch: 'second'"),
+    ([1.0, -math.inf], "but returned -inf for response 2 of its batch: 'second'"),
+    ([1.0, [2.0]], "but returned [2.0] for response 2"),
+    ([1.0], "returned 1 values for 2 responses"),
+    ("ab", "must return a list of numbers, one per response, not 'ab'"),
+    (None, "must return a list of numbers, one per response, not None"),
+    ({0: 1.0, 1: 2.0}, "must return a list of numbers"),
+]
+
+
+@pytest.mark.parametrize(("values", "part"), RETURNED, ids=[str(v) for v, _ in RETURNED])
+def test_wrong_rewards_name_function_response_and_value(values, part):
+    reward = OwnReward("mine:f", lambda **columns: values, [])
+    with pytest.raises(InputError) as error:
+        reward(completions=["first", "second"], problem=[])
+    assert str(error.value).startswith("reward mine:f ")
+    assert part in str(error.value)
+
+
+def test_rewards_may_be_any_numbers_or_none():
+    values = [None, True, 2, 0.5, torch.tensor(3.0)]
+    reward = OwnReward("mine:f", lambda **columns: values, [])
+    assert reward(completions=["x"] * 5, problem=[]) == [None, 1.0, 2.0, 0.5, 3.0]
+    assert OwnReward("mine:f", lambda **columns: torch.ones(2), [])(completions=["x"] * 2, problem=[]) == [1.0, 1.0]
+
+
+def test_a_reward_that_fails_is_one_line(capsys, tmp_path, recipe):  # noqa: F811
+    code, _, err = run(capsys, recipe(reward="tests.train.test_run:raising"), "--output", tmp_path / "run")
+    assert code == 2
+    assert err.splitlines()[-1] == "bupo: error: reward tests.train.test_run:raising failed with KeyError: 'gold'"
+
+
+def test_an_own_reward_lies_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/usr/lib"])
+    (tmp_path / "my_own_reward.py").write_text(
+        "def f(problems, **columns): return [p.answer for p in problems]\nN = 3\n"
+    )
+    reward = make_reward("my_own_reward:f", [Problem("a", "1+1=", 2.0, "t")])
+    assert (reward(completions=["x"], problem=[0]), reward.__name__) == ([2.0], "f")
+    for name, part in (("my_own_reward:g", "no attribute 'g'"), ("my_own_reward:N", "is not a function")):
+        with pytest.raises(ConfigError, match=part):
+            make_reward(name, [])
+    (tmp_path / "broken_reward.py").write_text("def f(:\n")
+    with pytest.raises(ConfigError, match=r"cannot be imported: SyntaxError: .*broken_reward.py, line 1"):
+        make_reward("broken_reward:f", [])
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "accelerator"),
+    (RuntimeError("CUDA error: out of memory"), "accelerator"),
+    (MemoryError(), "host"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "host"),
+    (OSError(12, "Cannot allocate memory"), "host"),
+    (RuntimeError("shapes do not fit"), None),
+    (ValueError("memory"), None),
+]
+
+
+@pytest.mark.parametrize(("error", "whose"), ERRORS, ids=[repr(e)[:40] for e, _ in ERRORS])
+def test_whose_memory_ran_out(error, whose):
+    assert out_of_memory(error) == whose
+
+
+def test_the_advice_names_what_this_run_can_change():
+    args = SimpleNamespace(vllm_mode="colocate", vllm_gpu_memory_utilization=0.3, gradient_checkpointing=False)
+    trainer = SimpleNamespace(use_vllm=True, args=args)
+    asked = {"model": "small", "dataset": "arithmetic"}
+    assert _memory_advice(trainer, Recipe(**asked, micro_batch=8)) == (
+        "lower micro_batch (8) or max_completion_length (7168) or vllm_gpu_memory_utilization (0.3), or set "
+        "gradient_checkpointing to true, or use lora"
+    )
+    trainer.use_vllm, args.gradient_checkpointing = False, True
+    advice = _memory_advice(trainer, Recipe(**asked, micro_batch=1, lora={}))
+    assert advice == "lower max_completion_length (7168)"
+
+
+def test_real_exhaustion_of_host_memory_is_one_line(capsys, tmp_path, recipe):  # noqa: F811
+    code, _, err = run(capsys, recipe(reward="tests.support.training:much_memory"), "--output", tmp_path / "run")
+    assert code == 2
+    assert [line for line in err.splitlines() if line.startswith("bupo: error: ")] == [
+        "bupo: error: out of host memory in update 1 (rollout batch 1, internal phase, layer 2); lower micro_batch (4) "
+        "or max_completion_length (6), or set gradient_checkpointing to true, or use lora. Checkpoints stay"
+    ]
+    assert "Traceback" not in err
+
+
+# -- runs that are finished ------------------------------------------------------------------------------------------
+
+
+def test_resuming_a_finished_run_keeps_its_record(capsys, finished):  # noqa: F811
+    before = (finished / "run.json").read_text()
+    for rewrite in (False, True):  # also where the model has to be written again
+        if rewrite:
+            shutil.rmtree(finished / "model")
+        code, out, _ = run(capsys, "--resume", "--output", finished, "--json")
+        assert code == 0
+        assert (finished / "run.json").read_text() == before
+        assert json.loads(out) == json.loads(before)["result"]
+        assert (finished / "model" / "model.safetensors").exists()
+        assert len(rows(finished)) == 4
+
+
+@pytest.mark.parametrize("end", [None, {"rollouts": 1, "action": "switch", "reason": "as scripted"}])
+def test_a_run_killed_before_its_summary_gets_it_from_the_checkpoint(capsys, finished, end):  # noqa: F811
+    """The layer that `auto` found, and the guard's decision."""
+    path = finished / "checkpoints" / "checkpoint-8" / "bupo_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "phase_end": end}))
+    record = json.loads((finished / "run.json").read_text())
+    record.pop("result")
+    (finished / "run.json").write_text(json.dumps(record))
+    code, out, _ = run(capsys, "--resume", "--output", finished, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert (summary["internal_layer"], summary["phase_end"], summary["rollouts"]) == (2, end, 4)
+    assert summary == json.loads((finished / "run.json").read_text())["result"]
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_on_tied_embeddings_are_refused(capsys, tmp_path, recipe, tiny_folder):  # noqa: F811
+    tied = tmp_path / "tied"
+    shutil.copytree(tiny_folder, tied)
+    tiny_model("qwen3", tie_word_embeddings=True, max_position_embeddings=512).save_pretrained(tied)
+    path = recipe(model=str(tied), lora={"r": 2, "target_modules": ["embed_tokens", "q_proj"]})
+    code, _, err = run(capsys, path, "--output", tmp_path / "run")
+    assert code == 2
+    assert "names an embedding that is tied to the unembedding" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target", [["embed_tokens", "q_proj"], "all-linear"], ids=str)
+def test_the_merged_model_is_base_plus_adapter(capsys, tmp_path, recipe, tiny_folder, target):  # noqa: F811
+    from peft import PeftModel
+
+    folder = tmp_path / "run"
+    path = recipe(lora={"r": 2, "target_modules": target}, rollouts=2, learning_rate=0.02)
+    code, _, err = run(capsys, path, "--output", folder)
+    assert code == 0, err
+    ids = torch.randint(3, 20, (2, 6))
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(folder / "model").eval()(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+        start = base(ids).logits
+        both = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
+    assert not torch.allclose(start, both, atol=1e-2)
+    torch.testing.assert_close(merged, both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_adapters_are_merged_in_two_processes(warm, tmp_path, recipe, tiny_folder, engine):  # noqa: F811
+    """Under FSDP2 a merge on the main process alone would wait for the others' shards for ever."""
+    folder = tmp_path / "run"
+    path = recipe(lora={"r": 2}, rollouts=1, internal_steps=1, micro_batch=2, precision="float32", learning_rate=0.1)
+    launched = {"job": "command", "engine": engine, "folder": str(tmp_path / "told"), "seconds": 60}
+    done = warm.call("distributed:launch", processes=2, arguments=[str(path), "--output", str(folder)], **launched)
+    assert done["codes"] == [0, 0], "\n".join(done["told"])
+    merged, start = load_file(folder / "model" / "model.safetensors"), load_file(tiny_folder / "model.safetensors")
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {name: w.shape for name, w in merged.items()} == {name: w.shape for name, w in start.items()}
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert b.abs().max() > 0
+    torch.testing.assert_close(merged[f"{name}.weight"], start[f"{name}.weight"] + 32 / 2 * b @ a)
