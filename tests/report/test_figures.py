@@ -70,7 +70,8 @@ def test_layer_choice_shows_both_lenses_the_boundary_and_the_knee():
     content = analysis(boundary=2, layer_choice=layer_choice(knee=3))
     agreement, divergence, entropies = analysis_figures.layer_choice(Analysis.parse(content)).axes
     curves = content["layer_choice"]["curves"]
-    assert list(line(agreement, "through the final norm").get_ydata()) == [100 * v for v in curves["norm"]["top1"]]
+    assert list(line(agreement, "same top token").get_ydata()) == [100 * v for v in curves["norm"]["top1"]]
+    assert list(line(agreement, "recovered information").get_ydata()) == [100 * v for v in curves["norm"]["recovered"]]
     assert list(line(divergence, "logit lens (Eq. 5)").get_ydata()) == curves["raw"]["kl"]
     assert list(line(entropies, "logit lens (Eq. 5)").get_ydata()) == curves["raw"]["entropy"]
     for axes in (agreement, divergence, entropies):

@@ -43,6 +43,7 @@ def layer_choice(layers: int = 6, knee: int | None = 3, **more) -> dict[str, Any
         lens: {"entropy": [f * v for v in kl], "kl": [v / f for v in kl], "top1": [r / f for r in rising]}
         for lens, f in (("raw", 1.5), ("norm", 1.0))
     }
+    curves["norm"]["recovered"] = rising
     criteria = [
         {"name": "boundary", "layer": None, "reason": "negative in every layer"},
         {"name": "knee", "layer": knee, "reason": "it turns there", "standard_error": 0.4 if knee else None},

@@ -115,18 +115,16 @@ def _layers(analyses: Sequence[tuple[str, Analysis]]) -> Conclusion:
 
 def _analysis(name: str, analysis: Analysis, key: str) -> dict[str, Any]:
     alts = {
-        "entropy_flow": f"Entropy of the layer, attention and FFN policies over the layers, for {name}",
-        "entropy_change": f"Entropy change within attention and FFN over the layers, for {name}; boundary layer: "
+        "entropy_flow": "Entropy of the layer, attention and FFN policies over the layers",
+        "entropy_change": "Entropy change within attention and FFN over the layers; boundary layer: "
         f"{analysis.boundary_layer or 'none'}",
-        "residual_cosine": f"Residual cosine of attention and FFN over the layers, for {name}",
+        "residual_cosine": "Residual cosine of attention and FFN over the layers",
+        "layer_choice": "Agreement with the model's output, divergence and entropy over the layers",
     }
     figures = {
-        kind: _figure(f"{key}-{kind.replace('_', '-')}", draw(analysis), alts[kind])
-        for kind, draw in analysis_figures.FIGURES.items()
+        kind: _figure(f"{key}-{kind.replace('_', '-')}", figure, f"{alts[kind]}, for {name}")
+        for kind, figure in analysis_figures.draw(analysis).items()
     }
-    if analysis.layer_choice is not None:
-        alt = f"Agreement with the model's output, divergence and entropy over the layers, for {name}"
-        figures["layer_choice"] = _figure(f"{key}-choice", analysis_figures.layer_choice(analysis), alt)
     return {"name": name, "it": analysis, "boundary": _boundary(analysis), "knee": _knee(analysis), "figures": figures}
 
 

@@ -97,7 +97,7 @@ class LayerChoice(_Part):
 
 
 class Analysis(ResultFile):
-    """``analysis.json``."""
+    """``analysis.json``; lists run over layers 1..L."""
 
     command = "bupo analyze"
     model: str = "model"
@@ -120,26 +120,21 @@ class Analysis(ResultFile):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for group, required in (("sites", ("attn_out", "ffn_out", "layer_out")), ("entropy_change", ("attn", "ffn"))):
-            for name in required:
-                if name not in getattr(self, group):
-                    raise ValueError(f"{group}.{name} is missing")
-        groups = ["sites", "entropy_change", "residual_cosine"]
-        for group in [*groups, "standard_errors", *(f"{name}_standard_errors" for name in groups[1:])]:
-            _check_lengths(group, list(getattr(self, group).values()), self.layers, "layers")
+        groups: dict[str, Any] = {name: getattr(self, name) for name in ("sites", "entropy_change", "residual_cosine")}
+        errors = {f"{name}_standard_errors": getattr(self, f"{name}_standard_errors") for name in list(groups)[1:]}
+        groups |= {"standard_errors": self.standard_errors, **errors}
+        required = ["sites.attn_out", "sites.ffn_out", "sites.layer_out", "entropy_change.attn", "entropy_change.ffn"]
         if self.layer_choice is not None:
-            for name, curves in self.layer_choice.curves.items():
-                _check_lengths(f"layer_choice.curves.{name}", list(curves.values()), self.layers, "layers")
-            for name in ("raw", "norm"):
-                for kind in ("entropy", "kl", "top1"):
-                    if kind not in self.layer_choice.curves.get(name, {}):
-                        raise ValueError(f"layer_choice.curves.{name}.{kind} is missing")
+            groups |= {f"layer_choice.curves.{name}": curves for name, curves in self.layer_choice.curves.items()}
+            lenses = [f"layer_choice.curves.{name}" for name in ("raw", "norm")]
+            required += [f"{lens}.{kind}" for lens in lenses for kind in ("entropy", "kl", "top1")]
+        for path in required:
+            group, _, name = path.rpartition(".")
+            if name not in groups.get(group, {}):
+                raise ValueError(f"{path} is missing")
+        for name, columns in groups.items():
+            _check_lengths(name, list(columns.values()), self.layers, "layers")
         return self
-
-    def series(self, group: str, name: str) -> tuple[Values, Values | None]:
-        """Values over layers 1..L and their standard errors, for instance of ``("entropy_change", "ffn")``."""
-        errors = self.standard_errors if group == "sites" else getattr(self, f"{group}_standard_errors")
-        return getattr(self, group)[name], errors.get(name)
 
 
 class ExploredSample(_Part):
