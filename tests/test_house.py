@@ -1,0 +1,228 @@
+"""The house rules: sizes, floors, no circles, where heavy imports may stand, one home per equation, a light start."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "bupo"
+FILES = sorted(SOURCE.rglob("*.py"))
+HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "matplotlib", "jinja2", "pyarrow")
+SOURCE_LINES, TEST_LINES, FILE_LINES, FUNCTION_LINES, PARAMETERS = 9_500, 7_500, 300, 60, 8
+# A file imports only from lower floors or from its own folder.
+FLOORS = {
+    "errors": 0, "run_folder": 0, "recipe": 0, "models": 1, "data": 1, "lens": 2, "train": 3, "evaluate": 3,
+    "report": 4, "plan": 4, "cli": 5,
+}  # fmt: skip
+# Longer functions, each with its reason.
+LONG_FUNCTIONS: dict[str, str] = {}
+# More parameters, each with its reason; the commands of cli/ are exempt.
+MANY_PARAMETERS: dict[str, str] = {}
+# Optional packages may be imported inside functions outside cli/.
+DELAYED = {
+    "vllm": "not installed by default",
+    "peft": "only for adapters",
+    "bitsandbytes": "only for 4-bit weights",
+    "triton": "only with CUDA",
+    "deepspeed": "only with ZeRO",
+    "reasoning_gym": "an optional task source",
+    "math_verify": "loads inside the grading process only",
+}
+# Files and folders that are still being rebuilt; empty at the end.
+NOT_YET = ("plan/", "evaluate/", "train/", "data/", "lens/", "recipe.py")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(SOURCE))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The syntax tree without the blocks that only type checkers read."""
+    module = ast.parse(path.read_text())
+    for node in ast.walk(module):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    return module
+
+
+def modules(node: ast.AST) -> Iterator[str]:
+    """Modules that one import statement names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        files = [one for one in names if own_file(one)]
+        yield from files
+        if len(files) < len(names):
+            yield node.module
+
+
+def own_file(module: str) -> Path | None:
+    """The package's file that is this module."""
+    if not module.startswith("bupo."):
+        return None
+    at = SOURCE.joinpath(*module.split(".")[1:])
+    return next((file for file in (at.with_suffix(".py"), at / "__init__.py") if file.is_file()), None)
+
+
+def imports(path: Path) -> set[str]:
+    return {module for node in ast.walk(tree(path)) for module in modules(node)}
+
+
+def own_imports(path: Path) -> set[Path]:
+    """Files of the package that a file imports."""
+    return {file for module in imports(path) if (file := own_file(module)) is not None} - {path}
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{name(path)}:{node.name}", node
+
+
+def check(violations: set[str]) -> None:
+    assert sorted(one for one in violations if not one.startswith(NOT_YET)) == []
+
+
+def circles(arrows: dict[str, set[str]]) -> set[str]:
+    """Names that can reach themselves."""
+
+    def reachable(start: str) -> set[str]:
+        seen, new = set(), set(arrows.get(start, ()))
+        while new:
+            seen |= new
+            new = {after for one in new for after in arrows.get(one, ())} - seen
+        return seen
+
+    return {one for one in arrows if one in reachable(one)}
+
+
+@pytest.mark.xfail(condition=bool(NOT_YET), reason="still being rebuilt", strict=False)
+def test_total_sizes():
+    lines = {folder: sum(len(f.read_text().splitlines()) for f in (ROOT / folder).rglob("*.py"))
+             for folder in ("src", "tests")}  # fmt: skip
+    assert lines["src"] <= SOURCE_LINES, lines
+    assert lines["tests"] <= TEST_LINES, lines
+
+
+def test_files_are_short():
+    check({name(f) for f in FILES if len(f.read_text().splitlines()) > FILE_LINES})
+
+
+def test_functions_are_short():
+    long = {key for f in FILES for key, node in functions(f) if (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES}
+    commands = {key for key in long if key.startswith("cli/")}
+    check(long - set(LONG_FUNCTIONS) - commands)
+    assert set(LONG_FUNCTIONS) <= long, "no longer long; remove it from the list"
+
+
+def test_functions_take_few_parameters():
+    many = set()
+    for f in FILES:
+        for key, node in functions(f):
+            a = node.args
+            if len({p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs)} - {"self", "cls"}) > PARAMETERS:
+                many.add(key)
+    check({key for key in many if not key.startswith("cli/")} - set(MANY_PARAMETERS))
+    assert set(MANY_PARAMETERS) <= many, "no longer many; remove it from the list"
+
+
+def test_nothing_imports_from_a_higher_floor():
+    assert {room(f) for f in FILES} - set(FLOORS) == {"__init__", "__main__"}
+    wrong = set()
+    for f in FILES:
+        for target in own_imports(f) if room(f) in FLOORS else ():
+            here, there = room(f), room(target)
+            same_floor = here != there and FLOORS[here] == FLOORS[there] > 0
+            if FLOORS[there] > FLOORS[here] or same_floor:
+                wrong.add(f"{name(f)} -> {name(target)}")
+    check(wrong)
+
+
+def test_there_are_no_circles():
+    inside = [f for f in FILES if room(f) in FLOORS]
+    files = {name(f): {name(t) for t in own_imports(f) if room(t) in FLOORS} for f in inside}
+    rooms: dict[str, set[str]] = {}
+    for f in inside:
+        rooms.setdefault(room(f), set()).update({room(t) for t in own_imports(f)} - {room(f)})
+    check(circles(files))
+    check(circles(rooms))
+
+
+def test_imports_are_delayed_in_the_commands_only():
+    nested = {
+        f"{name(f)}: {module}"
+        for f in FILES
+        if room(f) not in ("cli", "__init__")
+        for _, function in functions(f)
+        for node in ast.walk(function)
+        for module in modules(node)
+        if module.split(".")[0] not in DELAYED
+    }
+    check(nested)
+
+
+def test_who_never_imports_what():
+    never = {
+        "errors": HEAVY, "run_folder": HEAVY, "recipe": HEAVY, "models": ("trl",), "data": ("trl", "bupo.models"),
+        "lens": ("trl",), "report": ("torch", "transformers", "trl", "bupo.models", "bupo.lens", "bupo.train"),
+    }  # fmt: skip
+    check(
+        {
+            f"{name(f)}: {module}"
+            for f in FILES
+            for module in imports(f)
+            if any(module == one or module.startswith(one + ".") for one in never.get(room(f), ()))
+        }
+    )
+
+
+def test_only_the_trainer_touches_trl():
+    touching = {name(f) for f in FILES if any(m == "trl" or m.startswith("trl.") for m in imports(f))}
+    check(touching - {"train/trainer.py", "train/config.py"})
+
+
+def test_each_equation_has_one_home():
+    homes: dict[str, list[str]] = {}
+    for f in FILES:
+        first = (ast.get_docstring(tree(f)) or "").split("\n")[0]
+        for marked in re.findall(r"\[([^\]]*)\]", first):
+            for start, end in re.findall(r"Eq\. (\d+)(?:-(\d+))?", marked):
+                for number in range(int(start), int(end or start) + 1):
+                    homes.setdefault(f"Eq. {number}", []).append(name(f))
+    check({f"{equation}: {', '.join(files)}" for equation, files in homes.items() if len(files) > 1})
+    missing = {f"Eq. {number} has no home" for number in (5, 6, 7, 9, 10, 11, 12, 13) if f"Eq. {number}" not in homes}
+    check(missing)
+
+
+def test_nothing_names_a_machine():
+    places = re.compile(r"/(work|tmp/h|root|home)/")
+    suffixes = (".py", ".md", ".yaml", ".toml", ".j2", ".js", ".css")
+    files = [f for folder in ("src", "tests", "docs", "recipes") for f in (ROOT / folder).rglob("*")]
+    files = [f for f in files if f.suffix in suffixes and f != Path(__file__)]
+    assert [str(f) for f in files if places.search(f.read_text())] == []
+
+
+@pytest.mark.parametrize("command", ["", "analyze", "plan", "train", "eval", "compare", "report", "demo"])
+def test_help_loads_nothing_heavy(command):
+    program = (
+        "import sys; from bupo.cli import main; main(sys.argv[1:]); "
+        f"print('HEAVY', sorted(set(sys.modules) & set({HEAVY!r})))"
+    )
+    arguments = [sys.executable, "-c", program, *([command] if command else []), "--help"]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "HEAVY []" in run.stdout
+    assert "Usage" in run.stdout
