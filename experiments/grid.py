@@ -1,15 +1,15 @@
-"""Trains and evaluates the arms of a grid, seed by seed, and keeps what comes out as one line of JSON a run.
+"""Trains and evaluates the arms of a grid, seed by seed, and writes one line of JSON per run.
 
-Command: ``python -m experiments.grid experiments/grids/small.yaml`` (resumable: runs that have a line are left out)
+Run ``python -m experiments.grid experiments/grids/small.yaml``; runs that have a line already are skipped.
 
-A grid is a YAML mapping: ``recipe``; ``base``, changes to it that every arm shares; ``arms``, a name to further changes
-and, where not all are wanted, ``seeds``; ``seeds``; ``evaluate``, the options of `bupo eval`; ``order``, which arms run
-first. With ``inside_every`` among the changes a line also holds the readings over training. The arm ``start`` is the
-untrained model. Runs are ordered by seed, then by arm.
+A grid is a YAML mapping: ``recipe``; ``base``, the changes to it that all arms share; ``arms``, further changes per
+arm, and ``seeds`` where an arm does not run all of them; ``seeds``; ``evaluate``, the options of `bupo eval`;
+``order``, the arms to run first. The arm ``start`` is the untrained model. Runs are ordered by seed, then by arm.
 
-A line holds the arm, seed, changes, commit, seconds, when and why a guard ended the phase, the log's curves (a value a
-rollout batch), and for every task how many of the samples of each problem were right (one digit a problem), so that
-comparisons can be paired by problem. Weights are not kept (``--keep FOLDER`` does).
+A line contains the arm, seed, changes, commit and seconds; when and why a guard ended the phase; curves with one value
+per rollout batch; with ``inside_every`` among the changes, the measurements inside the model; and per task, the number
+of correct samples per problem, so that comparisons can be paired by problem. Weights are discarded unless
+``--keep FOLDER`` is passed.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", 
 
 
 def runs(grid: dict[str, Any]) -> list[tuple[str, int]]:
-    """(arm, seed) in the order they are made."""
+    """The (arm, seed) pairs in the order in which they run."""
     arms = grid["arms"]
     names = [*grid.get("order", []), *(name for name in arms if name not in grid.get("order", []))]
     seeds = {name: (arms[name] or {}).get("seeds", grid["seeds"]) for name in names}
-    every = sorted({seed for found in seeds.values() for seed in found}, key=lambda s: (s not in grid["seeds"], s))
-    return [(name, seed) for seed in every for name in names if seed in seeds[name]]
+    ordered = sorted({seed for own in seeds.values() for seed in own}, key=lambda s: (s not in grid["seeds"], s))
+    return [(name, seed) for seed in ordered for name in names if seed in seeds[name]]
 
 
 def changes(grid: dict[str, Any], arm: str) -> dict[str, Any]:
@@ -51,26 +51,26 @@ def changes(grid: dict[str, Any], arm: str) -> dict[str, Any]:
 
 
 def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path | None) -> None:
-    """Train (unless it is the start) and evaluate; writes ``row.json`` into ``folder``."""
+    """Train (except for the arm ``start``) and evaluate; writes ``row.json`` into ``folder``."""
     started = time.monotonic()
-    given = changes(grid, arm)
-    row: dict[str, Any] = {"arm": arm, "seed": seed, "changes": given, "commit": _commit()}
+    settings = changes(grid, arm)
+    row: dict[str, Any] = {"arm": arm, "seed": seed, "changes": settings, "commit": _commit()}
     model = yaml.safe_load((REPOSITORY / grid["recipe"]).read_text())["model"]
     if arm != "start":
         out = folder / "train"
-        settings = {**given, "seed": seed, "save_every": 10_000, "keep_checkpoints": 2}
-        flags = [part for key, value in settings.items() for part in ("--set", f"{key}={_yaml(value)}")]
+        options = {**settings, "seed": seed, "save_every": 10_000, "keep_checkpoints": 2}
+        flags = [part for key, value in options.items() for part in ("--set", f"{key}={_yaml(value)}")]
         _bupo("train", REPOSITORY / grid["recipe"], "--output", out, *flags, "--json")
         result = json.loads((out / "run.json").read_text())["result"]
         row |= {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
         row["curves"] = _curves(out / "log.jsonl")
-        if given.get("inside_every"):
+        if settings.get("inside_every"):
             row["inside"] = [_rounded(read_json(path)) for path in sorted((out / "inside").glob("after-*.json"))]
         model = str(out / "model")
     row["train_seconds"] = round(time.monotonic() - started, 1)
     options = [part for key, value in grid["evaluate"].items() for part in (f"--{key}", str(value))]
     _bupo("eval", "--model", model, "--seed", "0", "--output", folder / "eval", *options)
-    found = json.loads((folder / "eval" / "results.json").read_text())["tasks"]
+    tasks = json.loads((folder / "eval" / "results.json").read_text())["tasks"]
     row["tasks"] = {
         name: {
             "samples": task["n_samples"],
@@ -80,7 +80,7 @@ def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path 
             "truncation_rate": round(task["truncation_rate"], 4),
             "unparsable_rate": round(task["unparsable_rate"], 4),
         }
-        for name, task in found.items()
+        for name, task in tasks.items()
     }
     if keep is not None and arm != "start":
         shutil.copytree(folder / "train" / "model", keep / f"{arm}-{seed}", dirs_exist_ok=True)
@@ -99,7 +99,7 @@ def _curves(log: Path) -> dict[str, list[float | None]]:
 
 
 def _rounded(reading: dict[str, Any]) -> dict[str, Any]:
-    """What the figures need of one reading, with four decimals."""
+    """The parts of one measurement that the figures use, with four decimals."""
 
     def short(value: Any) -> Any:
         if isinstance(value, dict):
@@ -128,9 +128,9 @@ def _commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
-    parser.add_argument("--out", type=Path, help="lines of JSON (default: experiments/results/NAME.jsonl)")
-    parser.add_argument("--only", help="arms, by commas")
-    parser.add_argument("--seeds", help="seeds, by commas")
+    parser.add_argument("--out", type=Path, help="file of JSON lines (default: experiments/results/NAME.jsonl)")
+    parser.add_argument("--only", help="comma-separated arms to run")
+    parser.add_argument("--seeds", help="comma-separated seeds to run")
     parser.add_argument("--keep", type=Path, help="folder for the trained models")
     args = parser.parse_args()
     grid = yaml.safe_load(args.grid.read_text())
@@ -139,16 +139,16 @@ def main() -> None:
     done = set()
     if out.exists():
         done = {(row["arm"], row["seed"]) for row in map(json.loads, out.read_text().splitlines())}
-    wanted = [run for run in runs(grid) if run not in done]
+    pending = [run for run in runs(grid) if run not in done]
     if args.only:
-        wanted = [run for run in wanted if run[0] in args.only.split(",")]
+        pending = [run for run in pending if run[0] in args.only.split(",")]
     if args.seeds:
-        wanted = [run for run in wanted if str(run[1]) in args.seeds.split(",")]
+        pending = [run for run in pending if str(run[1]) in args.seeds.split(",")]
     import bupo.evaluate.run
     import bupo.train.run  # noqa: F401  (once, before forking)
 
     context = multiprocessing.get_context("fork")
-    for number, (arm, seed) in enumerate(wanted, start=1):
+    for number, (arm, seed) in enumerate(pending, start=1):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             log = folder / "log"
@@ -164,7 +164,7 @@ def main() -> None:
         averages = {name: f"{task['avg']:.1%}" for name, task in row["tasks"].items()}
         ended = row.get("phase_end")
         print(
-            f"{number}/{len(wanted)} {arm}, seed {seed}: {averages} in {row['seconds']:.0f} s", ended or "", flush=True
+            f"{number}/{len(pending)} {arm}, seed {seed}: {averages} in {row['seconds']:.0f} s", ended or "", flush=True
         )
 
 

@@ -1,20 +1,20 @@
-"""The small model pretrained in Qwen3 and in Llama style, tied and untied, and what its layers' entropies look like.
+"""Pretrains the small model in Qwen3 and Llama style, tied and untied, and compares the entropies of its layers.
 
-Command: ``python -m experiments.styles`` (resumable: models that have a line are left out; about five minutes a model
-on one core), lines in ``experiments/results/styles.jsonl`` and their summary in ``styles.json``.
+Run ``python -m experiments.styles`` (models that have a line already are skipped; about five minutes per model on one
+core). It writes one line per model to ``experiments/results/styles.jsonl`` and a summary to ``styles.json``.
 
-All models see the same texts in the same order for a seed (`experiments/pretrain_small.py`), have the same width, depth
-and number of updates, and differ in architecture (``qwen3`` norms queries and keys, ``llama`` does not), in whether the
-unembedding is the embedding (``tied``), and in the data (``worked``: 65 % of longer problems show their working;
-``bare``: none does; ``longer``: ``worked``, on 4.3 times as many texts, about 25 minutes a model and so with seed 0
-alone: the settings of the model that ships with bupo, which stands for its cell). Read with
-`bupo.lens.analyze.analyze_rollouts` on the model's own responses to the same held-out problems, raw (Eq. 5-13 of arXiv
-2512.19673), and with the final norm by layer (`bupo.lens.agreement`).
+For a seed, all models see the same texts in the same order (`experiments.pretrain_small`) and have the same width,
+depth and number of updates. They differ in architecture (``qwen3`` normalises queries and keys, ``llama`` does not), in
+whether the unembedding is the embedding (``tied``), and in the data. ``worked``: 65 % of longer problems show their
+working; ``bare``: none does; ``longer``: ``worked`` with 4.3 times as many texts, about 25 minutes per model and
+therefore with seed 0 only (these are the settings of the shipped model, which takes that place). Every model is
+analysed on its own responses to the same held-out problems, raw (Eq. 5-13 of arXiv 2512.19673) and through the final
+norm.
 
-How abrupt a model is: *late share*, the part of the fall of the layer policy's entropy from layer 1 to L that its last
-quarter of layers makes. A model that sharpens evenly has about 0.25; one that decides at the end about 1. And *last
-step*, the FFN entropy change of layer L - 1 minus that of layer L, in nats: this measure was chosen after seeds 0 and 1
-had been seen, and so is tested by the later ones alone.
+Two measures tell how abruptly a model decides. *Late share*: the part of the fall of the layer policy's entropy from
+layer 1 to L that happens in the last quarter of layers, about 0.25 for a model that sharpens evenly and 1 for one that
+decides at the end. *Last step*: the FFN entropy change of layer L - 1 minus that of layer L, in nats. The latter was
+chosen after seeds 0 and 1 had been seen, and is therefore tested on later seeds only.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ DATA: dict[str, dict[str, Any]] = {
     "bare": {"left_out": 1.0, "updates": 600, "batch": 32},
     "longer": {"left_out": 0.35, "updates": 1300, "batch": 64},
 }
-# all four architectures on the worked data; the other data for both architectures, untied
+# four architectures on the worked data; the other data for both architectures, untied only
 CELLS = [(a, t, "worked") for t, a in itertools.product((False, True), ARCHITECTURES)]
 CELLS += [(a, False, data) for data in ("bare", "longer") for a in ARCHITECTURES]
 KEPT = ("layers", "tokens", "samples", "boundary_layer", "boundary_reason", "sites", "entropy_change", "final_entropy")
 
 
 def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
-    """Pretrain, sample, read."""
+    """Pretrain a model, sample from it and analyse it."""
     settings = {"arch": arch, "tied": tied, "seed": seed, **DATA[data]}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -64,7 +64,7 @@ def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
             "-m", "bupo", "analyze", "--model", model, "--dataset", "arithmetic", "--split", "test",
             "--limit", PROBLEMS, "--max-new-tokens", 40, "--output", out, "--json",
         )  # fmt: skip
-        found = json.loads((out / "analysis.json").read_text())
+        analysis = json.loads((out / "analysis.json").read_text())
     return {
         "arch": arch,
         "tied": tied,
@@ -74,9 +74,9 @@ def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
         "parameters": trained["parameters"],
         "solved": trained["test_solved"],
         "loss": trained["history"][-1]["loss"],
-        **{name: found[name] for name in KEPT},
+        **{name: analysis[name] for name in KEPT},
         "curves": {
-            reading: {name: found["layer_choice"]["curves"][reading][name] for name in ("entropy", "kl")}
+            reading: {name: analysis["layer_choice"]["curves"][reading][name] for name in ("entropy", "kl")}
             for reading in ("raw", "norm")
         },
         "seconds": round(time.monotonic() - started),
@@ -84,9 +84,9 @@ def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    """Options of `experiments/pretrain_small.py`: a switch for what is true, nothing for what is false."""
-    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not False}
-    return [part for name, value in given.items() for part in ((name,) if value is True else (name, str(value)))]
+    """Options of `experiments.pretrain_small`: a switch for a value that is true, nothing for one that is false."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not False}
+    return [part for name, value in options.items() for part in ((name,) if value is True else (name, str(value)))]
 
 
 def _run(*arguments: Any) -> None:
@@ -95,11 +95,8 @@ def _run(*arguments: Any) -> None:
         raise SystemExit(f"{' '.join(map(str, arguments))}: exit code {done.returncode}\n{done.stderr[-2000:]}")
 
 
-# -- what they show ----------------------------------------------------------------------------------------------------
-
-
 def measures(row: dict[str, Any]) -> dict[str, float]:
-    """Scalars of one model: how late its layer policies' entropy falls, and what its FFNs do to it."""
+    """Scalars of one model: how late the entropy of its layer policies falls, and how its FFNs change it."""
     late = max(1, row["layers"] // 4)
     found = {}
     for name, curve in (("raw", row["sites"]["layer_out"]), ("norm", row["curves"]["norm"]["entropy"])):
@@ -116,12 +113,14 @@ def measures(row: dict[str, Any]) -> dict[str, float]:
 
 
 def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, Any], since: int = 0) -> dict[str, Any]:
-    """Differences of every measure, ``one`` minus ``other``, paired by seed (and by tying, where both
-    have tied and untied models), with Student's 95 % interval."""
+    """Differences of all measures, ``one`` minus ``other``, with Student's 95 % interval.
 
-    def cell(wanted: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, float]]:
-        mine = [r for r in rows if all(r[k] == v for k, v in wanted.items()) and r["seed"] >= since]
-        return {tuple(r[k] for k in ("seed", "tied") if k not in wanted): measures(r) for r in mine}
+    They are paired by seed, and by tying where both have tied and untied models.
+    """
+
+    def cell(filters: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, float]]:
+        mine = [r for r in rows if all(r[k] == v for k, v in filters.items()) and r["seed"] >= since]
+        return {tuple(r[k] for k in ("seed", "tied") if k not in filters): measures(r) for r in mine}
 
     first, second = cell(one), cell(other)
     seeds = sorted(first.keys() & second.keys())
@@ -136,7 +135,7 @@ def contrast(rows: list[dict[str, Any]], one: dict[str, Any], other: dict[str, A
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Measures of every cell, and the contrasts that tell architecture, tying and data apart."""
+    """The measures of every cell, and the contrasts between architectures, tying and data."""
     cells = []
     for arch, tied, data in CELLS:
         mine = [r for r in rows if (r["arch"], r["tied"], r["data"]) == (arch, tied, data)]
@@ -196,23 +195,23 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--data", choices=DATA, help="only the models of these data")
+    parser.add_argument("--data", choices=DATA, help="run only the models of these data")
     parser.add_argument("--out", type=Path, default=RESULTS / "styles.jsonl")
-    parser.add_argument("--untied", action="store_true", help="only untied models")
-    parser.add_argument("--summary", action="store_true", help="only write styles.json from the lines that are there")
+    parser.add_argument("--untied", action="store_true", help="run only untied models")
+    parser.add_argument("--summary", action="store_true", help="only write styles.json from the existing lines")
     args = parser.parse_args()
     rows = read_lines(args.out) if args.out.exists() else []
     if not args.summary:
         done = {(r["arch"], r["tied"], r["data"], r["seed"]) for r in rows}
-        wanted = [(*cell, int(seed)) for seed in args.seeds.split(",") for cell in CELLS]
-        wanted = [run for run in wanted if run not in done and args.data in (None, run[2])]
-        wanted = [run for run in wanted if (run[2] != "longer" or run[3] == 0) and not (args.untied and run[1])]
-        for number, run in enumerate(wanted, start=1):
+        pending = [(*cell, int(seed)) for seed in args.seeds.split(",") for cell in CELLS]
+        pending = [run for run in pending if run not in done and args.data in (None, run[2])]
+        pending = [run for run in pending if (run[2] != "longer" or run[3] == 0) and not (args.untied and run[1])]
+        for number, run in enumerate(pending, start=1):
             row = one(*run)
             rows.append(row)
             with args.out.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row, separators=(",", ":")) + "\n")
-            print(f"{number}/{len(wanted)} {run}: {measures(row)} in {row['seconds']} s", flush=True)
+            print(f"{number}/{len(pending)} {run}: {measures(row)} in {row['seconds']} s", flush=True)
     write_json(args.out.with_suffix(".json"), summarise(rows))
 
 

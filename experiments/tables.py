@@ -1,14 +1,13 @@
-"""Tables of README.md and docs/evidence.md, written into them from the result files.
+"""Writes the tables of README.md and the docs from the result files.
 
-Command: ``make figures``, or after `experiments/summary.py` ``python -m experiments.tables``; ``--check`` only says
-whether a page differs from the files, with exit code 1 where one does.
+Run ``make figures``, or ``python -m experiments.tables`` after `experiments.summary`. With ``--check`` nothing is
+written, and the exit code is 1 if a page differs from the result files.
 
-A page marks the place of a table with ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``; NAME is one of
-`experiments/summary.py`, METRIC ``avg`` or ``pass``. ``<!-- table styles -->`` is that of `experiments/styles.py`,
-``<!-- table styles cells -->`` its models,
-``<!-- table inside -->`` the readings of `experiments/grids/inside.yaml`,
-``<!-- table seeds NAME TASK -->`` every seed's Avg@K, ``<!-- table cost NAME -->`` how many runs a table rests
-on and their time.
+A table stands between ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``. NAME is a table of
+`experiments.summary`, METRIC is ``avg`` or ``pass``. Other tables: ``<!-- table styles -->`` (the contrasts of
+`experiments.styles`), ``<!-- table styles cells -->`` (its models), ``<!-- table inside -->`` (the measurements of
+`experiments/grids/inside.yaml`), ``<!-- table seeds NAME TASK -->`` (Avg@K per seed), ``<!-- table cost NAME -->`` (the
+number of runs of a table and their time).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.summary import TABLES
+from experiments.summary import TABLES, read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -54,20 +53,20 @@ MARK = re.compile(r"(<!-- table (?P<what>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
 def markdown(what: str) -> str:
-    """One table.
+    """Render one table.
 
     Raises:
-        FileNotFoundError: its results are not there, or not all of the baseline's.
+        FileNotFoundError: its results do not exist, or its baseline has not run with all seeds.
     """
     name, *rest = what.split()
     if name == "cost":
         return _cost(*rest)
     if name == "seeds":
         return _seeds(*rest)
-    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name in OTHERS:
-        return _cells(found) if rest else OTHERS[name](found)
-    return _comparison(name, found, *rest)
+        return _cells(result) if rest else OTHERS[name](result)
+    return _comparison(name, result, *rest)
 
 
 def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
@@ -91,7 +90,7 @@ def _span(ends: list[float] | None) -> str:
 
 
 def _few(mean: float, each: list[float], ends: list[float] | None) -> str:
-    """A mean with its interval over seeds; two seeds' own values, whose interval would say nothing."""
+    """A mean with its interval over seeds; for two seeds their values, because their interval would be meaningless."""
     if len(each) < 3 or ends is None:
         return ", ".join(f"{value:+.2f}" for value in each)
     return f"{mean:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]"
@@ -115,7 +114,7 @@ def _styles(found: dict[str, Any]) -> str:
 
 
 def _cells(found: dict[str, Any]) -> str:
-    """A row a kind of model, with every seed's value."""
+    """One row per kind of model, with the value of each seed."""
     rows = [
         "| model | solved, % | late share, raw | late share, final norm | boundary layer |",
         "| --- |" + " --- |" * 4,
@@ -146,7 +145,7 @@ def _inside(found: dict[str, Any]) -> str:
 
 
 def _seeds(name: str, task: str) -> str:
-    """Avg@K of every arm with every seed."""
+    """Avg@K per arm and seed."""
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     table = next(t for m, t in found["tasks"][task].items() if m.startswith("avg"))
     seeds = sorted({seed for arm in table["arms"].values() for seed in arm["each"]}, key=int)
@@ -159,23 +158,20 @@ def _seeds(name: str, task: str) -> str:
 
 
 def _cost(name: str) -> str:
-    """How many runs a table rests on, and how long one took, from its lines."""
-    wanted = TABLES.get(name, {"rows": f"{name}.jsonl"})
-    lines = [json.loads(line) for line in (RESULTS / wanted["rows"]).read_text(encoding="utf-8").splitlines()]
-    mine = (
-        [r for r in lines if r.get("arm") in wanted["arms"] and r["seed"] < wanted["seeds"]]
-        if "arms" in wanted
-        else lines
-    )
-    middle = statistics.median(row["seconds"] for row in mine) / 60
-    return f"{len(mine)} runs of about {middle:.0f} minutes on one core (median)."
+    """The number of runs behind a table and their median time, from its lines."""
+    settings = TABLES.get(name, {"rows": f"{name}.jsonl"})
+    lines = read_lines(RESULTS / settings["rows"])
+    if "arms" in settings:
+        lines = [r for r in lines if r.get("arm") in settings["arms"] and r["seed"] < settings["seeds"]]
+    middle = statistics.median(row["seconds"] for row in lines) / 60
+    return f"{len(lines)} runs of about {middle:.0f} minutes on one core (median)."
 
 
 OTHERS = {"styles": _styles, "inside": _inside}
 
 
 def render(text: str) -> str:
-    """A page with its tables made anew; a table without results says so."""
+    """Render all tables of a page; a table without results becomes a note."""
 
     def one(found: re.Match[str]) -> str:
         try:
@@ -189,7 +185,7 @@ def render(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with code 1 if a page differs")
     args = parser.parse_args()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Check every family of the zoo and write ``docs/architectures.md`` and ``experiments/results/architectures.json``.
+"""Checks all families of the zoo; writes ``docs/architectures.md`` and ``experiments/results/architectures.json``.
 
     python -m experiments.verify_architectures [NAME ...] [--no-write]
 
 Builds a tiny random model of each family (four layers, width 32, no download), and compares its internal policies with
-an independent reading: the model's own code after the final norm, applied to states caught by hooks in an ordinary
-forward. Exits 1 if a family does not behave as the tests expect. About a minute on one core.
+an independent reference: the model's own code after the final norm, applied to states that hooks recorded in an
+ordinary forward. Exits with code 1 if a family does not behave as the tests expect. About a minute on one core.
 """
 
 from __future__ import annotations
@@ -15,79 +15,80 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from bupo import analyze_rollouts, internal_policy
+from bupo.errors import InputError
+from bupo.models.layout import find_layout
+from bupo.models.residual import find_residual_writes
+from bupo.run_folder import write_json, write_text
+from tests.support.tiny import tokens
+from tests.support.zoo import BY_NAME, ZOO, zoo_model
+from tests.support.zoo_checks import Rollout, generated, greedy, read_all
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python -m experiments.verify_architectures"
 PAGE = """# Architectures
 
 This page is written by `{command}` ({transformers}, {torch}); do not edit it. It lists {count} layouts of {families}
-families, each built as a tiny random model in float32 and checked: **{whole} can be read whole** (states of layers,
-attention and FFN), {layer_only} by layer only, {unreadable} not at all.
+families, each built as a tiny random model in float32 and checked: **{whole} are supported fully** (states of layers,
+attention and FFN), {layer_only} for layers only, {unreadable} not at all.
 
-What counts as A and F is *what a layer adds to the residual stream*, after post-norms and multipliers. No names are
-trusted: on a short probe batch bupo records what every submodule returns and solves `H^l - H^(l-1) = a A + b F` in
+A and F are *what a layer adds to the residual stream*, after post-norms and multipliers. Submodule names are not
+trusted: on a short probe batch, bupo records the output of every submodule and solves `H^l - H^(l-1) = a A + b F` in
 float64. *Identity* is the largest deviation over all layers, relative to the size of the terms, element by element
-(float32 rounds at 6e-8; up to 1e-5 is allowed, 2e-2 in bfloat16). *Reading* is the largest relative deviation of an
-internal policy's logits, over every layer and component, from the model's own head applied to states caught by hooks in
-an ordinary forward. *Decoding* says whether `generate()` with a cache, inside the context, equals decoding without one.
-Logit scale, soft-capping and a bias of the unembedding are applied as the model itself does, checked against its
-logits.
+(float32 rounds at 6e-8; up to 1e-5 is allowed, 2e-2 in bfloat16). *Policies* is the largest relative deviation of an
+internal policy's logits, over all layers and components, from the model's own head applied to states that hooks
+recorded in an ordinary forward. *Decoding* tells whether `generate()` with a cache, inside the context, equals decoding
+without a cache. Logit scale, soft-capping and a bias of the unembedding are applied as the model itself applies them,
+checked against its logits.
 
-Layers with a single contribution (Mamba, Nemotron-H) have no A and F: component `layer` works there, `attn` and
-`ffn` and `bupo analyze` are refused. Post-norm layers that change the stream itself (MiniMax, RWKV's first) likewise.
+Layers with a single contribution (Mamba, Nemotron-H) have no A and F: component `layer` works, but `attn`, `ffn` and
+`bupo analyze` are refused. The same holds for post-norm layers that change the stream itself (MiniMax, RWKV's first).
 
-| layout | class | A | F | identity | reading | logits | decoding | status |
+| layout | class | A | F | identity | policies | logits | decoding | status |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
 ## Around the decoder
 
-Tested in `tests/test_wrapped_models.py`:
+Tested in `tests/models/test_wrapped_models.py`:
 
 - **Multimodal models** (`AutoModelForImageTextToText`: Gemma-3, LLaVA, Mistral-3, PaliGemma, Qwen2-VL): the language
   decoder is read on text. Llama-3.2-Vision is refused, because text alone skips its cross-attention layers.
-- **Quantised weights** (bitsandbytes 4 and 8 bit, dynamic int8, GGUF left packed): read as long as the unembedding is
-  not packed; `bupo` refuses a packed one, because its numbers cannot be read.
-- **`device_map`**: accelerate's hooks stay in force, also with layers offloaded to disk; an unembedding that is itself
-  offloaded is refused.
+- **Quantised weights** (bitsandbytes 4 and 8 bit, dynamic int8, GGUF left packed): supported as long as the
+  unembedding is not packed; `bupo` refuses a packed one, because its numbers cannot be read.
+- **`device_map`**: accelerate's hooks stay active, also with layers offloaded to disk; an offloaded unembedding is
+  refused.
 """
 
 
 def check(name: str) -> dict[str, Any]:
-    """One row of the table; ``as_expected`` says whether it agrees with what the tests ask for."""
-    import torch
-    from tiny import tokens
-    from zoo import BY_NAME, species_model
-    from zoo_checks import Rollout, generated, greedy, read_everything
-
-    from bupo import internal_policy
-    from bupo.errors import InputError
-    from bupo.lens.analyze import analyze_rollouts
-    from bupo.models.layout import find_layout
-    from bupo.models.residual import find_residual_writes
-
-    species = BY_NAME[name]
-    model, ids = species_model(species), tokens(2, 7)
-    row: dict[str, Any] = {"name": name, "family": species.family, "class": type(model).__name__, "note": species.note}
+    """Check one family; ``as_expected`` tells whether the result is what the tests expect."""
+    entry = BY_NAME[name]
+    model, ids = zoo_model(name), tokens(2, 7)
+    row: dict[str, Any] = {"name": name, "family": entry.family, "class": type(model).__name__, "note": entry.note}
     components: tuple[str, ...] = ("layer", "attn", "ffn")
     try:
-        blocks = find_residual_writes(model)
-        row["attn"] = sorted({str(b.attn) for b in blocks})
-        row["ffn"] = sorted({str(b.ffn) for b in blocks})
-        row["identity"] = max(b.deviation for b in blocks)
+        writes = find_residual_writes(model)
+        row["attn"] = sorted({str(w.attn) for w in writes})
+        row["ffn"] = sorted({str(w.ffn) for w in writes})
+        row["identity"] = max(w.deviation for w in writes)
         result = analyze_rollouts(model, [Rollout([5, 6, 7], [8, 9, 10, 11])])
         row["logit_scale"], row["softcap"] = result["readout"]["logit_scale"], result["readout"]["softcap"]
         row["bias"] = getattr(find_layout(model).unembedding, "bias", None) is not None
     except InputError as error:
         row["refused"], components = str(error), ("layer",)
     try:
-        found = read_everything(model, ids, components) if not species.unreadable else None
-        if found is None:
+        logits = read_all(model, ids, components) if not entry.unreadable else None
+        if logits is None:
             with internal_policy(model, 2):
                 model(input_ids=ids, use_cache=False)
-            raise AssertionError("was to be refused")
-        row["reading"], row["wrong_layers"] = found.deviation, found.wrong_layers
+            raise AssertionError("this family should be refused")
+        row["reading"], row["wrong_layers"] = logits.deviation, logits.wrong_layers
         row["decoding"] = None
-        if species.generates:
+        if entry.generates:
             same = []
             for layer in (1, 2, 3):
                 with internal_policy(model, layer):
@@ -96,8 +97,8 @@ def check(name: str) -> dict[str, Any]:
     except InputError as error:
         row["unreadable"] = str(error)
     row["as_expected"] = (
-        ("unreadable" in row) == species.unreadable
-        and ("refused" in row) == (species.refused is not None)
+        ("unreadable" in row) == entry.unreadable
+        and ("refused" in row) == (entry.refused is not None)
         and row.get("reading", 0.0) < 1e-5
         and not row.get("wrong_layers")
         and row.get("decoding") is not False
@@ -121,7 +122,7 @@ def table_row(row: dict[str, Any]) -> str:
         logits.append("bias")
     decoding = {True: "yes", None: "–", False: "**no**"}[row.get("decoding")]
     reason = row.get("refused", "").split(";")[0].split(": it has")[0]
-    status = "whole" if not reason else (f"refused: {reason}" if "unreadable" in row else f"layer only: {reason}")
+    status = "full" if not reason else (f"refused: {reason}" if "unreadable" in row else f"layer only: {reason}")
     if not row["as_expected"]:
         status = f"**unexpected** {status}"
     name = row["name"] + (f" ({row['note']})" if row["note"] else "")
@@ -132,19 +133,13 @@ def table_row(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="layouts to check (all)")
-    parser.add_argument("--no-write", action="store_true", help="print the table only")
+    parser.add_argument("names", nargs="*", help="layouts to check (default: all)")
+    parser.add_argument("--no-write", action="store_true", help="only print the table")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    import torch
-    import transformers
-    from zoo import ZOO
-
-    from bupo.run_folder import write_json, write_text
-
     transformers.logging.set_verbosity_error()
     rows = []
-    for name in arguments.names or [species.name for species in ZOO]:
+    for name in arguments.names or [entry.name for entry in ZOO]:
         rows.append(check(name))
         print(table_row(rows[-1]), flush=True)
     whole = [r for r in rows if "refused" not in r]
@@ -167,7 +162,7 @@ def main() -> int:
             {"schema": 1, "command": COMMAND, "versions": versions, "layouts": rows},
         )
     wrong = [row["name"] for row in rows if not row["as_expected"]]
-    print(f"{len(rows)} layouts, {len(whole)} whole, unexpected: {', '.join(wrong) or 'none'}")
+    print(f"{len(rows)} layouts, {len(whole)} full, unexpected: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
 
 
