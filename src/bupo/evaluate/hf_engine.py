@@ -1,16 +1,22 @@
-"""Sampling with transformers' own `generate`, from the whole model or from one of its internal policies."""
+"""Samples with transformers' own `generate`, from the whole model or from one of its internal policies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bupo.errors import InputError
-from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end
-from bupo.models.layout import context_length
+from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end, end_tokens
+from bupo.models.internal_policy import check_layer, internal_policy
+from bupo.models.layout import n_layers
+from bupo.models.load import context_length
 
 _FIRST_STRETCH = 32  # tokens
 
@@ -19,12 +25,14 @@ class TransformersEngine:
     """Batched sampling with a Hugging Face causal LM.
 
     Args:
-        model: in evaluation mode, on the device to be used.
-        tokenizer: its tokenizer (for the end-of-sequence and padding tokens).
-        batch_size: responses made at the same time. It belongs to the identity of a run: another batch size draws
-            other responses from the same seed.
-        internal_layer: sample from this layer's internal policy (counted from 1) instead of the model's.
-        norm: read the internal policy through the final norm.
+        model: in evaluation mode, on the device to use.
+        tokenizer: supplies the end-of-sequence and padding tokens.
+        batch_size: number of responses sampled together. The same seed gives other responses with another batch size.
+        internal_layer: sample from the internal policy of this layer (counted from 1) instead of the whole model.
+        norm: apply the final norm to the internal policy's hidden state.
+
+    Raises:
+        InputError: the batch size is below 1, or the model has no such layer.
     """
 
     name = "transformers"
@@ -34,12 +42,10 @@ class TransformersEngine:
     ):
         if batch_size < 1:
             raise InputError(f"batch size must be at least 1, not {batch_size}")
+        if internal_layer is not None:
+            check_layer(n_layers(model), internal_layer)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.internal_layer, self.norm = internal_layer, norm
-        if internal_layer is not None:
-            from bupo.models.internal_policy import check_layer, n_layers
-
-            check_layer(n_layers(model), internal_layer)
         self.end_ids = end_tokens(model.generation_config, tokenizer)
         self.context = context_length(model.config)
 
@@ -55,71 +61,83 @@ class TransformersEngine:
     @torch.no_grad()
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         rows = [list(prompts[problem]) for problem, _ in batch.items]
-        width = max(map(len, rows))
-        self.check_length(width, sampling)
-        pad = self._pad_id()
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        with (
-            seeded(batch.seed, device),
-            _own_generation_config(self.model, self.generation_config(sampling)),
-            self._policy(),
-        ):
+        longest = max(map(len, rows))
+        if self.context is not None and longest + sampling.max_new_tokens > self.context:
+            raise InputError(
+                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the model's context of "
+                f"{self.context}; lower --max-new-tokens"
+            )
+        policy = internal_policy(self.model, self.internal_layer, norm=self.norm) if self.internal_layer else None
+        config = self._generation_config(sampling)
+        with seeded(batch.seed, self.model.device), _generation_config(self.model, config), policy or nullcontext():
             try:
-                return self._generate(ids, mask, sampling.max_new_tokens)
+                if self._cache_can_drop_rows():
+                    return self._generate_dropping(rows, sampling.max_new_tokens)
+                return self._generate_unpadded(rows)
             except RuntimeError as error:
-                if "probability tensor" in str(error):
-                    raise InputError(
-                        "the model gives non-finite probabilities; load it in float32 (--dtype float32) or check it"
-                    ) from error
-                raise
+                if "probability tensor" not in str(error):
+                    raise
+                raise InputError(
+                    "the model's probabilities are not finite; load it in float32 (--dtype float32) or check its weights"
+                ) from error
 
-    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, limit: int) -> list[list[int]]:
-        """`generate` in stretches, after each of which the rows that have ended leave the batch.
+    def _cache_can_drop_rows(self) -> bool:
+        """Whether the cache holds keys and values of attention only; recurrent states cannot be cut or continued."""
+        kinds = {type(layer) for layer in DynamicCache(config=self.model.config.get_text_config()).layers}
+        return not self.model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+    def _generate_dropping(self, rows: list[list[int]], limit: int) -> list[list[int]]:
+        """Call `generate` in stretches, after each of which the rows that have ended leave the batch.
 
         A few responses run much longer than the rest; without this, the whole batch is computed until the last ends.
-
-        Args:
-            ids: (B, P) padded on the left. mask: (B, P).
         """
-        width = ids.shape[1]
-        responses: list[list[int]] = [[] for _ in range(ids.shape[0])]
-        rows = list(range(ids.shape[0]))
-        cache, made = None, 0
-        while rows and made < limit:
+        ids, mask = self._left_padded(rows)
+        width, made, cache = ids.shape[1], 0, None
+        responses: list[list[int]] = [[] for _ in rows]
+        running = list(range(len(rows)))
+        while running and made < limit:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
-                max_new_tokens=min(max(_FIRST_STRETCH, made), limit - made),  # doubling: few stretches
+                max_new_tokens=min(max(_FIRST_STRETCH, made), limit - made),  # doubling keeps the stretches few
                 return_dict_in_generate=True,
             )
             ids, cache = output.sequences, output.past_key_values
             made = ids.shape[1] - width
-            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])], dim=1)
-            for position, row in enumerate(rows):
+            mask = torch.cat([mask, mask.new_ones(len(running), ids.shape[1] - mask.shape[1])], dim=1)
+            for position, row in enumerate(running):
                 responses[row] = cut_at_end(ids[position, width:].tolist(), self.end_ids)
-            going = [position for position, row in enumerate(rows) if not self.is_finished(responses[row])]
-            if going and len(going) < len(rows):
-                chosen = torch.tensor(going, device=ids.device)
+            kept = [position for position, row in enumerate(running) if not self.is_finished(responses[row])]
+            if kept and len(kept) < len(running):
+                chosen = torch.tensor(kept, device=ids.device)
                 ids, mask = ids[chosen], mask[chosen]
-                cache.batch_select_indices(chosen)
-            rows = [rows[position] for position in going]
+                if cache is not None:  # MPT returns none and computes the prompt again
+                    cache.batch_select_indices(chosen)
+            running = [running[position] for position in kept]
         return responses
 
-    def check_length(self, prompt: int, sampling: Sampling) -> None:
-        """Raise InputError where a prompt of so many tokens and the new ones exceed the model's context."""
-        if self.context is not None and prompt + sampling.max_new_tokens > self.context:
-            raise InputError(
-                f"a prompt of {prompt} tokens and {sampling.max_new_tokens} new ones exceed the model's context of "
-                f"{self.context}; lower --max-new-tokens"
-            )
+    def _generate_unpadded(self, rows: list[list[int]]) -> list[list[int]]:
+        """Call `generate` once per prompt length: some recurrent layers take padding for text."""
+        responses: list[list[int]] = [[] for _ in rows]
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        for length, group in groupby(order, key=lambda row: len(rows[row])):
+            members = list(group)
+            ids, mask = self._left_padded([rows[row] for row in members])
+            output = self.model.generate(input_ids=ids, attention_mask=mask)
+            for row, sequence in zip(members, output.tolist(), strict=True):
+                responses[row] = cut_at_end(sequence[length:], self.end_ids)
+        return responses
 
-    def generation_config(self, sampling: Sampling) -> Any:
-        """How to sample from the model's distribution and nothing else, as transformers takes it."""
-        from transformers import GenerationConfig
+    def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, both (rows, longest)."""
+        width, pad = max(map(len, rows)), self._pad_id()
+        ids = [[pad] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        """Settings that sample from the model's own distribution."""
         greedy = sampling.temperature == 0
         drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
@@ -134,76 +152,54 @@ class TransformersEngine:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else min(self.end_ids, default=0)
 
-    def _policy(self) -> Any:
-        if self.internal_layer is None:
-            return nullcontext()
-        from bupo.models.internal_policy import internal_policy
-
-        return internal_policy(self.model, self.internal_layer, norm=self.norm)
-
 
 def sample(
     model: Any,
     tokenizer: Any,
-    prompts_ids: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
     samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[list[int]]]:
     """Sample responses to prompts.
 
     Args:
-        prompts_ids: token ids of each prompt.
-        progress: called with (responses made, responses in all) after each batch.
+        prompts: token ids of each prompt.
+        samples: number of responses per prompt.
+        on_progress: called with the numbers of finished and of all responses after each batch.
 
     Returns:
-        problems x samples x token ids; a response includes the end-of-sequence token that ended it.
+        Token ids as prompts x samples x tokens; a response includes the end-of-sequence token that ended it.
 
     Raises:
         InputError: prompt and response exceed the model's context, or the model's probabilities are not finite.
     """
     engine = TransformersEngine(model, tokenizer, batch_size=batch_size)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    responses: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts_ids]
+    responses: list[list[list[int]]] = [[] for _ in prompts]
     done = 0
-    for batch in engine.plan(len(prompts_ids), samples, seed):
-        for (problem, index), response in zip(batch.items, engine.run(prompts_ids, batch, sampling), strict=True):
-            responses[problem][index] = response
+    for batch in engine.plan(len(prompts), samples, sampling.seed):
+        for (problem, _), response in zip(batch.items, engine.run(prompts, batch, sampling), strict=True):
+            responses[problem].append(response)
         done += len(batch.items)
-        if progress is not None:
-            progress(done, len(prompts_ids) * samples)
+        on_progress(done, len(prompts) * samples)
     return responses
-
-
-def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a response: the model's (there may be several) and the tokenizer's."""
-    found: set[int] = set()
-    for holder in (generation_config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from a seed of our own and give the caller's random state back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    """Seed torch, and restore the caller's random state afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 @contextmanager
-def _own_generation_config(model: Any, config: Any) -> Iterator[None]:
-    """Exchange a model's generation config for the time of a call.
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replace a model's generation config.
 
-    Many checkpoints bring a top-k, a top-p or a repetition penalty in it, which `generate` mixes into whatever it is
-    passed.
+    `generate` mixes it into whatever it is passed, and many checkpoints ship a top-k, a top-p or a repetition penalty.
     """
     before, model.generation_config = model.generation_config, config
     try:

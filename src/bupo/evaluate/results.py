@@ -1,29 +1,92 @@
-"""results.json: what graded responses come to. No torch; reads and writes plain rows."""
+"""Summarises graded responses, and reads and prints ``results.json``. This module loads no torch."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from bupo.errors import InputError
 from bupo.evaluate.metrics import PASS_KS, bootstrap, pass_curve
 
 SCHEMA = 1
 
 
+class Interval(TypedDict):
+    """A mean over problems with its 95 % interval."""
+
+    mean: float
+    ci95: list[float]
+
+
+class AtK(Interval):
+    """Avg@K or Pass@K."""
+
+    k: int
+
+
+@with_config(ConfigDict(extra="allow"))
+class TaskResult(TypedDict):
+    """Results of one task; those after ``n_samples`` are absent if no gold answer could be read."""
+
+    n_problems: int
+    n_samples: int
+    left_out: NotRequired[list[str]]
+    reason: NotRequired[str]
+    avg_at_k: NotRequired[AtK]
+    pass_at_k: NotRequired[list[AtK]]
+    mean_reward: NotRequired[Interval]
+    mean_length: NotRequired[float]
+    truncation_rate: NotRequired[float]
+    unparsable_rate: NotRequired[float]
+    timeout_rate: NotRequired[float]
+    problems: NotRequired[list[dict[str, Any]]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class EvalResults(TypedDict):
+    """The content of ``results.json``."""
+
+    schema: Literal[1]
+    tasks: dict[str, TaskResult]
+
+
+_ADAPTER: TypeAdapter[EvalResults] = TypeAdapter(EvalResults)
+
+
+def load(path: Path) -> EvalResults:
+    """Read ``results.json``.
+
+    Raises:
+        InputError: the file does not exist, is not JSON, or does not hold results; the message names the key.
+    """
+    try:
+        return _ADAPTER.validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{path} does not hold results of bupo eval: {where + ': ' if where else ''}{problem['msg']}") from error
+
+
 def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) -> dict[str, Any]:
-    """Results of one task from its graded responses.
+    """Summarise the graded responses of one task.
+
+    Problems whose gold answer cannot be read are left out and listed.
 
     Args:
-        rows: with ``problem_id``, ``reward``, ``status``, ``length`` (tokens) and ``finished``.
-        k: the K of Avg@K. Avg@K is the mean over problems of the share of right samples; its expectation does not
-            depend on K, so all samples of a problem are used, also when there are more than K.
+        rows: with ``problem_id``, ``reward``, ``status``, ``length`` (tokens) and ``finished``; the same number of
+            samples for every problem.
+        k: the K of Avg@K, the mean over problems of the share of correct samples. Its expectation does not depend on
+            K, so all samples of a problem are used even if there are more than K.
 
-    Problems whose gold answer cannot be read are left out and listed. Every problem must have the same number of
-    samples.
+    Raises:
+        ValueError: the problems have different numbers of samples.
     """
     by_problem: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -33,29 +96,26 @@ def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) ->
     result: dict[str, Any] = {"n_problems": len(kept), "left_out": left_out}
     if not kept:
         return {**result, "n_samples": 0, "reason": "no problem has a gold answer that can be read"}
-    sizes = {len(group) for group in kept.values()}
+    sizes = sorted({len(group) for group in kept.values()})
     if len(sizes) != 1:
-        raise ValueError(f"problems have different numbers of samples: {sorted(sizes)}")
-    (n,) = sizes
-    ks = sorted({*PASS_KS, k})
+        raise ValueError(f"problems have different numbers of samples: {sizes}")
+    n = sizes[0]
     correct = [sum(row["status"] == "correct" for row in group) for group in kept.values()]
     rewards = [float(np.mean([row["reward"] for row in group])) for group in kept.values()]
     lengths = [float(np.mean([row["length"] for row in group])) for group in kept.values()]
     flat = [row for group in kept.values() for row in group]
-
-    def rate(status: str) -> float:
-        return sum(row["status"] == status for row in flat) / len(flat)
-
+    counts = Counter(row["status"] for row in flat)
+    curve = pass_curve(correct, n, ks=sorted({*PASS_KS, k}), seed=seed)
     return {
         **result,
         "n_samples": n,
         "avg_at_k": {"k": k, **bootstrap(np.asarray(correct) / n, seed=seed).to_json()},
-        "pass_at_k": [{"k": size, **estimate.to_json()} for size, estimate in pass_curve(correct, n, ks=ks, seed=seed)],
+        "pass_at_k": [{"k": size, **estimate.to_json()} for size, estimate in curve],
         "mean_reward": bootstrap(rewards, seed=seed).to_json(),
         "mean_length": float(np.mean(lengths)),
         "truncation_rate": sum(not row["finished"] for row in flat) / len(flat),
-        "unparsable_rate": rate("unparsable"),
-        "timeout_rate": rate("timeout"),
+        "unparsable_rate": counts["unparsable"] / len(flat),
+        "timeout_rate": counts["timeout"] / len(flat),
         "problems": [
             {"id": name, "correct": c, "reward": reward} for name, c, reward in zip(kept, correct, rewards, strict=True)
         ],
@@ -63,10 +123,9 @@ def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) ->
 
 
 def summary_lines(results: Mapping[str, Any]) -> list[str]:
-    """A small table for the terminal."""
-    lines = [
-        f"{'task':<28} {'problems':>8} {'Avg@K':>26} {'Pass@K':>22} {'length':>8} {'cut off':>8} {'no answer':>10}"
-    ]
+    """Format results as a small table for the terminal."""
+    header = ("problems", "Avg@K", "Pass@K", "length", "cut off", "no answer")
+    lines = ["{:<28} {:>8} {:>26} {:>22} {:>8} {:>8} {:>10}".format("task", *header)]
     for name, task in results["tasks"].items():
         if not task["n_samples"]:
             lines.append(f"{name:<28} {0:>8}  {task['reason']}")
@@ -81,9 +140,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         )
         if task["left_out"]:
             shown = ", ".join(task["left_out"][:5]) + (", ..." if len(task["left_out"]) > 5 else "")
-            lines.append(f"  left out, gold answer cannot be read: {len(task['left_out'])} ({shown})")
-        if not math.isclose(task["timeout_rate"], 0):
-            lines.append(
-                f"  grading took too long for {100 * task['timeout_rate']:.2f} % of the answers (counted as wrong)"
-            )
+            lines.append(f"  left out, as the gold answer cannot be read: {len(task['left_out'])} ({shown})")
+        if task["timeout_rate"]:
+            lines.append(f"  {100 * task['timeout_rate']:.2f} % of the answers took too long to grade and count as wrong")
     return lines

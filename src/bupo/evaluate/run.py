@@ -1,99 +1,62 @@
-"""An evaluation from problems to results: sample (or go on sampling), keep every response, grade, summarise.
+"""Runs an evaluation from problems to results: sample (or continue), keep every response, grade, summarise.
 
-Files in the output folder: ``run.json`` (what was asked, written first), ``responses.partial.jsonl`` (grows batch by
-batch while sampling), ``responses.parquet`` (every graded response) and ``results.json`` (written last, so that a
-folder with it is a finished run).
+The output folder holds ``run.json`` (the settings, written first), ``responses.partial.jsonl`` (grows while sampling),
+``responses.parquet`` (every graded response) and ``results.json`` (written last, so a folder that has it is a finished
+run).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bupo import run_folder as rundir
+from bupo import run_folder
 from bupo.data.grading import Grader
 from bupo.data.problems import Problem
-from bupo.errors import ConfigError, InputError
-from bupo.evaluate.engines import Engine, Sampling, derived_seed, missing
-from bupo.evaluate.results import SCHEMA, task_results
-from bupo.evaluate.store import Key, Partial, write_responses
+from bupo.data.prompts import prompt_ids, render_prompt
+from bupo.errors import InputError
+from bupo.evaluate.config import EvalConfig
+from bupo.evaluate.engines import Engine, Sampling, derived_seed
+from bupo.evaluate.responses import Key, ResponseLog, read_graded, write_responses
+from bupo.evaluate.results import SCHEMA, load, task_results
 from bupo.evaluate.tasks import find_task, task_problems
 
 RESULTS, RESPONSES, PARTIAL = "results.json", "responses.parquet", "responses.partial.jsonl"
-_FILES = (RESULTS, RESPONSES, PARTIAL, rundir.RUN_FILE)
-Say = Callable[[str], None]
-Track = Callable[[str, int, int], None]  # task, responses made, responses in all
+_FILES = (RESULTS, RESPONSES, PARTIAL, run_folder.RUN_FILE)
+Log = Callable[[str], None]
+OnProgress = Callable[[str, int, int], None]  # task, finished responses, all responses
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Everything that decides which responses are drawn, and how they are summarised; kept in ``run.json``."""
-
-    model: str
-    tasks: tuple[str, ...]
-    k: int | None = None  # of Avg@K; each task's own by default
-    n: int | None = None  # samples a problem; k by default
-    limit: int | None = None
-    data_dir: str | None = None
-    template: str | None = None
-    max_new_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
-    engine: str = "transformers"
-    dtype: str = "auto"
-    internal_layer: int | None = None
-    internal_norm: bool = False
-    revision: str | None = None
-    fingerprint: str | None = None  # of a local model folder's weights
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not self.tasks:
-            problems.append("name at least one task")
-        names = [find_task(spec).name for spec in self.tasks]
-        if len(set(names)) != len(names):
-            problems.append(f"two tasks have the same name: {', '.join(names)}")
-        for name, value in (("k", self.k), ("n", self.n), ("limit", self.limit), ("batch size", self.batch_size)):
-            if value is not None and value < 1:
-                problems.append(f"{name} must be at least 1, not {value}")
-        if self.n is not None and self.k is not None and self.n < self.k:
-            problems.append(f"Avg@{self.k} needs at least {self.k} samples a problem, not n={self.n}")
-        if self.internal_norm and self.internal_layer is None:
-            problems.append("the internal norm needs an internal layer")
-        if problems:
-            raise ConfigError(problems)
-
-    def check_output(self, output: Path, *, overwrite: bool = False) -> None:
-        """Refuse a folder that cannot be used before a model is loaded; see `open_folder`."""
-        if not overwrite:
-            open_folder(self, output, overwrite=False)
-
-
-@dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """One task, ready to be sampled."""
 
     name: str
     problems: list[Problem]
     prompts: list[list[int]]
     texts: list[str]
+    template: str
     k: int
     n: int
     sampling: Sampling
 
 
-def load_plans(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Plan]:
-    """Problems and prompts of every task; everything a user got wrong about them is found here, before sampling."""
-    from bupo.data.prompts import prompt_ids, render_prompt
+def load_plans(config: EvalConfig, tokenizer: Any, context: int | None) -> list[TaskPlan]:
+    """Load the problems and prompts of every task, and check them before anything is sampled.
 
+    Args:
+        context: most tokens of a prompt with its response.
+
+    Raises:
+        InputError: see `task_problems` and `render_prompt`; or a prompt does not fit into the context; or there are
+            more shards than problems.
+    """
     plans = []
     for task in map(find_task, config.tasks):
-        name = task.name
         data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
         problems = task_problems(task, data_dir=data_dir, limit=config.limit, seed=config.seed)
         template = config.template or task.template
@@ -105,43 +68,65 @@ def load_plans(config: EvalConfig, tokenizer: Any, context: int | None) -> list[
         if new_tokens < 1 or (context is not None and longest + new_tokens > context):
             remedy = "choose another model" if longest >= (context or 0) else "lower --max-new-tokens"
             raise InputError(
-                f"task {name}: the longest prompt has {longest} tokens, and with {max(new_tokens, 1)} new ones that is "
-                f"more than the model's context of {context}; {remedy}"
+                f"task {task.name}: the longest prompt has {longest} tokens, and with {max(new_tokens, 1)} new ones "
+                f"that is more than the model's context of {context}; {remedy}"
             )
+        number, count = config.shard_numbers
+        if count > len(problems):
+            raise InputError(f"task {task.name} has {len(problems)} problems, too few for {count} shards")
+        part = slice((number - 1) * len(problems) // count, number * len(problems) // count)
+        names = (task.name,) if config.shard is None else (task.name, config.shard)
         n = config.n or config.k or task.k
-        sampling = Sampling(new_tokens, config.temperature, config.top_p, derived_seed(config.seed, name))
-        texts = [render_prompt(problem.prompt, tokenizer, template) for problem in problems]
-        plans.append(Plan(name, problems, prompts, texts, config.k or min(task.k, n), n, sampling))
+        plans.append(
+            TaskPlan(
+                name=task.name,
+                problems=problems[part],
+                prompts=prompts[part],
+                texts=[render_prompt(problem.prompt, tokenizer, template) for problem in problems[part]],
+                template=template,
+                k=config.k or min(task.k, n),
+                n=n,
+                sampling=Sampling(new_tokens, config.temperature, config.top_p, derived_seed(config.seed, *names)),
+            )
+        )
     return plans
 
 
-def open_folder(config: EvalConfig, output: Path, *, overwrite: bool) -> bool:
-    """Claim the output folder; return whether an unfinished run of the same configuration goes on.
+def open_folder(config: EvalConfig, folder: Path, *, overwrite: bool) -> bool:
+    """Prepare the output folder; return whether it holds an unfinished run with the same settings.
 
     Raises:
         InputError: it holds a finished run, another command's, or one that was started with other settings.
     """
     if overwrite:
-        rundir.claim(output, overwrite=True)
+        run_folder.claim(folder, overwrite=True)
         for name in _FILES:
-            (output / name).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
         return False
-    run_file = output / rundir.RUN_FILE
-    if not run_file.exists() or (output / RESULTS).exists():
-        rundir.claim(output)
+    run_file = folder / run_folder.RUN_FILE
+    if not run_file.exists() or (folder / RESULTS).exists():
+        run_folder.claim(folder)
         return False
     earlier = json.loads(run_file.read_text(encoding="utf-8"))
     if earlier.get("command") != "eval":
-        rundir.claim(output)
-    before, now = earlier.get("config", {}), _plain(config)
+        run_folder.claim(folder)
+    before, now = earlier.get("config", {}), config.to_json()
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if different:
         changes = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in different)
         raise InputError(
-            f"{output} holds an unfinished evaluation with other settings ({changes}); give the same settings to go on "
-            "with it, choose another folder, or pass --overwrite"
+            f"{folder} holds an unfinished evaluation with other settings ({changes}); use the same settings to "
+            "continue it, choose another folder, or pass --overwrite"
         )
     return True
+
+
+def check_output(config: EvalConfig, output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that cannot be used before a model is loaded; see `open_folder`."""
+    if config.shard is not None and (output / RESULTS).exists():
+        run_folder.claim(output)
+    if not overwrite:
+        open_folder(config, config.folder(output), overwrite=False)
 
 
 def evaluate(
@@ -152,129 +137,149 @@ def evaluate(
     *,
     overwrite: bool = False,
     describe: dict[str, Any] | None = None,
-    say: Say = lambda text: None,
-    track: Track = lambda task, done, total: None,
+    log: Log = lambda text: None,
+    on_progress: OnProgress = lambda task, done, total: None,
 ) -> dict[str, Any]:
-    """Run an evaluation and return what `results.json` says; an unfinished one in ``output`` is continued.
+    """Run an evaluation and return the content of its ``results.json``; continue an unfinished one.
+
+    With ``config.shard`` it writes a folder below ``output``; the shard that finishes last merges all of them into
+    ``output``.
 
     Args:
-        describe: more for ``run.json`` and ``results.json`` (model revision, engine version).
-        say: told what happens, a line at a time. track: told the progress of sampling.
+        describe: further entries for ``run.json`` and ``results.json`` (model revision, device).
+        log: called with a line for each step.
+        on_progress: called with the progress of sampling.
 
     Raises:
         InputError: see `load_plans` and `open_folder`. Nothing is written before those checks have passed.
     """
+    folder, describe = config.folder(output), describe or {}
     plans = load_plans(config, tokenizer, engine.context)
-    resumed = open_folder(config, output, overwrite=overwrite)
+    resumed = open_folder(config, folder, overwrite=overwrite)
     if not resumed:
-        rundir.write_json(output / rundir.RUN_FILE, rundir.describe_run("eval", _plain(config), **(describe or {})))
-    rows: list[dict[str, Any]] = []
-    with Partial(output / PARTIAL) as partial:
+        run = run_folder.describe_run("eval", config.to_json(), **describe)
+        run_folder.write_json(folder / run_folder.RUN_FILE, run)
+    rows: list[Row] = []
+    with ResponseLog(folder / PARTIAL) as partial, Grader() as grader:
         if resumed:
-            say(f"going on with {output}: {len(partial.responses)} responses are there")
+            log(f"continuing {folder}, which holds {len(partial.responses)} responses")
         for plan in plans:
-            _sample(plan, engine, partial, track)
-    with Grader() as grader:
+            _sample(plan, engine, partial, on_progress)
         for plan in plans:
-            say(f"grading {plan.name}")
-            rows += _grade_rows(_rows(plan, engine, partial.responses), _problems_of_rows(plan), grader)
-    results = _summary(config, plans, rows, describe or {})
-    write_responses(output / RESPONSES, rows)
-    rundir.write_json(output / RESULTS, results)
+            log(f"grading {plan.name}")
+            problems = [problem for problem in plan.problems for _ in range(plan.n)]
+            rows += _grade(_rows(plan, engine, partial.responses), problems, grader)
+    results = _summarise(config, plans, rows, describe)
+    write_responses(folder / RESPONSES, rows)
+    run_folder.write_json(folder / RESULTS, results)
     partial.path.unlink()
+    return results if config.shard is None else merge_shards(config, output, log) or results
+
+
+def merge_shards(config: EvalConfig, output: Path, log: Log = lambda text: None) -> dict[str, Any] | None:
+    """Merge the shards below ``output`` into one finished evaluation; None if a shard is still missing.
+
+    Raises:
+        InputError: the shards were made with different settings.
+    """
+    _, count = config.shard_numbers
+    folders = [config.folder(output, number) for number in range(1, count + 1)]
+    missing = [folder.name for folder in folders if not (folder / RESULTS).exists()]
+    if missing:
+        log(f"{config.folder(output).name} is finished; {output} is merged when {', '.join(missing)} are too")
+        return None
+    runs = [json.loads((folder / run_folder.RUN_FILE).read_text(encoding="utf-8")) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        del run["config"]["shard"]
+        if run["config"] != runs[0]["config"]:
+            raise InputError(f"{folder} was evaluated with other settings than {folders[0]}; evaluate it again")
+    rows = [row for folder in folders for row in read_graded(folder / RESPONSES)]
+    first: dict[str, Any] = {**load(folders[0] / RESULTS)}
+    results = {**first, "tasks": _merged_tasks(rows, first["tasks"], config.seed)}
+    order = {name: index for index, name in enumerate(first["tasks"])}
+    write_responses(output / RESPONSES, sorted(rows, key=lambda row: order[row["task"]]))  # stable: shard after shard
+    run_folder.write_json(output / run_folder.RUN_FILE, runs[0])
+    run_folder.write_json(output / RESULTS, results)
     return results
 
 
-def regrade(folder: Path, *, say: Say = lambda text: None) -> dict[str, Any]:
-    """Grade the kept responses of a finished evaluation again and rewrite its results; nothing is sampled.
+def regrade(folder: Path, *, log: Log = lambda text: None) -> dict[str, Any]:
+    """Grade the responses of a finished evaluation again, and rewrite its results; nothing is sampled.
 
     Raises:
         InputError: the folder holds no finished evaluation.
     """
-    import pyarrow.parquet
-
-    for name in (RESPONSES, rundir.RUN_FILE):
+    for name in (RESPONSES, run_folder.RUN_FILE):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no finished evaluation: {name} is missing")
-    rows = pyarrow.parquet.read_table(folder / RESPONSES).to_pylist()
-    run = json.loads((folder / rundir.RUN_FILE).read_text(encoding="utf-8"))
-    results_file = folder / RESULTS
-    before = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else {}
+    rows = read_graded(folder / RESPONSES)
+    run = json.loads((folder / run_folder.RUN_FILE).read_text(encoding="utf-8"))
+    before: dict[str, Any] = {**load(folder / RESULTS)} if (folder / RESULTS).is_file() else {}
     problems = [
         Problem(row["problem_id"], row["prompt"], row["answer"], row["source"], json.loads(row["metadata"]))
         for row in rows
     ]
-    say(f"grading {len(rows)} responses again")
+    log(f"grading {len(rows)} responses again")
     with Grader() as grader:
-        fresh = _grade_rows(rows, problems, grader)
-    changed = sum(old["status"] != new["status"] for old, new in zip(rows, fresh, strict=True))
-    say(f"{changed} of {len(rows)} verdicts changed")
-    earlier = before.get("tasks", {})
-    seed = int(run["config"].get("seed", 0))
-    names = list(dict.fromkeys(row["task"] for row in rows))
-    tasks = {}
-    for name in names:
-        own = [row for row in fresh if row["task"] == name]
-        samples = len({row["sample"] for row in own})
-        k = earlier.get(name, {}).get("avg_at_k", {}).get("k", samples)
-        tasks[name] = {**earlier.get(name, {}), **task_results(own, k=k, seed=seed)}
+        graded = _grade(rows, problems, grader)
+    changed = sum(old["status"] != new["status"] for old, new in zip(rows, graded, strict=True))
+    log(f"{changed} of {len(rows)} grades changed")
+    tasks = _merged_tasks(graded, before.get("tasks", {}), int(run["config"].get("seed", 0)))
     results = {**before, "schema": SCHEMA, "tasks": tasks}
-    write_responses(folder / RESPONSES, fresh)
-    rundir.write_json(results_file, results)
+    write_responses(folder / RESPONSES, graded)
+    run_folder.write_json(folder / RESULTS, results)
     return results
 
 
-def _plain(config: EvalConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config)))
+def _merged_tasks(rows: Sequence[Row], before: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Summarise rows of several tasks anew; other entries of their earlier results are kept."""
+    tasks = {}
+    for name in dict.fromkeys(row["task"] for row in rows):
+        members = [row for row in rows if row["task"] == name]
+        earlier = before.get(name, {})
+        k = earlier.get("avg_at_k", {}).get("k", len({row["sample"] for row in members}))
+        tasks[name] = {**earlier, **task_results(members, k=k, seed=seed)}
+    return tasks
 
 
-def _sample(plan: Plan, engine: Engine, partial: Partial, track: Track) -> None:
-    """Make the batches that are not all there."""
-    have = {
-        (index, sample)
-        for index, problem in enumerate(plan.problems)
-        for sample in range(plan.n)
-        if (plan.name, problem.id, sample) in partial.responses
-    }
+def _sample(plan: TaskPlan, engine: Engine, partial: ResponseLog, on_progress: OnProgress) -> None:
+    """Draw the batches of which a response is missing."""
     total = len(plan.problems) * plan.n
-    track(plan.name, len(have), total)
-    for batch in missing(engine.plan(len(plan.problems), plan.n, plan.sampling.seed), have):
-        responses = engine.run(plan.prompts, batch, plan.sampling)
-        partial.add([(plan.name, plan.problems[index].id, sample) for index, sample in batch.items], responses)
-        have.update(batch.items)
-        track(plan.name, len(have), total)
+    batches = engine.plan(len(plan.problems), plan.n, plan.sampling.seed)
+    keys = {item: (plan.name, plan.problems[item[0]].id, item[1]) for batch in batches for item in batch.items}
+    done = sum(key in partial.responses for key in keys.values())
+    on_progress(plan.name, done, total)
+    for batch in batches:
+        missing = sum(keys[item] not in partial.responses for item in batch.items)
+        if missing:
+            partial.add([keys[item] for item in batch.items], engine.run(plan.prompts, batch, plan.sampling))
+            done += missing
+            on_progress(plan.name, done, total)
 
 
-def _problems_of_rows(plan: Plan) -> list[Problem]:
-    return [problem for problem in plan.problems for _ in range(plan.n)]
+def _rows(plan: TaskPlan, engine: Engine, responses: dict[Key, list[int]]) -> list[Row]:
+    """Build the ungraded rows of a task, problem by problem."""
+    return [
+        {
+            "task": plan.name,
+            "problem_id": problem.id,
+            "sample": sample,
+            "prompt": text,
+            "response": engine.decode(response := responses[plan.name, problem.id, sample]),
+            "prompt_ids": prompt,
+            "response_ids": response,
+            "length": len(response),
+            "finished": engine.is_finished(response),
+            "answer": problem.answer,
+            "source": problem.source,
+            "metadata": json.dumps(problem.metadata, ensure_ascii=False),
+        }
+        for problem, prompt, text in zip(plan.problems, plan.prompts, plan.texts, strict=True)
+        for sample in range(plan.n)
+    ]
 
 
-def _rows(plan: Plan, engine: Engine, responses: dict[Key, list[int]]) -> list[dict[str, Any]]:
-    """Ungraded rows of a task, problem by problem."""
-    rows = []
-    for index, problem in enumerate(plan.problems):
-        for sample in range(plan.n):
-            response = responses[plan.name, problem.id, sample]
-            rows.append(
-                {
-                    "task": plan.name,
-                    "problem_id": problem.id,
-                    "sample": sample,
-                    "prompt": plan.texts[index],
-                    "response": engine.decode(response),
-                    "prompt_ids": plan.prompts[index],
-                    "response_ids": response,
-                    "length": len(response),
-                    "finished": engine.is_finished(response),
-                    "answer": problem.answer,
-                    "source": problem.source,
-                    "metadata": json.dumps(problem.metadata, ensure_ascii=False),
-                }
-            )
-    return rows
-
-
-def _grade_rows(rows: Sequence[dict[str, Any]], problems: Sequence[Problem], grader: Grader) -> list[dict[str, Any]]:
+def _grade(rows: Sequence[Row], problems: Sequence[Problem], grader: Grader) -> list[Row]:
     grades = grader.grade([row["response"] for row in rows], problems)
     return [
         {**row, "reward": grade.reward, "status": grade.status, "extracted": grade.extracted}
@@ -282,25 +287,24 @@ def _grade_rows(rows: Sequence[dict[str, Any]], problems: Sequence[Problem], gra
     ]
 
 
-def _summary(
-    config: EvalConfig, plans: Sequence[Plan], rows: Sequence[dict[str, Any]], describe: dict[str, Any]
+def _summarise(
+    config: EvalConfig, plans: Sequence[TaskPlan], rows: Sequence[Row], describe: dict[str, Any]
 ) -> dict[str, Any]:
     tasks = {}
     for plan in plans:
-        tasks[plan.name] = {
-            **task_results([row for row in rows if row["task"] == plan.name], k=plan.k, seed=config.seed),
-            "max_new_tokens": plan.sampling.max_new_tokens,
-        }
+        members = [row for row in rows if row["task"] == plan.name]
+        result = task_results(members, k=plan.k, seed=config.seed)
+        tasks[plan.name] = {**result, "max_new_tokens": plan.sampling.max_new_tokens}
     return {
         "schema": SCHEMA,
         "model": config.model,
         "engine": config.engine,
-        "versions": rundir.versions(),
+        "versions": run_folder.versions(),
         "seed": config.seed,
         "sampling": {
             "temperature": config.temperature,
             "top_p": config.top_p,
-            "template": config.template or "auto",
+            "template": ", ".join(dict.fromkeys(plan.template for plan in plans)),
             "dtype": config.dtype,
             "internal_layer": config.internal_layer,
             "internal_norm": config.internal_norm,
