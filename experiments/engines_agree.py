@@ -3,7 +3,7 @@
 Small sums are asked of a model by every engine. A model as small as SmolLM2-135M seldom boxes its answer, so right
 here means that the sum stands anywhere in the response. The paired test is that of ``bupo report``.
 
-Run: ``python -m experiments.engines_agree --engines transformers,continuous,vllm [--output FILE.json]``.
+Run: ``python -m experiments.engines_agree --engines transformers,vllm [--output FILE.json]``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow.parquet
 
 from bupo import run_folder as rundir
+from bupo.evaluate.config import EvalConfig
 from bupo.evaluate.load import load_engine
 from bupo.evaluate.metrics import bootstrap, compare
-from bupo.evaluate.run import EvalConfig, evaluate
+from bupo.evaluate.run import evaluate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -60,7 +61,7 @@ def measure(loaded: tuple[EvalConfig, Any, Any], output: Path) -> tuple[list[lis
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(REPOSITORY / "models" / "smollm2"))
-    parser.add_argument("--engines", default="transformers,continuous,vllm")
+    parser.add_argument("--engines", default="transformers,vllm")
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=16)

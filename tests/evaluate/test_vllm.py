@@ -22,7 +22,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     questions = engines_agree.write_questions(tmp_path_factory.mktemp("data"), 8)
-    names = ("vllm", "transformers", "continuous")
+    names = ("vllm", "transformers")
     return {name: engines_agree.load(name, str(MODEL), questions, 8, 24) for name in names}
 
 
@@ -63,10 +63,8 @@ def test_the_engines_agree(engines, tmp_path):
         prompts[name], shares[name], results = engines_agree.measure(loaded, tmp_path / name)
         assert results["engine"] == name
     assert 0 < np.mean(shares["transformers"]) < 1
-    for name in ("vllm", "continuous"):
-        assert prompts[name] == prompts["transformers"]
-        found = compare(shares["transformers"], shares[name])
-        assert found.p_value > 0.001, (name, found)
+    assert prompts["vllm"] == prompts["transformers"]
+    assert compare(shares["transformers"], shares["vllm"]).p_value > 0.001
 
 
 # -- as the sampler of a training run --------------------------------------------------------------------------------

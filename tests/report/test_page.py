@@ -234,7 +234,7 @@ def test_token_statistics_beside_an_analysis_are_shown(folders):
 
 
 def test_sample_responses_come_from_the_evaluation(folders):
-    from bupo.evaluate.store import write_responses
+    from bupo.evaluate.responses import write_responses
 
     for model in ("grpo", "bupo"):
         rows = [

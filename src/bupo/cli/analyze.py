@@ -199,6 +199,7 @@ def _generate(
     """Sample the model's own responses to the problems."""
     from bupo.data.prompts import prompt_ids
     from bupo.data.rollouts import Rollout
+    from bupo.evaluate.engines import Sampling
     from bupo.evaluate.hf_engine import sample
     from bupo.models.layout import context_length
 
@@ -215,11 +216,9 @@ def _generate(
         model,
         tokenizer,
         prompts,
+        Sampling(tokens, config["temperature"], seed=config["seed"]),
         samples=config["samples"],
-        max_new_tokens=tokens,
-        temperature=config["temperature"],
-        seed=config["seed"],
-        progress=progress.bar("generating responses", len(prompts) * config["samples"]),
+        on_progress=progress.bar("generating responses", len(prompts) * config["samples"]),
     )
     return [
         Rollout(prompt, list(ids), problem.prompt, tokenizer.decode(ids, skip_special_tokens=True), problem.id, number)

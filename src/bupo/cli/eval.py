@@ -26,6 +26,8 @@ Examples:
   bupo eval --model small --tasks arithmetic --internal-layer 4 --output runs/layer4
 
   bupo eval --regrade runs/start
+
+  bupo eval --model Qwen/Qwen3-4B --tasks math500 --output runs/qwen3 --shard 1/2   (2/2 on another GPU)
 """
 
 
@@ -65,18 +67,24 @@ def evaluate(
     ] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Evaluate part I of N of each task's problems; the part finished last merges all."
+        ),
+    ] = None,
     regrade: Annotated[Path | None, typer.Option(help="Folder of a finished evaluation to grade again.")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
     sources = {name: context.get_parameter_source(name) for name in context.params}
     passed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    options.refuse_launcher("bupo eval", "start it without a launcher")
+    options.refuse_launcher("bupo eval", "start one process per GPU with --shard 1/n to n/n")
     if regrade is not None:
         _refuse(passed - {"regrade", "as_json"}, "--regrade", "it grades the saved responses in place")
-        from bupo.evaluate.run import regrade as grade_again
+        from bupo.evaluate.finished import regrade as grade_again
 
-        _show(grade_again(regrade, say=_log), regrade, as_json)
+        _show(grade_again(regrade, log=_log), regrade, as_json)
         return
     if missing := [f"--{name}" for name in ("model", "tasks", "output") if not context.params[name]]:
         raise ConfigError(f"bupo eval needs {', '.join(missing)} (or --regrade DIR)")
@@ -84,11 +92,11 @@ def evaluate(
     assert tasks is not None
     assert output is not None
 
+    from bupo.evaluate.config import EvalConfig, fingerprint
     from bupo.evaluate.engines import choose_engine
     from bupo.evaluate.load import load_engine
-    from bupo.evaluate.run import EvalConfig
+    from bupo.evaluate.run import check_output
     from bupo.evaluate.run import evaluate as run
-    from bupo.evaluate.store import fingerprint
     from bupo.models.load import resolve_model
 
     chosen = choose_engine(engine, internal_layer=internal_layer)
@@ -113,13 +121,14 @@ def evaluate(
         internal_norm=internal_norm,
         revision=revision,
         fingerprint=fingerprint(Path(resolve_model(model))),
+        shard=shard,
     )
-    config.check_output(output, overwrite=overwrite)
+    check_output(config, output, overwrite=overwrite)
     options.quiet_libraries()
     with options.on_interrupt("Responses so far are saved; the same command continues."), options.Progress() as bars:
         loaded, tokenizer, describe = load_engine(config, device=device, trust_remote_code=trust_remote_code)
         results = run(
-            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, say=_log, track=bars.update
+            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, log=_log, on_progress=bars.update
         )
     _show(results, output, as_json)
 

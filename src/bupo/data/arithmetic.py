@@ -12,9 +12,14 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from bupo.errors import InputError
+
 LEVELS = ("standard", "hard")
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1
+SIZES = {  # numbers of different problems
+    ("standard", "train"): 87_849, ("standard", "test"): 9_711, ("hard", "train"): 5_248_266, ("hard", "test"): 583_734
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,24 @@ def draw_from(generator: random.Random, split: str, level: str = "standard") -> 
 
 
 def problems(n: int, *, seed: int = 0, split: str = "train", level: str = "standard") -> list[dict[str, Any]]:
-    """``n`` different problems as rows with ``id``, ``prompt`` (ending in a newline) and ``answer``.
+    """Draw ``n`` different problems as rows with ``id``, ``prompt`` (ending in a newline) and ``answer``.
 
-    Deterministic by ``seed``; a longer list begins with the shorter one.
+    The same seed gives the same list, and a longer list begins with the shorter one.
+
+    Raises:
+        InputError: the split has fewer than ``n`` problems.
     """
+    if n > SIZES.get((level, split), n):
+        raise InputError(
+            f"the {split} split of {level} arithmetic has {SIZES[level, split]:,} problems, fewer than {n:,}; "
+            "lower the number of problems"
+        )
     generator = random.Random(f"{seed}/{split}/{level}")
-    found: dict[str, Task] = {}
-    attempts = 0
-    while len(found) < n:
-        attempts += 1
-        if attempts > 100 * n + 10_000:
-            raise ValueError(f"the {split} split of level {level} has fewer than {n} different problems")
+    tasks: dict[str, Task] = {}
+    while len(tasks) < n:
         task = draw_from(generator, split, level)
-        found.setdefault(task.prompt, task)
+        tasks.setdefault(task.prompt, task)
     return [
         {"id": f"arithmetic/{level}/{prompt}", "prompt": f"{prompt}\n", "answer": str(task.answer)}
-        for prompt, task in found.items()
+        for prompt, task in tasks.items()
     ]

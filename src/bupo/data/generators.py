@@ -8,9 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import reasoning_gym
 import yaml
-from reasoning_gym.factory import DATASETS
 
 from bupo.data import arithmetic
 from bupo.errors import InputError
@@ -36,12 +34,14 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
     if spec in BUILT_IN:
         level = "hard" if spec.endswith("-hard") else "standard"
         return arithmetic.problems(size, seed=seed, split=split, level=level)
+    from reasoning_gym.factory import DATASETS  # takes a second, and few runs need it
+
     name, *changes = spec.split("/")[1:]
     names = sorted(set(DATASETS) - {"composite"})
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3) or names[:3]
         raise InputError(f"reasoning_gym has no task {name!r}; did you mean {', '.join(near)}? ({len(names)} tasks)")
-    options = _task_options(name, changes)
+    options = _task_options(name, DATASETS[name][1], changes)
     instruction = {"role": "system", "content": TAGGED_INSTRUCTION}
     return [
         {
@@ -57,22 +57,22 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
 
 
 def _entries(spec: str, name: str, size: int, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    import reasoning_gym
+
     state = random.getstate()  # some tasks draw from the global generator
     random.seed(seed)
     try:
         task = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
-    except (AssertionError, ValueError, TypeError) as error:  # the task's own checks
-        random.setstate(state)
-        raise InputError(f"{spec}: the task refuses these options ({' '.join(str(error).split())})") from error
-    try:
         return [task[index] for index in range(size)]
+    except (AssertionError, ValueError, TypeError) as error:  # the task's own checks
+        raise InputError(f"{spec}: the task refuses these options ({' '.join(str(error).split())})") from error
     finally:
         random.setstate(state)
 
 
-def _task_options(name: str, changes: Sequence[str]) -> dict[str, Any]:
+def _task_options(name: str, settings: Any, changes: Sequence[str]) -> dict[str, Any]:
     """Parse the ``key=value`` parts of a spec into options of a reasoning-gym task; values are YAML."""
-    valid = {option.name for option in dataclasses.fields(DATASETS[name][1])} - {"size", "seed"}
+    valid = {option.name for option in dataclasses.fields(settings)} - {"size", "seed"}
     options = {}
     for change in changes:
         key, equals, value = change.partition("=")

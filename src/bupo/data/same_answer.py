@@ -12,6 +12,7 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 
 from bupo.data.answers import in_different_bases, is_words, plain_text, strip_answer
+from bupo.data.generators import unpack
 
 CORRECT_SCORE = 0.99  # reasoning-gym scores from here on count as solved
 MAX_MATH_CHARS = 1_000  # longer answers are not parsed; those of benchmarks are far shorter
@@ -62,8 +63,6 @@ def gym_task(name: str) -> Any:
 
 def grade_reasoning_gym(task: str, entry: Any, answer: str) -> tuple[float, str]:
     """Return the task's own score and the status that follows from it."""
-    from bupo.data.generators import unpack  # imports reasoning-gym too
-
     if len(answer) > MAX_TEXT_CHARS or re.search(r"__\w+__", answer):  # some scorers evaluate expressions
         return 0.0, "unparsable"
     try:

@@ -15,8 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from bupo.errors import InputError
 from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end, end_tokens
 from bupo.models.internal_policy import check_layer, internal_policy
-from bupo.models.layout import n_layers
-from bupo.models.load import context_length
+from bupo.models.layout import context_length, n_layers
 
 _FIRST_STRETCH = 32  # tokens
 
@@ -78,7 +77,7 @@ class TransformersEngine:
                 if "probability tensor" not in str(error):
                     raise
                 raise InputError(
-                    "the model's probabilities are not finite; load it in float32 (--dtype float32) or check its weights"
+                    "the model's probabilities are not finite; use --dtype float32 or check the model's weights"
                 ) from error
 
     def _cache_can_drop_rows(self) -> bool:

@@ -11,7 +11,8 @@ from bupo.evaluate.config import EvalConfig
 from bupo.evaluate.engines import Engine, end_tokens
 from bupo.evaluate.hf_engine import TransformersEngine
 from bupo.evaluate.vllm_engine import VllmEngine
-from bupo.models.load import context_length, load_model, load_tokenizer, model_revision, resolve_model
+from bupo.models.layout import context_length
+from bupo.models.load import load_model, load_tokenizer, model_revision, resolve_model
 
 
 def load_engine(

@@ -1,77 +1,16 @@
-"""Summarises graded responses, and reads and prints ``results.json``. This module loads no torch."""
+"""Summarises graded responses as the content of ``results.json``. This module loads no torch."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from bupo.errors import InputError
 from bupo.evaluate.metrics import PASS_KS, bootstrap, pass_curve
 
 SCHEMA = 1
-
-
-class Interval(TypedDict):
-    """A mean over problems with its 95 % interval."""
-
-    mean: float
-    ci95: list[float]
-
-
-class AtK(Interval):
-    """Avg@K or Pass@K."""
-
-    k: int
-
-
-@with_config(ConfigDict(extra="allow"))
-class TaskResult(TypedDict):
-    """Results of one task; those after ``n_samples`` are absent if no gold answer could be read."""
-
-    n_problems: int
-    n_samples: int
-    left_out: NotRequired[list[str]]
-    reason: NotRequired[str]
-    avg_at_k: NotRequired[AtK]
-    pass_at_k: NotRequired[list[AtK]]
-    mean_reward: NotRequired[Interval]
-    mean_length: NotRequired[float]
-    truncation_rate: NotRequired[float]
-    unparsable_rate: NotRequired[float]
-    timeout_rate: NotRequired[float]
-    problems: NotRequired[list[dict[str, Any]]]
-
-
-@with_config(ConfigDict(extra="allow"))
-class EvalResults(TypedDict):
-    """The content of ``results.json``."""
-
-    schema: Literal[1]
-    tasks: dict[str, TaskResult]
-
-
-_ADAPTER: TypeAdapter[EvalResults] = TypeAdapter(EvalResults)
-
-
-def load(path: Path) -> EvalResults:
-    """Read ``results.json``.
-
-    Raises:
-        InputError: the file does not exist, is not JSON, or does not hold results; the message names the key.
-    """
-    try:
-        return _ADAPTER.validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{path} does not hold results of bupo eval: {where + ': ' if where else ''}{problem['msg']}") from error
 
 
 def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) -> dict[str, Any]:
@@ -142,5 +81,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             shown = ", ".join(task["left_out"][:5]) + (", ..." if len(task["left_out"]) > 5 else "")
             lines.append(f"  left out, as the gold answer cannot be read: {len(task['left_out'])} ({shown})")
         if task["timeout_rate"]:
-            lines.append(f"  {100 * task['timeout_rate']:.2f} % of the answers took too long to grade and count as wrong")
+            lines.append(
+                f"  {100 * task['timeout_rate']:.2f} % of the answers took too long to grade (counted as wrong)"
+            )
     return lines

@@ -1,0 +1,124 @@
+"""Sampling with transformers: the model's distribution, repeatable, and the same for every layout of the zoo."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from bupo.errors import ConfigError, InputError
+from bupo.evaluate import hf_engine
+from bupo.evaluate.engines import Batch, Sampling, choose_engine, cut_at_end
+from bupo.evaluate.hf_engine import TransformersEngine, sample
+from bupo.models.load import load_model
+from tests.support.zoo import ZOO, zoo_model
+
+PROMPTS = [[40, 41, 42], [43, 44], [45, 46, 47, 48, 49]]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return load_model(str(tiny_folder), device="cpu")
+
+
+def test_sampling_repeats_and_knows_its_seed(tiny):
+    first = sample(*tiny, PROMPTS, Sampling(6, seed=1), samples=3, batch_size=4)
+    torch.rand(7)  # the caller's random state plays no part
+    state = torch.get_rng_state()
+    assert sample(*tiny, PROMPTS, Sampling(6, seed=1), samples=3, batch_size=4) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample(*tiny, PROMPTS, Sampling(6, seed=2), samples=3, batch_size=4) != first
+    assert [len(group) for group in first] == [3, 3, 3]
+    assert all(1 <= len(response) <= 6 for group in first for response in group)
+
+
+def test_sampling_is_from_the_models_distribution(tiny):
+    """First tokens against the softmax; a checkpoint's own top-k and penalties must not act."""
+    model, tokenizer = tiny
+    before = model.generation_config
+    model.generation_config = GenerationConfig(top_k=1, repetition_penalty=5.0, min_p=0.5, eos_token_id=2)
+    try:
+        (responses,) = sample(model, tokenizer, PROMPTS[:1], Sampling(1), samples=4000, batch_size=1000)
+        assert model.generation_config.top_k == 1
+    finally:
+        model.generation_config = before
+    with torch.no_grad():
+        p = model(torch.tensor(PROMPTS[:1])).logits[0, -1].double().softmax(-1).numpy()
+    counts = np.bincount([r[0] for r in responses], minlength=97)
+    large = p * 4000 >= 5
+    expected = np.append(p[large], p[~large].sum()) * 4000
+    observed = np.append(counts[large], counts[~large].sum())
+    statistic = ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum()
+    degrees = len(expected) - 1
+    assert statistic < degrees + 4 * np.sqrt(2 * degrees)
+
+
+class Tokenizer:
+    pad_token_id = 0
+    eos_token_id = None
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in ZOO])
+def test_a_batch_gives_what_each_prompt_gives_alone(name, monkeypatch):
+    """Greedy, with prompts of unequal length, one of which ends early and leaves the batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = zoo_model(name)
+    model.generation_config.eos_token_id = None
+    monkeypatch.setattr(hf_engine, "_FIRST_STRETCH", 2)
+    sampling, batch = Sampling(9, temperature=0), Batch(((0, 0), (1, 0), (2, 0)), 1)
+    free = TransformersEngine(model, Tokenizer()).run(PROMPTS, batch, sampling)
+    model.generation_config.eos_token_id = free[1][2]  # the second response ends here
+    engine = TransformersEngine(model, Tokenizer())
+    together = engine.run(PROMPTS, batch, sampling)
+    assert len(together[1]) <= 3
+    assert together == [engine.run([prompt], Batch(((0, 0),), 1), sampling)[0] for prompt in PROMPTS]
+    assert together == [cut_at_end(response, engine.end_ids) for response in free]
+
+
+def test_responses_end_with_their_end_token(tiny):
+    assert cut_at_end([5, 2, 0, 0], frozenset({2})) == [5, 2]
+    assert cut_at_end([5, 6], frozenset({2})) == [5, 6]
+    engine = TransformersEngine(*tiny)
+    responses = [r for group in sample(*tiny, PROMPTS, Sampling(30), samples=40) for r in group]
+    ended = [r for r in responses if 2 in r]
+    assert ended
+    assert all(r.index(2) == len(r) - 1 and engine.is_finished(r) for r in ended)
+    assert not any(engine.is_finished(r) for r in responses if 2 not in r)
+
+
+def test_internal_policy_is_what_is_sampled(tiny):
+    model, _ = tiny
+    with pytest.raises(InputError, match="layers 1 to 4"):
+        TransformersEngine(*tiny, internal_layer=5)
+    for layer in (1, 2, 3):
+        engine = TransformersEngine(*tiny, internal_layer=layer)
+        (response,) = engine.run(PROMPTS, Batch(((0, 0),), 1), Sampling(5, temperature=0))
+        ids = list(PROMPTS[0])
+        for token in response:
+            with torch.no_grad():
+                state = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, -1]
+                assert int(model.lm_head(state).argmax()) == token
+            ids.append(token)
+
+
+def test_wrong_settings(tiny):
+    with pytest.raises(ConfigError, match=r"max_new_tokens must be at least 1.*temperature.*top_p"):
+        Sampling(0, temperature=float("inf"), top_p=2)
+    with pytest.raises(InputError, match="unknown engine"):
+        choose_engine("vlm")
+    with pytest.raises(InputError, match="cannot sample from an internal policy"):
+        choose_engine("vllm", internal_layer=3)
+    with pytest.raises(InputError, match="exceed the model's context of 512"):
+        sample(*tiny, PROMPTS, Sampling(510), samples=1)
+
+
+def test_non_finite_probabilities_are_one_clear_line(tiny_folder):
+    model, tokenizer = load_model(str(tiny_folder), device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        sample(model, tokenizer, PROMPTS, Sampling(2), samples=1)

@@ -1,0 +1,105 @@
+"""Pass@K, intervals and paired tests against enumeration and simulation."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, pass_curve
+
+
+def test_pass_at_k_equals_enumeration_of_subsets():
+    for n in range(1, 8):
+        for correct, k in product(range(n + 1), range(1, n + 1)):
+            samples = [True] * correct + [False] * (n - correct)
+            subsets = list(combinations(samples, k))
+            assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@settings(max_examples=200)
+def test_pass_at_k_equals_exact_binomials(case):
+    n, correct, k = case
+    exact = 1 - comb(n - correct, k) / comb(n, k)
+    assert pass_at_k(n, correct, k) == pytest.approx(exact, abs=1e-9)
+
+
+def test_pass_at_k_is_unbiased():
+    """Its mean over draws is 1 - (1-p)^k."""
+    generator = np.random.default_rng(0)
+    p, n, k = 0.1, 20, 8
+    draws = generator.binomial(n, p, size=20_000)
+    table = np.array([pass_at_k(n, c, k) for c in range(n + 1)])[draws]
+    assert abs(table.mean() - (1 - (1 - p) ** k)) < 4 * table.std() / np.sqrt(draws.size)
+
+
+@pytest.mark.parametrize("case", [(0, 0, 1), (4, 5, 1), (4, 1, 0), (4, 1, 5), (4, -1, 1)])
+def test_pass_at_k_refuses_nonsense(case):
+    with pytest.raises(ValueError, match="need 0 <= correct"):
+        pass_at_k(*case)
+
+
+def test_curve_has_only_the_ks_that_the_samples_allow():
+    curve = pass_curve([0, 4, 16], 16)
+    assert [k for k, _ in curve] == [1, 4, 16]
+    assert curve[0][1].mean == pytest.approx(np.mean([0, 4 / 16, 1]))
+    assert curve[-1][1].mean == pytest.approx(2 / 3)
+
+
+def simulated_means(generator, problems, samples):
+    """Share of right samples per problem where problems differ in difficulty (mean 2/7)."""
+    return generator.binomial(samples, generator.beta(2, 5, size=problems)) / samples
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for trial in range(400):
+        estimate = bootstrap(simulated_means(generator, 60, 8), resamples=600, seed=trial)
+        covered += estimate.low <= 2 / 7 <= estimate.high
+    assert 0.91 <= covered / 400 <= 0.98  # 95 % within three standard errors, less what the percentile method loses
+
+
+def test_interval_is_of_problems_not_of_samples():
+    """Treating the samples of a problem as independent would give an interval far too narrow."""
+    generator = np.random.default_rng(2)
+    shares = (generator.random(50) < 0.5).astype(float)  # every problem is always or never solved
+    estimate = bootstrap(shares)
+    by_samples = 2 * 1.96 * np.sqrt(0.25 / (50 * 16))
+    assert estimate.high - estimate.low > 3 * by_samples
+
+
+def test_bootstrap_edge_cases():
+    assert bootstrap([0.5]).to_json() == {"mean": 0.5, "ci95": [0.5, 0.5]}
+    assert bootstrap([1, 0, 1], seed=3) == bootstrap([1, 0, 1], seed=3)
+    with pytest.raises(ValueError, match="at least one problem"):
+        bootstrap([])
+
+
+def test_comparison_finds_a_difference_and_keeps_its_level():
+    generator = np.random.default_rng(3)
+    rejected = 0
+    for trial in range(200):  # no difference
+        difficulty = generator.beta(2, 5, size=40)
+        first, second = generator.binomial(8, difficulty) / 8, generator.binomial(8, difficulty) / 8
+        rejected += compare(first, second, resamples=500, seed=trial).p_value < 0.05
+    assert rejected / 200 <= 0.10  # 5 % and three standard errors
+    difficulty = generator.beta(2, 5, size=40)
+    better = compare(generator.binomial(8, difficulty) / 8, generator.binomial(8, np.minimum(difficulty + 0.2, 1)) / 8)
+    assert better.p_value < 0.01
+    assert better.low > 0
+
+
+def test_comparison_equals_enumerated_sign_flips():
+    first, second = [0.0, 0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 0.5, 0.25, 1.0]
+    differences = np.subtract(second, first)
+    flips = [abs(np.dot(signs, differences)) for signs in product((1, -1), repeat=5)]
+    exact = np.mean([flip >= abs(differences.sum()) - 1e-12 for flip in flips])
+    assert compare(first, second, resamples=50_000).p_value == pytest.approx(exact, abs=0.01)
+    with pytest.raises(ValueError, match="same problems: 5 and 4"):
+        compare(first, second[:4])

@@ -1,0 +1,210 @@
+"""Whole evaluations: results, continuing after a kill, shards, and grading again."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from bupo.data.rollouts import read_responses
+from bupo.errors import InputError
+from bupo.evaluate.config import EvalConfig
+from bupo.evaluate.finished import regrade
+from bupo.evaluate.hf_engine import TransformersEngine
+from bupo.evaluate.results import task_results
+from bupo.evaluate.run import check_output, evaluate
+from bupo.evaluate.tasks import TASKS, Task, task_problems
+from bupo.models.load import load_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return load_model(str(tiny_folder), device="cpu")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(5)] + [{"prompt": "?", "answer": "\\frac{"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(output, tiny, questions, *, engine=None, **changes):
+    settings = {"model": "tiny", "tasks": (str(questions),), "n": 4, "k": 2, "max_new_tokens": 5, "batch_size": 3}
+    config = EvalConfig(**{**settings, **changes})
+    engine = engine or TransformersEngine(*tiny, batch_size=config.batch_size)
+    check_output(config, output, overwrite=False)
+    return evaluate(config, engine, engine.tokenizer, output)
+
+
+def rows_of(folder):
+    return pyarrow.parquet.read_table(folder / "responses.parquet")
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+class Killed(BaseException):
+    pass
+
+
+class Fragile(TransformersEngine):
+    """Is killed after ``left`` batches, and counts the responses made."""
+
+    left = 0
+    made = 0
+
+    def run(self, prompts, batch, sampling):
+        if Fragile.left == 0:
+            raise Killed
+        Fragile.left -= 1
+        Fragile.made += len(batch.items)
+        return super().run(prompts, batch, sampling)
+
+
+def test_a_killed_run_continues_and_ends_the_same(tmp_path, tiny, questions):
+    whole = run(tmp_path / "whole", tiny, questions)
+    table = rows_of(tmp_path / "whole")
+    assert table.num_rows == 24
+    assert table.column("status").to_pylist().count("bad_gold") == 4
+    output = tmp_path / "killed"
+    for _ in range(3):  # each start is killed after two batches; the kill also cuts off a line
+        Fragile.left = 2
+        with pytest.raises(Killed):
+            run(output, tiny, questions, engine=Fragile(*tiny, batch_size=3))
+        assert not (output / "results.json").exists()
+        partial = output / "responses.partial.jsonl"
+        partial.write_bytes(partial.read_bytes()[:-4])
+    Fragile.left = -1
+    assert run(output, tiny, questions, engine=Fragile(*tiny, batch_size=3)) == whole
+    assert rows_of(output).equals(table)
+    assert Fragile.made == 24 + 3 * 3  # the cut-off batch of each kill, and nothing else, was made twice
+    assert sorted(p.name for p in output.iterdir()) == ["responses.parquet", "results.json", "run.json"]
+
+
+def test_an_unfinished_run_with_other_settings_is_not_mixed(tmp_path, tiny, questions):
+    output = tmp_path / "out"
+    run(output, tiny, questions)
+    with pytest.raises(InputError, match="already holds a run"):
+        run(output, tiny, questions)
+    (output / "results.json").unlink()
+    with pytest.raises(InputError, match=r"other settings .seed: 0 then, 1 now"):
+        run(output, tiny, questions, seed=1)
+
+
+def test_shards_are_merged_by_the_last_to_finish(tmp_path, tiny, questions):
+    output = tmp_path / "out"
+    first = run(output, tiny, questions, shard="2/2")
+    assert first["tasks"]["sums"]["n_problems"] == 2
+    assert not (output / "results.json").exists()
+    merged = run(output, tiny, questions, shard="1/2")
+    assert merged == results_of(output) == regrade(output)
+    assert (merged["tasks"]["sums"]["n_problems"], merged["tasks"]["sums"]["n_samples"]) == (5, 4)
+    assert merged["tasks"]["sums"]["left_out"] == ["sums/5"]
+    ids = [f"sums/{problem}" for problem in range(6) for _ in range(4)]
+    assert rows_of(output).column("problem_id").to_pylist() == ids
+    parts = [rows_of(output / f"shard-{number}-of-2") for number in (1, 2)]
+    assert pa.concat_tables(parts).equals(rows_of(output))
+    whole = run(tmp_path / "whole", tiny, questions)
+    assert merged.keys() == whole.keys()
+    assert merged["tasks"]["sums"].keys() == whole["tasks"]["sums"].keys()
+    with pytest.raises(InputError, match="already holds a run"):
+        run(output, tiny, questions, shard="1/2")
+    with pytest.raises(InputError, match="has 6 problems, too few for 7 shards"):
+        run(tmp_path / "no", tiny, questions, shard="1/7")
+    run(tmp_path / "mixed", tiny, questions, shard="1/2")
+    with pytest.raises(InputError, match=r"shard-2-of-2 was evaluated with other settings"):
+        run(tmp_path / "mixed", tiny, questions, shard="2/2", seed=1)
+
+
+def test_results_hold_what_they_should(tmp_path, tiny, questions, monkeypatch):
+    monkeypatch.setattr("bupo.evaluate.run.find_task", lambda spec: Task("sums", spec=spec, template="raw"))
+    results = run(tmp_path / "out", tiny, questions)
+    (task,) = results["tasks"].values()
+    assert results["schema"] == 1
+    assert results["sampling"]["template"] == "raw"  # the task's own, as it was used
+    assert (task["n_problems"], task["n_samples"]) == (5, 4)
+    assert task["left_out"] == ["sums/5"]
+    assert [entry["k"] for entry in task["pass_at_k"]] == [1, 2, 4]
+    assert task["avg_at_k"]["k"] == 2
+    assert task["avg_at_k"]["mean"] == pytest.approx(task["pass_at_k"][0]["mean"])
+    assert results_of(tmp_path / "out") == results
+    run_file = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run_file["command"] == "eval"
+    assert run_file["config"]["temperature"] == 1.0
+    rollouts = read_responses(tmp_path / "out" / "responses.parquet")
+    assert (len(rollouts), rollouts[5].problem_id, rollouts[5].sample) == (24, "sums/1", 1)
+
+
+def test_regrading_equals_the_first_grading(tmp_path, tiny, questions):
+    output = tmp_path / "out"
+    first = run(output, tiny, questions)
+    table = rows_of(output)
+    assert regrade(output) == first
+    assert rows_of(output).equals(table)
+    rows = table.to_pylist()
+    for row in rows:  # a response that is right is found by regrading
+        row["response"] = f"\\boxed{{{row['answer']}}}"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=table.schema), output / "responses.parquet")
+    (task,) = regrade(output)["tasks"].values()
+    assert task["avg_at_k"]["mean"] == 1.0
+    assert task["left_out"] == ["sums/5"]
+    with pytest.raises(InputError, match="no finished evaluation"):
+        regrade(tmp_path)
+    gym = tmp_path / "gym"
+    results = run(gym, tiny, "reasoning_gym/chain_sum", limit=2, n=2, template="raw", max_new_tokens=3)
+    assert regrade(gym) == results
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, tiny, questions):
+    with pytest.raises(InputError, match=r"longest prompt has 4 tokens.*context of 512"):
+        run(tmp_path / "out", tiny, questions, max_new_tokens=509)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_need_equal_samples_and_survive_no_usable_problem():
+    row = {"problem_id": "a", "reward": 0.0, "status": "wrong", "length": 3, "finished": True}
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        task_results([row, row, {**row, "problem_id": "b"}], k=1)
+    empty = task_results([{**row, "status": "bad_gold"}], k=1)
+    assert empty["n_problems"] == 0
+    assert empty["left_out"] == ["a"]
+
+
+def test_every_task_of_the_paper_loads_from_a_folder(shared_data):
+    sizes = {"math500": 500, "amc23": 40, "aime24": 30, "aime25": 30}
+    for name, size in sizes.items():
+        problems = task_problems(TASKS[name], data_dir=shared_data)
+        assert len(problems) == size
+        assert problems[0].id == f"{name}/0"
+    assert {name: TASKS[name].k for name in sizes} == {"math500": 16, "amc23": 16, "aime24": 32, "aime25": 32}
+    with pytest.raises(InputError, match=r"task minerva: .*not in .* either.*minerva.parquet"):
+        task_problems(TASKS["minerva"], data_dir=shared_data)
+
+
+def test_hub_benchmarks_are_read_by_their_columns(monkeypatch):
+    """No hub here: rows with the columns of the real datasets, under the task's own name."""
+    rows = {
+        "HuggingFaceH4/MATH-500": {"problem": "1+1?", "solution": "\\boxed{2}", "answer": "2", "unique_id": "a/1.json"},
+        "math-ai/amc23": {"id": 0, "question": "1+1?", "answer": "2.0", "url": "u"},
+        "math-ai/aime24": {"id": 60, "problem": "1+1?", "solution": "\\boxed{002}", "url": "u"},
+        "math-ai/aime25": {"problem": "1+1?", "answer": "2", "id": "0"},
+        "math-ai/minervamath": {"question": "1+1?", "answer": "2"},
+        "math-ai/olympiadbench": {"id": 1606, "question": "1+1?", "solution": ["..."], "final_answer": ["2", "3"]},
+    }
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test"])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list([rows[name]], split=split)
+    )
+    problems = {name: task_problems(task)[0] for name, task in TASKS.items() if task.hub}
+    assert {name: problem.answer for name, problem in problems.items()} == {
+        "math500": "2", "amc23": "2.0", "aime24": "002", "aime25": "2", "minerva": "2", "olympiadbench": "2, 3",
+    }  # fmt: skip
+    assert problems["math500"].id == "math500/a/1.json"
+    assert problems["aime24"].id == "aime24/60"
+    assert all(problem.prompt[-1]["content"] == "1+1?" for problem in problems.values())
