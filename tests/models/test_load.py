@@ -21,12 +21,15 @@ def test_paths_that_are_not_model_folders_are_refused(name, words):
         resolve_model(name)
 
 
-def test_the_default_device_is_the_accelerator_of_any_kind(tiny_folder, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
-    model, _ = load_model(str(tiny_folder))
-    assert model.device.type == "meta"
-    model, _ = load_model(str(tiny_folder), device="cpu")
-    assert model.device.type == "cpu"
+@pytest.mark.parametrize(
+    ("accelerator", "argument", "device"),
+    [("meta", None, "meta"), ("meta", "cpu", "cpu"), ("mps", None, "cpu"), (None, None, "cpu")],
+)
+def test_the_default_device_is_the_accelerator_of_any_kind(tiny_folder, monkeypatch, accelerator, argument, device):
+    current = None if accelerator is None else torch.device(accelerator)  # "meta" stands for XPU, NPU and so on
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: current)
+    model, _ = load_model(str(tiny_folder), device=argument)
+    assert model.device.type == device
 
 
 def test_an_unknown_device_or_dtype_is_one_line(tiny_folder):

@@ -73,8 +73,8 @@ def load_model(
         name: hub id, model folder, or ``small`` (the shipped model).
         dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` (the dtype of the checkpoint), or ``fitting``: the same,
             but float32 where the checkpoint is 16-bit and the device has no units for it, which is exact and faster.
-        device: torch device. Default: the accelerator if there is one, else the CPU. Quantised models, and models with
-            a ``device_map`` in ``kwargs``, stay where they were loaded.
+        device: torch device. Default: the accelerator, or the CPU where there is none or it is MPS. Quantised models,
+            and models with a ``device_map`` in ``kwargs``, stay where they were loaded.
         revision: branch, tag or commit on the hub.
         trust_remote_code: whether to run model code from the hub.
         kwargs: further arguments of ``from_pretrained``.
@@ -104,7 +104,8 @@ def load_model(
 
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+    # MPS has no float64, in which statistics are summed
+    return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
 
 
 def _place(model: Any, dtype: str, device: str, *, move: bool) -> Any:
