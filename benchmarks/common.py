@@ -42,11 +42,11 @@ def make_model(
         model.config.max_position_embeddings = 16_384  # random tokens: what they mean does not matter here
         return model
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(wide_config(layers or 24), dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(large_vocabulary(layers or 24), dtype=getattr(torch, dtype))
     return model.eval().to(device)
 
 
-def wide_config(layers: int) -> Qwen2Config:
+def large_vocabulary(layers: int) -> Qwen2Config:
     """A Qwen2.5-0.5B with ``layers`` layers."""
     return Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers,

@@ -1,18 +1,18 @@
-"""What training costs beside the alternatives, paired in one run (A B A B ...).
+"""The cost of training compared with the alternatives, in turns (A B A B ...).
 
-Command: ``make smollm2 && python -m benchmarks.training --out benchmarks/results/training.json``
-(on a GPU: ``--device cuda --dtype bfloat16``; not run there)
+Run ``make smollm2 && python -m benchmarks.training --out benchmarks/results/training.json`` from the repository root
+(on a GPU: ``--device cuda --dtype bfloat16``; not measured there). `benchmarks.paired` compares two versions of bupo.
 
-- ``phase2``: a rollout batch (sampling, scoring, four updates) of `BuPOTrainer` after its internal phase against TRL's
-  `GRPOTrainer`, whole training loops with the same settings and seeds on the shipped model. Both sample the same
-  responses and end with the same weights, which is checked.
-- ``phase1``: one internal update (old log-probabilities, forward, clipped surrogate, backward, AdamW) by early exit
-  against the *full* way of the authors' released code: the whole network runs, the logits of the chosen layer and of
-  the last one are both made whole, and the loss takes the former. The prediction counts what each really does: early
-  exit's tiled head makes its logits again in the backward pass instead of keeping them: a fifth product.
+- ``phase2``: a rollout batch (sampling, scoring, four updates) of `BuPOTrainer` after its internal phase compared with
+  TRL's `GRPOTrainer`: whole training loops with the same settings and seeds on the shipped model. It is checked that
+  both end with the same weights.
+- ``phase1``: one internal update (old log-probabilities, forward, clipped surrogate, backward, AdamW) with early exit
+  compared with the *full* forward of the authors' released code: the whole network runs, the logits of the chosen layer
+  and of the last one are both computed, and the loss takes the former. The prediction counts the products of both:
+  early exit's tiled head computes its logits again in the backward pass instead of keeping them, a fifth product.
 - ``memory``: the most memory of such a forward and backward pass (layers checkpointed) above weights and gradients,
   with a vocabulary of 151,936, a fresh process each; and the same counted on tensors without numbers for an
-  accelerator, whose kernel needs no float32 copies of a tile (`bupo.plan.simulate`).
+  accelerator, whose kernel needs no float32 copies of a tile (`bupo.train.footprint`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from benchmarks import common
+from benchmarks.common import large_vocabulary
+from bupo import BuPOConfig, BuPOTrainer, internal_policy, load_model
+from bupo.models.layout import find_layout
+from bupo.run_folder import describe_run, write_json
+from bupo.train.tiles import narrow_tiles
+from bupo.train.trainer import add_fused_lm_head, trl_utils
 
 SECTIONS = ("phase2", "phase1", "memory")
 LAYERS = (6, 15, 27)
@@ -38,12 +49,8 @@ LAYERS = (6, 15, 27)
 # -- phase 2 -----------------------------------------------------------------------------------------------------------
 
 
-def share_of_digits(completions, **_):
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
-
-
 class Turns:
-    """Two training loops in two threads, one rollout batch each in turn; each keeps its own random numbers."""
+    """Two training loops in two threads that take turns per rollout batch, each with its own random state."""
 
     def __init__(self, names: tuple[str, str], updates: int):
         self.names, self.updates = names, updates
@@ -52,8 +59,6 @@ class Turns:
         self._random: dict[str, Tensor] = {}
 
     def callback(self, name: str):
-        from transformers import TrainerCallback
-
         turns, other = self, self.names[1 - self.names.index(name)]
 
         class Turn(TrainerCallback):
@@ -81,38 +86,24 @@ class Turns:
 
 def phase2(args) -> dict:
     """Alternate rollout batches of both trainers."""
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from bupo import load_model
-    from bupo.data.problems import load_problems
-    from bupo.train.config import BuPOConfig
-    from bupo.train.trainer import BuPOTrainer
-
-    rounds, updates = args.rounds_phase2, 4
-    problems = load_problems("arithmetic", split="train", limit=16 * (rounds + 1), seed=args.seed)
-    data = Dataset.from_list([{"prompt": p.prompt} for p in problems])
-    same = {
-        "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1, "num_generations": 8,
-        "max_completion_length": 40, "learning_rate": 3e-5, "max_steps": (rounds + 1) * updates,
-        "lr_scheduler_type": "constant", "logging_steps": updates, "save_strategy": "no", "report_to": [],
-        "gradient_checkpointing": False, "bf16": args.dtype == "bfloat16", "use_cpu": args.device == "cpu",
-        "disable_tqdm": True, "seed": args.seed,
-    }  # fmt: skip
+    rounds, updates = args.rounds_phase2, common.UPDATES
+    data = Dataset.from_list(common.prompts(16 * (rounds + 1), args.seed))
+    settings = {**common.TRAINING, "max_steps": (rounds + 1) * updates, "seed": args.seed}
+    settings |= {"bf16": args.dtype == "bfloat16", "use_cpu": args.device == "cpu"}
     turns = Turns(("trl", "bupo"), updates)
     trainers = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in turns.names:
             model, tokenizer = load_model("small", device="cpu")
             tokenizer.padding_side = "left"
-            if name == "trl":
-                settings = GRPOConfig(output_dir=f"{folder}/{name}", steps_per_generation=updates, **same)
-            else:
-                settings = BuPOConfig(output_dir=f"{folder}/{name}", updates_per_rollout=updates, **same)
-            kind = GRPOTrainer if name == "trl" else BuPOTrainer
+            kind, config = (GRPOTrainer, GRPOConfig) if name == "trl" else (BuPOTrainer, BuPOConfig)
+            per_rollout = {"steps_per_generation" if name == "trl" else "updates_per_rollout": updates}
             trainer = kind(
-                model=model, reward_funcs=share_of_digits, args=settings, train_dataset=data, processing_class=tokenizer
+                model=model,
+                reward_funcs=common.share_of_digits,
+                args=config(output_dir=f"{folder}/{name}", **per_rollout, **settings),
+                train_dataset=data,
+                processing_class=tokenizer,
             )
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(turns.callback(name))
@@ -124,17 +115,14 @@ def phase2(args) -> dict:
             thread.join()
     weights = [trainer.model.state_dict() for trainer in trainers.values()]
     equal = all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
-    seconds = {name: found[1:] for name, found in turns.seconds.items()}  # the first warms up
-    pairs = sorted(b / t for t, b in zip(seconds["trl"], seconds["bupo"], strict=True))
-    ratio = statistics.median(seconds["bupo"]) / statistics.median(seconds["trl"])
+    seconds = {name: values[1:] for name, values in turns.seconds.items()}  # the first warms up
+    ratios = common.paired_ratios(seconds["trl"], seconds["bupo"])
     return {
         "rounds": rounds,
-        "seconds": {name: [round(s, 4) for s in found] for name, found in seconds.items()},
-        "ratio_of_medians": round(ratio, 4),
-        "median_of_pairs": round(statistics.median(pairs), 4),
-        "half_of_the_pairs": [round(pairs[len(pairs) // 4], 4), round(pairs[-1 - len(pairs) // 4], 4)],
+        "seconds": {name: [round(s, 4) for s in values] for name, values in seconds.items()},
+        **ratios,
         "same_weights_at_the_end": equal,
-        "at_most_1_percent_slower": ratio <= 1.01,
+        "at_most_1_percent_slower": ratios["ratio_of_medians"] <= 1.01,
     }
 
 
@@ -148,37 +136,29 @@ def surrogate(logps: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
 
 
 class EarlyExit:
-    """Log-probs of pi^l as the trainer computes them."""
+    """Log-probabilities of the internal policy as the trainer computes them."""
 
     def __init__(self, model):
-        from bupo.train.trainer import add_fused_lm_head
-
         add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
         self.model = model
 
     def log_probs(self, ids: Tensor, layer: int) -> Tensor:
-        from bupo import internal_policy
-        from bupo.train.tiles import narrow_tiles
-        from bupo.train.trainer import trl_utils
-
         with internal_policy(self.model, layer), narrow_tiles(trl_utils, ids.device, ids.numel()):
             return self.model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs
 
 
 class FullForward:
-    """Log-probs of pi^l beside the full policy's logits: every layer, two vocabulary projections, both made whole."""
+    """Log-probabilities of the internal policy from a forward of all layers, with the logits of both policies."""
 
     def __init__(self, model):
-        from bupo.models.layout import find_layout
-
         self.model, self.layout = model, find_layout(model)
 
     @contextmanager
     def _state(self, layer: int):
-        found: list[Tensor] = []
-        hook = self.layout.layers[layer - 1].register_forward_hook(lambda m, i, o: found.append(o))
+        states: list[Tensor] = []
+        hook = self.layout.layers[layer - 1].register_forward_hook(lambda m, i, o: states.append(o))
         try:
-            yield found
+            yield states
         finally:
             hook.remove()
 
@@ -194,7 +174,7 @@ WAYS = {"early_exit": EarlyExit, "full_forward": FullForward}
 
 
 def update(way, ids: Tensor, layer: int, advantages: Tensor, optimizer, low) -> float:
-    """Seconds of one whole update."""
+    """Run one update; returns its seconds."""
     started = time.perf_counter()
     with low():
         with torch.no_grad():
@@ -203,20 +183,18 @@ def update(way, ids: Tensor, layer: int, advantages: Tensor, optimizer, low) -> 
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if ids.is_cuda:
-        torch.cuda.synchronize()
+    common.synchronize(ids.device)
     return time.perf_counter() - started
 
 
 def predicted(model, layer: int, length: int) -> dict[str, float]:
-    """Multiply-adds a token of both ways.
+    """Multiply-adds per token of both ways.
 
-    Backward is twice the forward of the layers that the loss depends on, in both ways. Heads: early exit makes its
-    logits for the old log-probabilities, in the forward and again in the backward pass, which has two products of its
-    own: 5. The full way makes two logits twice and has two products in the backward pass: 6.
+    In both, the backward pass costs twice the forward of the layers that the loss depends on. Head products: early exit
+    computes its logits for the old log-probabilities, in the forward and again in the backward pass, which has two
+    products of its own: 5. The full forward computes the logits of two policies twice, and has two products in the
+    backward pass: 6.
     """
-    from bupo.models.layout import find_layout
-
     layout, text = find_layout(model), model.config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     sizes = [sum(p.numel() for p in m.parameters() if p.ndim == 2) + 2 * length * width for m in layout.layers]
@@ -232,8 +210,6 @@ def precision(args):
 
 def phase1(args) -> dict:
     """Alternate updates of both ways at several layers, on one model."""
-    from bupo import load_model
-
     torch.manual_seed(args.seed)
     model, _ = load_model(args.model, dtype="float32", device=args.device)
     model.train()
@@ -251,18 +227,19 @@ def phase1(args) -> dict:
                 if turn:  # the first warms up
                     seconds[name].append(spent)
         counts = predicted(model, layer, args.length)
-        wanted = counts["full_forward"] / counts["early_exit"]
-        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        predicted_ratio = counts["full_forward"] / counts["early_exit"]
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
         ratio = medians["full_forward"] / medians["early_exit"]
         pairs = [f / e for f, e in zip(seconds["full_forward"], seconds["early_exit"], strict=True)]
         result["layers"][str(layer)] = {
-            "seconds": {name: [round(s, 3) for s in found] for name, found in seconds.items()},
+            "seconds": {name: [round(s, 3) for s in values] for name, values in seconds.items()},
             "time_ratio": round(ratio, 3),
             "time_ratio_range": [round(min(pairs), 3), round(max(pairs), 3)],
-            "predicted_time_ratio": round(wanted, 3),
-            "share_of_prediction": round(ratio / wanted, 3),
+            "predicted_time_ratio": round(predicted_ratio, 3),
+            "share_of_prediction": round(ratio / predicted_ratio, 3),
         }
-        print(f"  layer {layer}: {ratio:.3f} times as fast, {ratio / wanted:.1%} of {wanted:.3f}", flush=True)
+        share = ratio / predicted_ratio
+        print(f"  layer {layer}: {ratio:.3f} times as fast, {share:.1%} of {predicted_ratio:.3f}", flush=True)
     result["at_least_90_percent"] = all(row["share_of_prediction"] >= 0.9 for row in result["layers"].values())
     return result
 
@@ -270,20 +247,8 @@ def phase1(args) -> dict:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def large_vocabulary(layers: int):
-    """A Qwen2.5-0.5B with fewer layers: 151,936 words of width 896, tied."""
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(
-        "qwen2", vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers,
-        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768,
-    )  # fmt: skip
-
-
 def peak_of(name: str, args) -> int:
-    """Bytes of one forward and backward pass above weights and gradients; in this process."""
-    from transformers import AutoModelForCausalLM
-
+    """Peak bytes of one forward and backward pass in this process, above weights and gradients."""
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(large_vocabulary(args.memory_layers)).to(args.device).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -298,38 +263,34 @@ def peak_of(name: str, args) -> int:
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.grad.add_(1.0)  # zeros are not in memory until they are written
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
+        before = common.reset_peak()
     with precision(args)():
         way.log_probs(ids, 6).sum().backward()
-    return (torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")) - before
-
-
-def resident(kind: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(kind)).split()[1]) * 1024
+    return (torch.cuda.max_memory_allocated() if args.device == "cuda" else common.resident("VmHWM")) - before
 
 
 def counted(name: str, tokens: int, layers: int, *, triton: bool) -> int:
     """The same by counting tensors without numbers."""
-    from bupo.plan.shape import fake_model
-    from bupo.plan.simulate import LiveBytes, Settings, simulate_update
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from bupo.models.fake import fake_model
+    from bupo.train.footprint import BytesAlive, Workload, count_update
 
     config = large_vocabulary(layers)
     if name == "early_exit":
-        settings = Settings(torch.float32, torch.float32, tokens // 512, 0, 512, 1, True, True, triton)
-        found = simulate_update(config, 6, settings, whole=False)
-        return found.peak - found.gradients
-    with fake_model(config) as model:
-        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        work = Workload(torch.float32, torch.float32, tokens // 512, 0, 512, 1, True, True, triton)
+        return count_update(config, 6, work, internal=True, narrow=True)["update"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = fake_model(config).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         ids = torch.zeros(tokens // 512, 512, dtype=torch.long)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        track = LiveBytes()
-        track.ignore(*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), ids)
-        with track:
-            FullForward(model).log_probs(ids, 6).sum().backward()
-        return track.peak
+        whole = torch.nn.Module()  # the tracker allows a second use of lm_head within one module only
+        whole.model, whole.forward = model, lambda ids: FullForward(model).log_probs(ids, 6)
+        with BytesAlive(model, ids) as tracker:
+            whole(ids).sum().backward()
+        return tracker.alive("peak")
 
 
 def memory(args) -> dict:
@@ -360,16 +321,16 @@ def _memory_at(tokens: int, args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--model", default="models/smollm2", help="of phase1")
-    parser.add_argument("--layers", default=",".join(map(str, LAYERS)), help="of phase1")
+    parser.add_argument("--model", default="models/smollm2", help="for phase1")
+    parser.add_argument("--layers", default=",".join(map(str, LAYERS)), help="for phase1")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds-phase1", type=int, default=8)
     parser.add_argument("--rounds-phase2", type=int, default=24)
-    parser.add_argument("--memory-tokens", default="2048,4096", help="of a micro-batch, by commas")
+    parser.add_argument("--memory-tokens", default="2048,4096", help="tokens per micro-batch, comma-separated")
     parser.add_argument("--memory-layers", type=int, default=6)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the products")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of matrix products")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)
@@ -377,11 +338,9 @@ def main() -> None:
     if args.peak_of:
         print(json.dumps(peak_of(args.peak_of, args)))
         return
-    from bupo.run_folder import describe_run, write_json
-
     config = {key: str(value) for key, value in vars(args).items() if key not in ("out", "peak_of")}
     result = {**describe_run("training", config), "threads": torch.get_num_threads()}
-    if args.out and args.out.exists():  # sections that are not made now stay
+    if args.out and args.out.exists():  # keep sections that are not run now
         before = json.loads(args.out.read_text())
         result |= {section: before[section] for section in SECTIONS if section in before}
     run = {"phase2": phase2, "phase1": phase1, "memory": memory}
