@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bupo.cli import main
+from bupo.errors import InputError
 from bupo.models.load import SMALL_MODEL
 from tests.support.tiny import tiny_model
 
@@ -101,6 +102,51 @@ def test_a_folder_with_a_run_is_refused_without_overwrite(capsys, tmp_path, resp
     assert code == 0
 
 
+def test_processes_with_a_device_give_one_process_s_result(warm, capsys, tmp_path, responses):
+    arguments = ["--model", "small", "--responses", str(responses), "--device", "cpu", "--output"]
+    job = {"processes": 2, "job": "command", "subcommand": "analyze"}
+    done = warm.call(
+        "distributed:launch", **job, folder=str(tmp_path / "a"), arguments=[*arguments, str(tmp_path / "two")]
+    )
+    assert done["codes"] == [0, 0], "\n".join(done["told"])
+    assert run(capsys, *arguments, tmp_path / "one")[0] == 0
+    one, two = (json.loads((tmp_path / name / "analysis.json").read_text()) for name in ("one", "two"))
+    assert two["tokens"] == one["tokens"]
+    assert two["sites"]["ffn_out"] == pytest.approx(one["sites"]["ffn_out"], abs=1e-6)
+
+
+def test_a_launcher_refuses_one_device_for_all(capsys, tmp_path, responses, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ("--model", "small", "--responses", responses, "--device", "cuda:0")
+    assert "names one device for 2 processes; write cuda" in refused(capsys, tmp_path / "o", *arguments)
+    for command in (["eval", "--model", "small"], ["compare", "small", "a=small", "--responses", str(responses)]):
+        assert main([*command, "--output", str(tmp_path / "o")]) == 2
+        assert "runs in one process, but the launcher started 2" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_whether_the_command_continues(capsys, tmp_path, responses, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bupo.lens.analyze.analyze_rollouts", interrupt)
+    code, _, err = run(capsys, "--model", "small", "--responses", responses, "--output", tmp_path / "o")
+    assert code == 130
+    assert err.endswith("bupo: interrupted. Nothing was written; the same command starts again from the beginning.\n")
+    assert not (tmp_path / "o").exists()
+
+
+def test_nothing_is_left_of_a_result_that_json_cannot_hold(capsys, tmp_path, responses, monkeypatch):
+    from bupo.lens.analyze import analyze_rollouts
+
+    monkeypatch.setattr(
+        "bupo.lens.analyze.analyze_rollouts",
+        lambda *a, **k: {**analyze_rollouts(*a, **k), "final_entropy": float("nan")},
+    )
+    with pytest.raises(ValueError, match="JSON compliant"):
+        run(capsys, "--model", "small", "--responses", responses, "--output", tmp_path / "o")
+    assert not list(tmp_path.glob("o/*"))
+
+
 def test_missing_model(capsys, tmp_path, responses):
     line = refused(capsys, tmp_path / "o", "--model", tmp_path / "nowhere", "--responses", responses)
     assert "does not exist" in line
@@ -168,10 +214,29 @@ def test_a_model_that_is_no_language_model(capsys, tmp_path, responses):
     assert "bupo: error" in refused(capsys, tmp_path / "o", "--model", folder, "--responses", responses)
 
 
-def test_usage_errors_exit_with_2(capsys, tmp_path):
-    assert main(["analyze", "--model", "small"]) == 2
-    assert main(["analyze", "--nonsense"]) == 2
-    capsys.readouterr()
+@pytest.mark.parametrize("value", ["-1", str(2**32), str(2**70)])
+@pytest.mark.parametrize("command", ["analyze", "eval", "compare", "demo"])
+def test_a_seed_out_of_range_is_a_usage_error(capsys, command, value):
+    assert main([command, "--seed", value]) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--temperature", "inf"), ("--temperature", "nan"), ("--temperature", "-1"),
+                                     ("--max-new-tokens", "0"), ("--nonsense",)])  # fmt: skip
+@pytest.mark.parametrize("command", ["analyze", "eval"])
+def test_usage_errors_exit_with_2_before_anything_is_loaded(capsys, tmp_path, command, options):
+    arguments = ["--model", "no/model", "--dataset", "arithmetic", "--output", str(tmp_path / "o")]
+    assert main([command, *arguments, *options]) == 2
+    assert options[0] in capsys.readouterr().err
+    assert main([command, "--model", "small"]) == 2
+    assert not (tmp_path / "o").exists()
+
+
+def test_debug_shows_the_traceback_and_ends_at_a_double_dash(capsys, tmp_path):
+    with pytest.raises(InputError):
+        main(["report", str(tmp_path / "nothing"), "--debug"])
+    assert main(["report", "--", str(tmp_path / "nothing"), "--debug"]) == 2
+    assert "nothing does not exist" in capsys.readouterr().err
 
 
 def test_statistics_max_tokens_and_every_token(capsys, tmp_path, responses):

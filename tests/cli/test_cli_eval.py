@@ -105,11 +105,13 @@ def test_a_folder_that_holds_something_is_not_touched(tiny_folder, questions, tm
     assert "needs --model, --tasks, --output" in capsys.readouterr().err
 
 
-def test_help_needs_no_torch():
-    program = "import sys; from bupo.cli import main; main(['eval', '--help']); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("False")
-    assert "--internal-layer" in done.stdout
+def test_ctrl_c_says_that_the_same_command_continues(tiny_folder, questions, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bupo.evaluate.run.evaluate", interrupt)
+    assert main(arguments(tiny_folder, questions, tmp_path / "out")) == 130
+    assert "Responses so far are saved; the same command continues." in capsys.readouterr().err
 
 
 def test_a_process_killed_while_sampling_goes_on(tiny_folder, questions, tmp_path):

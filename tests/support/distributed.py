@@ -239,8 +239,8 @@ def train(
     Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
 
 
-def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp") -> None:
-    """`bupo train` as every process of a launcher runs it; engines come through the environment, as accelerate's do."""
+def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp", subcommand: str = "train") -> None:
+    """A bupo command as each process of a launcher runs it; engines come through the environment, as accelerate's do."""
     if engine == "fsdp2":
         enable_fsdp2_on_cpu()
         os.environ |= {
@@ -252,7 +252,7 @@ def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp") -
         }
     from bupo.cli import main
 
-    code = main(["train", *arguments])
+    code = main([subcommand, *arguments])
     if code:
         raise SystemExit(code)
 
