@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from bupo.errors import InputError
-from bupo.report.explorer import data_block
-from bupo.report.page import write_page
+from bupo.report.page import data_block, write_page
 from bupo.report.results import ExploredTokens
 from tests.support.results import everything, explored
 

@@ -10,7 +10,7 @@ import pytest
 
 from bupo.errors import InputError
 from bupo.report import analysis_figures, run_figures
-from bupo.report.logs import last_internal_rollout, read_log, series, summary
+from bupo.report.logs import TrainingRun, last_internal_rollout, read_log, series, summary
 from bupo.report.results import Analysis, Evaluation
 from bupo.report.style import inline_svg, looks, role, save
 from tests.support.results import analysis, evaluations, layer_choice, log, results
@@ -145,7 +145,7 @@ def test_series_take_every_known_name_and_average_a_rollout():
 def test_the_phase_line_is_where_the_full_policy_takes_over(internal, expected, phase):
     rows = log(internal, phase=phase)
     assert last_internal_rollout(rows) == expected
-    lines = [line for axes in run_figures.training_curves([("bupo", rows)]).axes for line in axes.lines]
+    lines = [line for axes in run_figures.training_curves([("bupo", TrainingRun(rows))]).axes for line in axes.lines]
     marks = {line.get_xdata()[0] for line in lines if "phase ends" in str(line.get_label())}
     assert marks == (set() if expected is None else {expected + 0.5})
 

@@ -240,7 +240,7 @@ def train(
 
 
 def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp", subcommand: str = "train") -> None:
-    """A bupo command as each process of a launcher runs it; engines come through the environment, as accelerate's do."""
+    """A bupo command as each process of a launcher runs it; engines come through the environment."""
     if engine == "fsdp2":
         enable_fsdp2_on_cpu()
         os.environ |= {

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bupo.evaluate.results import task_results
-from bupo.report.collect import ReportData, TrainingRun
+from bupo.report.collect import ReportData
 from bupo.report.conclusion import compare_evaluations
+from bupo.report.logs import TrainingRun
 from bupo.report.results import Analysis, Evaluation, ExploredTokens
 
 HOSTILE = '</script><script>document.title="owned"</script><img src="http://example.invalid/x.png" onerror=alert(1)>'
@@ -113,7 +114,7 @@ def everything(name: str = "tiny", tokens: list[str] | None = None) -> ReportDat
               "responses": [response]}  # fmt: skip
     return ReportData(
         analyses=[(name, Analysis.parse(analysis(layer_choice=layer_choice())))],
-        runs=[("grpo", TrainingRun(log(), [])), ("bupo", TrainingRun(log(4), []))],
+        runs=[("grpo", TrainingRun(log())), ("bupo", TrainingRun(log(4)))],
         evaluations=scored,
         differences=compare_evaluations(scored)[0],
         notes=[f"a note on {name}"],

@@ -12,14 +12,13 @@ import pyarrow.parquet
 
 from bupo.errors import InputError
 from bupo.report.conclusion import compare_evaluations
-from bupo.report.logs import read_log
+from bupo.report.logs import TrainingRun, read_log
 from bupo.report.results import (
     Analysis,
     Comparison,
     Evaluation,
     ExploredTokens,
     ResultFile,
-    TrainingReading,
     load_readings,
     read_json,
 )
@@ -35,14 +34,6 @@ KINDS: dict[str, tuple[type[ResultFile], str, str]] = {
 }
 _ORDER: dict[str | None, int] = {"start": -1, "grpo": 1, "bupo": 2}  # others between, in the order given
 SAMPLES = 3  # number of problems whose responses are shown
-
-
-@dataclass
-class TrainingRun:
-    """The log of a training run, the readings it made of its layers, and its resolved recipe."""
-
-    log: list[dict[str, Any]]
-    readings: list[TrainingReading]
 
 
 @dataclass

@@ -6,10 +6,12 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bupo.errors import InputError
+from bupo.report.results import TrainingReading
 
 Row = Mapping[str, Any]
 
@@ -23,6 +25,14 @@ SERIES: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass
+class TrainingRun:
+    """The rows of a run's ``log.jsonl``, and the readings it made of its layers."""
+
+    log: list[dict[str, Any]]
+    readings: list[TrainingReading] = field(default_factory=list)
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read ``log.jsonl``; an incomplete last line (the run is still writing, or was killed) is left out.
 
@@ -32,19 +42,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.strip() else None
         except ValueError:
-            if number == len(lines):
-                continue
-            raise InputError(f"{path}, line {number}: not JSON; is it the log of a training run?") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object; is it the log of a training run?")
-        rows.append(row)
+            row = None if number == len(lines) else line
+        if row is not None and not isinstance(row, dict):
+            raise InputError(f"{path}, line {number} is not a JSON object; name the log of a training run")
+        rows += [row] if row else []
     if not any("step" in row and _value(row, "reward") is not None for row in rows):
-        raise InputError(f"{path} has no row with a step and a reward; is it the log of a training run?")
+        raise InputError(f"{path} has no row with a step and a reward; name the log of a training run")
     return rows
 
 
@@ -52,8 +58,7 @@ def series(log: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     """Return the rollout batches that have ``name`` (a key of `SERIES`), and its mean in each."""
     groups: dict[float, list[float]] = defaultdict(list)
     for row in log:
-        value = _value(row, name)
-        if value is not None:
+        if (value := _value(row, name)) is not None:
             groups[_rollout(row)].append(value)
     x = sorted(groups)
     return x, [sum(groups[at]) / len(groups[at]) for at in x]
@@ -63,9 +68,7 @@ def last_internal_rollout(log: Sequence[Row]) -> float | None:
     """The last rollout batch before training switches to the full policy alone; None if it never switches."""
     internal = [_rollout(row) for row in log if row.get("phase") not in (None, "full")]
     full = [_rollout(row) for row in log if row.get("phase") == "full"]
-    if not internal or not full or max(full) <= max(internal):
-        return None
-    return max(internal)
+    return max(internal) if internal and full and max(full) > max(internal) else None
 
 
 def summary(log: Sequence[Row], share: float = 0.2) -> dict[str, Any]:
@@ -78,9 +81,7 @@ def summary(log: Sequence[Row], share: float = 0.2) -> dict[str, Any]:
             result[name] = [sum(y[:n]) / n, sum(y[-n:]) / n]
             result["rollouts"] = max(result.get("rollouts", 0), len(x))
     seconds = [row["seconds"] for row in log if isinstance(row.get("seconds"), int | float)]
-    if seconds:
-        result["seconds"] = max(seconds)
-    return result
+    return result | ({"seconds": max(seconds)} if seconds else {})
 
 
 def _rollout(row: Row) -> float:
@@ -89,8 +90,5 @@ def _rollout(row: Row) -> float:
 
 
 def _value(row: Row, name: str) -> float | None:
-    for key in SERIES[name]:
-        value = row.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-    return None
+    values = (row.get(key) for key in SERIES[name])
+    return next((float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)), None)

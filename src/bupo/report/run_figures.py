@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from bupo.report.logs import Row, last_internal_rollout, series
+from bupo.report.logs import TrainingRun, last_internal_rollout, series
 from bupo.report.results import Estimate, Evaluation
 from bupo.report.style import SOFT, legend_below, looks, new_figure, styled, titled
 
@@ -21,26 +21,26 @@ _PANELS = (
 )
 
 
-def training_curves(runs: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
+def training_curves(runs: Sequence[tuple[str, TrainingRun]]) -> Figure:
     """Reward, entropy, response length and clip fraction over rollout batches, the runs overlaid.
 
     A dashed vertical line marks the switch from the internal phase to the full policy. Faint lines are the values,
     bold ones their running means (over about a tenth of the run, never across that line).
 
     Args:
-        runs: name and rows of ``log.jsonl``.
+        runs: training runs and their names.
     """
     look = looks([name for name, _ in runs])
-    panels = [panel for panel in _PANELS if any(series(log, panel[0])[0] for _, log in runs)]
+    panels = [panel for panel in _PANELS if any(series(run.log, panel[0])[0] for _, run in runs)]
     with styled():
         rows = (len(panels) + 1) // 2
         figure = new_figure(8.4, 2.5 * rows + 0.5)
         grid = list(figure.subplots(rows, 2, squeeze=False, sharex=True).flat)
         for axes, (name, title, unit) in zip(grid, panels, strict=False):
             titled(axes, title, unit)
-            for label, log in runs:
+            for label, run in runs:
                 colour = look[label][0]
-                switch = last_internal_rollout(log)
+                log, switch = run.log, last_internal_rollout(run.log)
                 _curve(axes, *series(log, name), label, colour, switch)
                 if name == "entropy" and (internal := series(log, "internal_entropy"))[0]:
                     axes.plot(*internal, color=colour, linewidth=1.5, linestyle=":", label=f"{label}, internal policy")
@@ -147,3 +147,9 @@ def pass_curves(evaluations: Sequence[tuple[str, Evaluation]]) -> Figure | None:
 def task_names(evaluations: Sequence[tuple[str, Evaluation]]) -> list[str]:
     """Names of all tasks, in the order in which they first appear."""
     return list(dict.fromkeys(task for _, evaluation in evaluations for task in evaluation.tasks))
+
+
+def pass_ks(evaluations: Sequence[tuple[str, Evaluation]], task: str) -> list[int]:
+    """Every K above 1 for which a model has Pass@K on the task."""
+    scores = [evaluation.tasks[task] for _, evaluation in evaluations if task in evaluation.tasks]
+    return sorted({point.k for score in scores for point in score.pass_at_k} - {1})
