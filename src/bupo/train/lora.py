@@ -24,11 +24,9 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
     """PEFT's configuration of a recipe's adapters, or None without them."""
     if recipe.lora is None:
         return None
-    lora = recipe.lora
-    modules: Any = lora.target_modules
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=modules, task_type="CAUSAL_LM"
-    )
+    settings: dict[str, Any] = recipe.lora.model_dump(include={"r", "target_modules"})
+    scale: dict[str, Any] = {"lora_alpha": recipe.lora.alpha, "lora_dropout": recipe.lora.dropout}
+    return LoraConfig(**settings, **scale, task_type="CAUSAL_LM")
 
 
 def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
@@ -50,15 +48,13 @@ def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
     if engine(settings) not in ("one", "ddp"):
         raise ConfigError("lora.four_bit needs one process or DDP: FSDP and DeepSpeed would split packed weights")
     place = int(os.environ.get("LOCAL_RANK", "0")) if torch.accelerator.is_available() else "cpu"
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-        ),
-        "device_map": {"": place},
+    products = torch.bfloat16 if settings.bf16 else torch.float32
+    nf4: dict[str, Any] = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": products,
     }
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": place}}
 
 
 def check_lora(model: nn.Module) -> None:
@@ -79,8 +75,8 @@ def check_lora(model: nn.Module) -> None:
         raise ConfigError("lora cannot be merged under DeepSpeed ZeRO-3; use ZeRO-2, FSDP2 or DDP")
 
 
-def keep_adapters_precise(model: nn.Module) -> None:
-    """Adapters over a quantised model in float32: TRL makes them bfloat16, where steps of 1e-6 are rounded away."""
+def upcast_adapters(model: nn.Module) -> None:
+    """Turn adapters over a quantised model to float32: TRL makes them bfloat16, which rounds away steps of 1e-6."""
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
@@ -98,13 +94,8 @@ def merge_adapters(model: PeftModel, adapter: Path, recipe: Recipe, *, sharded: 
             the base model is loaded again.
     """
     if sharded:
-        base: Any = load_model(
-            recipe.model,
-            dtype=recipe.dtype,
-            device="cpu",
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-        )[0]
+        source: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+        base: Any = load_model(recipe.model, dtype=recipe.dtype, device="cpu", **source)[0]
     elif getattr(model.get_base_model(), "is_loaded_in_4bit", False):
         base = model.unload().dequantize()
     else:

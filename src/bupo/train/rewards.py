@@ -15,44 +15,32 @@ from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError, out_of_memory
 
 
-class Reward:
-    """A reward function as TRL calls it: ``problem`` is the dataset's column of problem numbers, one per response."""
-
-    def __init__(self, name: str, problems: Sequence[Problem]):
-        self.__name__, self.problems = name, problems
-
-    def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End the processes that grade, if there are any."""
-
-
-class AnswerReward(Reward):
+class AnswerReward:
     """1 if the response's answer is right, else 0 (or the task's own score between them).
 
-    If the reference answer itself cannot be parsed, the reward is None, which leaves the response out. The shares of
+    A reward function as TRL calls it; ``problem`` is the dataset's column of problem numbers, one per response. If the
+    reference answer itself cannot be parsed, the reward is None, which leaves the response out. The shares of
     unparsable answers and of timeouts are logged as ``grading/unparsable`` and ``grading/timeout``.
     """
 
-    def __init__(self, problems: Sequence[Problem], grader: Grader | None = None):
-        super().__init__("answer", problems)
-        self._grader = grader if grader is not None else Grader()
+    __name__ = "answer"
+
+    def __init__(self, problems: Sequence[Problem]):
+        self._problems, self._grader = problems, Grader()
 
     def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
-        grades = self._grader.grade(list(completions), [self.problems[i] for i in problem])
-        log_metric: Callable[[str, float], None] | None = columns.get("log_metric")
-        if log_metric is not None:
-            statuses = Counter(grade.status for grade in grades)
-            for status in ("unparsable", "timeout"):
-                log_metric(f"grading/{status}", statuses[status] / max(len(grades), 1))
+        grades = self._grader.grade(list(completions), [self._problems[i] for i in problem])
+        statuses = Counter(grade.status for grade in grades)
+        for status in ("unparsable", "timeout") if "log_metric" in columns else ():
+            columns["log_metric"](f"grading/{status}", statuses[status] / max(len(grades), 1))
         return [None if grade.status == "bad_gold" else grade.reward for grade in grades]
 
     def close(self) -> None:
+        """End the grading processes."""
         self._grader.close()
 
 
-class OwnReward(Reward):
+class OwnReward:
     """A user's function. It gets ``prompts``, ``completions`` (texts), ``completion_ids``, ``problem`` (numbers) and
     ``problems`` (the `Problem` of each response) by name, and returns a finite number or None per response.
 
@@ -61,13 +49,13 @@ class OwnReward(Reward):
     """
 
     def __init__(self, name: str, function: Callable[..., Any], problems: Sequence[Problem]):
-        super().__init__(function.__name__, problems)
-        self._title, self._function = f"reward {name}", function
+        self.__name__ = function.__name__
+        self._title, self._function, self._problems = f"reward {name}", function, problems
 
     def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
-        problems = [self.problems[i] for i in problem]
+        columns |= {"problem": problem, "problems": [self._problems[i] for i in problem]}
         try:
-            values = self._function(completions=completions, problem=problem, problems=problems, **columns)
+            values = self._function(completions=completions, **columns)
         except Exception as error:
             if out_of_memory(error) is not None:
                 raise
@@ -76,21 +64,26 @@ class OwnReward(Reward):
             raise InputError(f"{self._title} must return a list of numbers, one per response, not {values!r}")
         if len(values) != len(completions):
             raise InputError(f"{self._title} returned {len(values)} values for {len(completions)} responses")
-        return [self._checked(i, value, completions[i]) for i, value in enumerate(values)]
+        for i, value in enumerate(values):
+            if value is not None and not _is_finite(value):
+                raise InputError(
+                    f"{self._title} must return a finite number or None per response, but returned {value!r} for "
+                    f"response {i + 1} of its batch: {str(completions[i])[:60]!r}"
+                )
+        return [None if value is None else float(value) for value in values]
 
-    def _checked(self, index: int, value: Any, completion: str) -> float | None:
-        try:
-            if value is None or (not isinstance(value, str) and math.isfinite(value)):
-                return None if value is None else float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise InputError(
-            f"{self._title} must return a finite number or None per response, but returned {value!r} for response "
-            f"{index + 1} of its batch: {str(completion)[:60]!r}"
-        )
+    def close(self) -> None:
+        """Nothing to end."""
 
 
-def make_reward(name: str, problems: Sequence[Problem]) -> Reward:
+def _is_finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def make_reward(name: str, problems: Sequence[Problem]) -> AnswerReward | OwnReward:
     """The recipe's reward: ``answer``, or ``module:function``, whose module may lie in the working directory.
 
     Raises:
@@ -98,13 +91,10 @@ def make_reward(name: str, problems: Sequence[Problem]) -> Reward:
     """
     if name == "answer":
         return AnswerReward(problems)
-    module, _, function_name = name.partition(":")
+    module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python` has it; the command `bupo` does not
+        sys.path.append(os.getcwd())  # `python` does this, the command `bupo` does not
     try:
-        function = getattr(importlib.import_module(module), function_name)
+        return OwnReward(name, getattr(importlib.import_module(module), function), problems)
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(f"reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"reward {name!r} is not a function")
-    return OwnReward(name, function, problems)

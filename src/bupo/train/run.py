@@ -28,7 +28,7 @@ from bupo.train.diagnostics import Draw, add_diagnostics
 from bupo.train.layer_drift import FOLDER as INSIDE
 from bupo.train.layer_drift import LayerDrift
 from bupo.train.lora import merge_adapters
-from bupo.train.rewards import Reward
+from bupo.train.rewards import AnswerReward, OwnReward
 from bupo.train.trainer import BuPOTrainer
 
 LOG_FILE = "log.jsonl"
@@ -44,7 +44,7 @@ class _Run:
     folder: Path
     trainer: BuPOTrainer
     tokenizer: Any
-    reward: Reward
+    reward: AnswerReward | OwnReward
     checkpoint: Path | None  # to resume from
     say: Say
 
@@ -123,13 +123,9 @@ def _set_up(recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say) -> 
 
 
 def _record(run: _Run) -> dict[str, Any]:
-    return describe_run(
-        "train",
-        run.recipe.model_dump(mode="json"),
-        seed=run.recipe.seed,
-        model_revision=model_revision(run.trainer.model),
-        resumed=run.checkpoint is not None,
-    )
+    revision, config = model_revision(run.trainer.model), run.recipe.model_dump(mode="json")
+    more = {"seed": run.recipe.seed, "model_revision": revision, "resumed": run.checkpoint is not None}
+    return describe_run("train", config, **more)
 
 
 def _load_finished(run: _Run) -> bool:
@@ -167,7 +163,9 @@ def _train(run: _Run, draw: Draw | None) -> bool:
 def _summary(run: _Run, stopped: bool, started: float) -> dict[str, Any]:
     trainer = run.trainer
     updates = trainer.state.global_step or _updates_of(run.checkpoint)
-    rewards = [row["reward"] for row in _rows(run.folder / LOG_FILE) if row.get("reward") is not None]
+    log = run.folder / LOG_FILE
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     tenth = max(1, len(rewards) // 10)
     first, last = (round(sum(part) / len(part), 4) if part else None for part in (rewards[:tenth], rewards[-tenth:]))
     return {
@@ -185,10 +183,6 @@ def _summary(run: _Run, stopped: bool, started: float) -> dict[str, Any]:
     }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 # -- resuming, saving, cleaning up -------------------------------------------------------------------------------------
 
 
@@ -197,7 +191,7 @@ def _checkpoint_of(folder: Path, recipe: Recipe) -> Path:
     checkpoint = last_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise InputError(
-            f"there is no complete checkpoint in {folder / 'checkpoints'} to resume from; start without --resume"
+            f"{folder / 'checkpoints'} holds no complete checkpoint to resume from; start without --resume"
         )
     before = read_run(folder)["config"]
     problems = [
@@ -222,8 +216,8 @@ def save_final(run: _Run) -> None:
     if adapters and run.main:
         temporary = run.folder / ".model.partial"
         shutil.rmtree(temporary, ignore_errors=True)
-        whole = merge_adapters(model, run.folder / "adapter", run.recipe, sharded=run.trainer.is_fsdp_enabled)
-        whole.save_pretrained(temporary)
+        merged = merge_adapters(model, run.folder / "adapter", run.recipe, sharded=run.trainer.is_fsdp_enabled)
+        merged.save_pretrained(temporary)
         run.tokenizer.save_pretrained(temporary)
         _replace(temporary, run.folder / "model")
     run.trainer.accelerator.wait_for_everyone()

@@ -25,7 +25,7 @@ from bupo.train.checkpoint import Checkpointer, PassSampler
 from bupo.train.config import BuPOConfig, frozen_problems
 from bupo.train.critic import PPO
 from bupo.train.layerwise import freeze_layers, scale_upper_learning_rate
-from bupo.train.lora import keep_adapters_precise
+from bupo.train.lora import upcast_adapters
 from bupo.train.monitor import PhaseMonitor
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
 from bupo.train.tiles import narrow_tiles
@@ -87,7 +87,7 @@ class BuPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if problems := model_problems(self):
             raise ConfigError(problems)
-        keep_adapters_precise(self.model)
+        upcast_adapters(self.model)
         ppo = args.estimator == "ppo"
         self.critic = PPO(self.accelerator.unwrap_model(self.model), args, self.accelerator) if ppo else None
         freeze_layers(self.model, args.frozen_layers)
