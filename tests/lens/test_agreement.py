@@ -10,9 +10,8 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from bupo import internal_policy
-from bupo.errors import InputError
 from bupo.lens import agreement
-from bupo.lens.agreement import Candidate, choose_layer, chosen_layer, find_knee, knee_gradient, recommend
+from bupo.lens.agreement import Candidate, choose_layer, find_knee, knee_gradient, recommend
 from bupo.lens.analyze import AnalysisOptions, analyze_rollouts
 from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
@@ -147,12 +146,3 @@ def test_the_last_layer_through_the_final_norm_is_the_output(family):
     assert block["curves"]["norm"]["kl"][-1] == pytest.approx(0, abs=2e-4)
     assert block["curves"]["norm"]["top1"][-1] == 1
     assert block["curves"]["norm"]["recovered"][-1] == pytest.approx(1, abs=1e-3)
-
-
-def test_a_rule_names_its_layer(chosen):
-    analysis = {**chosen[2], "boundary_layer": 3, "boundary_reason": "signs"}
-    assert chosen_layer(analysis, "boundary") == (3, "signs")
-    with pytest.raises(InputError, match="--no-choice"):
-        chosen_layer(analysis, "recommended")
-    found = {**analysis, "layer_choice": {"recommendation": {"layer": None, "reason": "no knee"}}}
-    assert chosen_layer(found, "recommended") == (None, "no knee")

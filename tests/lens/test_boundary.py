@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -17,50 +18,37 @@ LLAMA_28 = [*[0.1, 0.08, 0.12, 0.05] * 6, 0.07, 0.06, -2.5, -4.0]
 
 def test_three_stages_as_in_qwen3():
     found = find_boundary(QWEN3_4B, [0.01] * 36)
-    assert found.layer == 6
-    assert found.exploration == (1, 6)
-    assert found.integration == (7, 26)
-    assert found.convergence == (27, 36)
+    assert (found.layer, found.exploration, found.integration, found.convergence) == (6, (1, 6), (7, 26), (27, 36))
 
 
-def test_abrupt_as_in_llama():
-    found = find_boundary(LLAMA_28, [0.01] * 28)
-    assert found.layer == 26
-    assert found.exploration == (1, 26)
-    assert found.integration is None
-    assert found.convergence == (27, 28)
+@pytest.mark.parametrize("exception", [0.1, -0.03])
+def test_abrupt_as_in_llama_with_or_without_a_weak_exception(exception):
+    change = [*LLAMA_28[:12], exception, *LLAMA_28[13:]]
+    found = find_boundary(change, [0.005] * 28)
+    assert (found.layer, found.exploration, found.integration, found.convergence) == (26, (1, 26), None, (27, 28))
     assert "abrupt" in found.reason
 
 
-def test_a_single_weak_exception_does_not_hide_the_abrupt_pattern():
-    change = list(LLAMA_28)
-    change[12] = -0.03
-    assert find_boundary(change, [0.005] * 28).layer == 26
-
-
-def test_negative_everywhere_has_no_boundary():
-    found = find_boundary([-1.8, -10.4, -3.0], [0.1] * 3)
+@pytest.mark.parametrize(
+    ("change", "errors", "words"),
+    [
+        ([-1.8, -10.4, -3.0], [0.1] * 3, "negative in every layer (1 to 3)"),
+        ([0.07, 2.0, 10.6], [0.01] * 3, "positive in every layer (1 to 3)"),
+        ([-1.0, 2.0, -2.0, 1.0, -1.0, 2.0, -1.5, 2.0, -1.0, 1.0], None, "-+-+-+-+-+"),
+        ([0.5, 0.02, -3.0, -2.0], [0.5, 0.1, 0.1, 0.1], "no exploration region"),
+        ([0.5, 0.02, -0.1, -0.2], [0.1, 0.1, 0.1, 0.2], "no convergence region"),
+        ([-0.5, -0.2, -0.1, 2.0], None, "only the last layer is positive: ---+"),
+    ],
+    ids=["negative", "positive", "disorder", "noise", "no fall", "last"],
+)
+def test_other_patterns_have_no_boundary_and_say_why(change, errors, words):
+    found = find_boundary(change, errors)
     assert found.layer is None
-    assert found.exploration is None
-    assert "negative in every layer (1 to 3)" in found.reason
+    assert words in found.reason
 
 
-def test_positive_everywhere_has_no_boundary():
-    found = find_boundary([0.07, 2.0, 10.6], [0.01] * 3)
-    assert found.layer is None
-    assert "positive in every layer (1 to 3)" in found.reason
-
-
-def test_disorder_has_no_boundary_and_shows_the_signs():
-    found = find_boundary([-1.0, 2.0, -2.0, 1.0, -1.0, 2.0, -1.5, 2.0, -1.0, 1.0])
-    assert found.layer is None
-    assert "-+-+-+-+-+" in found.reason
-
-
-def test_noise_is_not_a_sign():
-    found = find_boundary([0.5, 0.02, -3.0, -2.0], [0.5, 0.1, 0.1, 0.1])
-    assert found.layer is None
-    assert "exploration" in found.reason
+def test_unknown_errors_count_as_none():
+    assert find_boundary(QWEN3_4B, [math.nan] * 36) == find_boundary(QWEN3_4B)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])

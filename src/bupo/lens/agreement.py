@@ -29,7 +29,6 @@ from bupo.models.capture import capture_layers
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.unembed import get_unembedding
 
-RULES = ("boundary", "recommended")
 LENSES = ("raw", "norm")
 KINDS = ("entropy", "kl", "top1")
 MOST_TOKENS, LEAST_TOKENS, SHARE = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds
@@ -63,9 +62,8 @@ def choose_layer(
     Costs two vocabulary products per layer and sampled token, and a forward pass of the sampled responses.
 
     Args:
-        model: the analysed model.
-        responses: the analysed responses.
-        analysis: the result of `bupo.lens.analyze.analyze_rollouts`; its boundary layer takes precedence.
+        model, responses, analysis: what was analysed, and the result of `bupo.lens.analyze.analyze_rollouts`, whose
+            boundary layer takes precedence.
         tokens: number of tokens to sample (default: 1/16 of the analysed ones, clamped to 128..512).
         seed: random seed of the sample.
         progress: called with ("comparing layers", layers done, layers in all).
@@ -89,17 +87,7 @@ def choose_layer(
         values, uniform_kl = _compare_layers(model, responses, drawn, progress)
     if not bool(torch.isfinite(values).all()):
         raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
-    curves, errors = {}, {}
-    for lens, of_lens in zip(LENSES, values, strict=True):
-        pairs = [clustered_means(of_kind, counts) for of_kind in of_lens]
-        curves[lens] = {kind: round_list(mean) for kind, (mean, _) in zip(KINDS, pairs, strict=True)}
-        errors[lens] = {kind: round_errors(error) for kind, (_, error) in zip(KINDS, pairs, strict=True)}
-    # R is a ratio of means: to first order, its error is that of the mean influence of the tokens on it
-    kl, scale = values[1, 1], uniform_kl.mean()
-    recovered = 1 - kl.mean(1) / scale
-    influence = ((1 - recovered)[:, None] * uniform_kl - kl) / scale
-    curves["norm"]["recovered"] = round_list(recovered)
-    errors["norm"]["recovered"] = round_errors(clustered_means(influence, counts)[1])
+    curves, errors, recovered, influence = _curves(values, uniform_kl, counts)
     knee, knee_error = find_knee(recovered.tolist()), None
     if knee.layer is not None:
         shift = knee_gradient(recovered, knee.layer) @ influence
@@ -118,20 +106,6 @@ def choose_layer(
         "curves": curves,
         "standard_errors": errors,
     }
-
-
-def chosen_layer(analysis: Mapping[str, Any], rule: str) -> Candidate:
-    """The layer that a rule of `RULES` selects.
-
-    Raises:
-        InputError: ``recommended`` with an analysis that has no ``layer_choice``.
-    """
-    if rule == "boundary":
-        return Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
-    if not analysis.get("layer_choice"):
-        raise InputError("this analysis has no layer_choice, so it recommends no layer; analyse without --no-choice")
-    recommendation = analysis["layer_choice"]["recommendation"]
-    return Candidate(recommendation["layer"], recommendation["reason"])
 
 
 def _compare_layers(
@@ -157,6 +131,24 @@ def _compare_layers(
         if progress is not None:
             progress("comparing layers", first + len(group), len(states))
     return torch.cat(parts, dim=2), math.log(len(unembedding.weight)) - output["entropy"][0].cpu()
+
+
+def _curves(
+    values: Tensor, uniform_kl: Tensor, counts: list[int]
+) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
+    """The means by lens and kind, their standard errors, R (L,), and the influence of each token on R (L, N)."""
+    curves, errors = {}, {}
+    for lens, of_lens in zip(LENSES, values, strict=True):
+        pairs = {kind: clustered_means(of_kind, counts) for kind, of_kind in zip(KINDS, of_lens, strict=True)}
+        curves[lens] = {kind: round_list(mean) for kind, (mean, _) in pairs.items()}
+        errors[lens] = {kind: round_errors(error) for kind, (_, error) in pairs.items()}
+    # R is a ratio of means: to first order, its error is that of the mean influence
+    kl, scale = values[1, 1], uniform_kl.mean()
+    recovered = 1 - kl.mean(1) / scale
+    influence = ((1 - recovered)[:, None] * uniform_kl - kl) / scale
+    curves["norm"]["recovered"] = round_list(recovered)
+    errors["norm"]["recovered"] = round_errors(clustered_means(influence, counts)[1])
+    return curves, errors, recovered, influence
 
 
 def _final_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:

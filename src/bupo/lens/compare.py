@@ -28,6 +28,8 @@ from bupo.models.internal_policy import check_layer
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.unembed import get_unembedding
 
+_BATCH_TOKENS = 2048  # padded, per forward pass
+
 
 @dataclass(frozen=True)
 class LayerMeasurements:
@@ -58,7 +60,6 @@ def measure_layers(
     *,
     tokens: int = 1024,
     seed: int = 0,
-    batch_tokens: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> LayerMeasurements:
     """Measure one model on (some tokens of) the responses.
@@ -70,7 +71,6 @@ def measure_layers(
         tokens: number of tokens to draw, about the same share of every response. The draw depends only on ``seed`` and
             the lengths, so that several models are measured on the same tokens.
         seed: random seed of the draw.
-        batch_tokens: maximum number of padded tokens per forward pass.
         progress: called with (tokens read, tokens in all).
 
     Raises:
@@ -84,7 +84,7 @@ def measure_layers(
     counts = [len(part) for part in drawn]
     measured: dict[int, Tensor] = {}
     with eval_mode(unwrap(model)), torch.no_grad():
-        for indices in batches(pairs, batch_tokens):
+        for indices in batches(pairs, _BATCH_TOKENS):
             batch = pad(pairs, drawn, indices, unembedding.weight.device)
             states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
             request = StatsRequest(targets=batch.targets, reference=states[layer - 1], kl_from_reference=True)

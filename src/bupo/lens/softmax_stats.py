@@ -17,6 +17,7 @@ Shape legend: N tokens, d width, V vocabulary, G layers in a group, S sites. Pro
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
@@ -137,9 +138,8 @@ def _kernel(device: torch.device) -> Any:
     """The fused kernel where it can run: on CUDA with triton installed (PyTorch's CUDA builds bring it)."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from bupo.lens import triton_kernel  # triton is an optional package
-
-    return triton_kernel if triton_kernel.available() else None
+    kernel = importlib.import_module("bupo.lens.triton_kernel")
+    return kernel if kernel.available() else None
 
 
 def _token_slices(n: int, unembedding: Unembedding, request: StatsRequest) -> Iterator[tuple[slice, TileBuffers]]:
