@@ -114,6 +114,14 @@ def test_ctrl_c_says_that_the_same_command_continues(tiny_folder, questions, tmp
     assert "Responses so far are saved; the same command continues." in capsys.readouterr().err
 
 
+def test_a_launcher_is_refused(tiny_folder, questions, tmp_path, capsys, monkeypatch):
+    """Its processes would all write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(tiny_folder, questions, tmp_path / "out")) == 2
+    assert "the launcher started 2; start one process per GPU with --shard 1/n to n/n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_killed_while_sampling_goes_on(tiny_folder, questions, tmp_path):
     """The real thing: SIGKILL in the middle, the same command again, the results of an uninterrupted run."""
     settings = ["--n", "15", "--max-new-tokens", "30", "--batch-size", "4", "--engine", "transformers"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo.data.answers import last_boxed
-from bupo.data.arithmetic import LEVELS, TEST_SHARE, draw, draw_from, problems, split_of
+from bupo.data.arithmetic import LEVELS, SIZES, TEST_SHARE, draw, draw_from, problems, split_of
 from bupo.data.problems import load_problems
+from bupo.errors import InputError
 from bupo.models.load import SMALL_MODEL
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
@@ -103,6 +105,14 @@ def test_the_loader_gives_the_same_rows():
     rows = problems(5, seed=2, split="train", level="hard")
     loaded = load_problems("arithmetic-hard", split="train", limit=5, seed=2)
     assert [(p.id, p.prompt, p.answer) for p in loaded] == [(r["id"], r["prompt"], r["answer"]) for r in rows]
+
+
+def test_a_split_that_is_too_small_is_refused_at_once():
+    with pytest.raises(InputError, match="test split of standard arithmetic has 9,711 problems, fewer than 10,500"):
+        load_problems("arithmetic", limit=10_500)
+    prompts = {f"({a}+{b})*{c}=" for a in range(10, 100) for b in range(10, 100) for c in range(2, 10)}
+    prompts |= {f"({a}-{b})*{c}=" for a in range(10, 100) for b in range(10, a + 1) for c in range(2, 10)}
+    assert Counter(map(split_of, prompts)) == {split: SIZES["standard", split] for split in ("train", "test")}
 
 
 def test_wrong_split_level_or_size():

@@ -95,7 +95,6 @@ def test_responses_with_ids_and_with_text(tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     first, second = read_responses(path, Tokenizer(False))
     assert (first.prompt_ids, first.response_ids, first.reward, first.sample) == ([1, 2], [3], 1.0, 1)
-    assert first.extra == {"other": "x"}
     assert (second.prompt_ids, second.response_ids) == ([257, ord("a")], [ord("b")])
 
 
@@ -112,6 +111,8 @@ def test_shared_responses(shared_data):
         ({"prompt_ids": [1], "response_ids": ["a"]}, "must be a list of token ids"),
         ({"prompt_ids": [1] * 5, "response_ids": [2] * 6}, "5 prompt and 6 response tokens.*context of 10"),
         ({"prompt": "a", "response": "b"}, "no tokenizer"),
+        ({"prompt_ids": [1], "response_ids": [2], "reward": "n/a"}, "row 0: reward must be a number, not 'n/a'"),
+        ({"prompt_ids": [1], "response_ids": [2], "sample": "a"}, "row 0: sample must be a number, not 'a'"),
     ],
 )
 def test_wrong_responses(tmp_path, row, message):

@@ -69,12 +69,12 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name, monkeypatch):
         model = zoo_model(name)
     model.generation_config.eos_token_id = None
     monkeypatch.setattr(hf_engine, "_FIRST_STRETCH", 2)
-    sampling, batch = Sampling(9, temperature=0), Batch(((0, 0), (1, 0), (2, 0)), 1)
+    sampling, batch = Sampling(5, temperature=0), Batch(((0, 0), (1, 0), (2, 0)), 1)
     free = TransformersEngine(model, Tokenizer()).run(PROMPTS, batch, sampling)
-    model.generation_config.eos_token_id = free[1][2]  # the second response ends here
+    model.generation_config.eos_token_id = free[1][1]  # the second response ends here
     engine = TransformersEngine(model, Tokenizer())
     together = engine.run(PROMPTS, batch, sampling)
-    assert len(together[1]) <= 3
+    assert len(together[1]) <= 2
     assert together == [engine.run([prompt], Batch(((0, 0),), 1), sampling)[0] for prompt in PROMPTS]
     assert together == [cut_at_end(response, engine.end_ids) for response in free]
 

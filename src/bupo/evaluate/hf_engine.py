@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -70,9 +68,7 @@ class TransformersEngine:
         config = self._generation_config(sampling)
         with seeded(batch.seed, self.model.device), _generation_config(self.model, config), policy or nullcontext():
             try:
-                if self._cache_can_drop_rows():
-                    return self._generate_dropping(rows, sampling.max_new_tokens)
-                return self._generate_unpadded(rows)
+                return self._generate_groups(rows, sampling.max_new_tokens)
             except RuntimeError as error:
                 if "probability tensor" not in str(error):
                     raise
@@ -80,60 +76,53 @@ class TransformersEngine:
                     "the model's probabilities are not finite; use --dtype float32 or check the model's weights"
                 ) from error
 
-    def _cache_can_drop_rows(self) -> bool:
-        """Whether the cache holds keys and values of attention only; recurrent states cannot be cut or continued."""
-        kinds = {type(layer) for layer in DynamicCache(config=self.model.config.get_text_config()).layers}
-        return not self.model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    def _generate_groups(self, rows: list[list[int]], limit: int) -> list[list[int]]:
+        """Generate all rows together if the cache holds keys and values of attention only.
 
-    def _generate_dropping(self, rows: list[list[int]], limit: int) -> list[list[int]]:
-        """Call `generate` in stretches, after each of which the rows that have ended leave the batch.
+        Recurrent states can be neither cut nor continued, and some recurrent layers take padding for text: such models
+        get one call of `generate` per prompt length.
+        """
+        kinds = {type(layer) for layer in DynamicCache(config=self.model.config.get_text_config()).layers}
+        if not self.model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return self._generate(rows, limit, _FIRST_STRETCH)
+        responses: dict[int, list[int]] = {}
+        for length in sorted(set(map(len, rows))):
+            members = [index for index, row in enumerate(rows) if len(row) == length]
+            group = self._generate([rows[index] for index in members], limit, limit)
+            responses.update(zip(members, group, strict=True))
+        return [responses[index] for index in range(len(rows))]
+
+    def _generate(self, rows: list[list[int]], limit: int, stretch: int) -> list[list[int]]:
+        """Call `generate` in stretches of tokens, after each of which the rows that have ended leave the batch.
 
         A few responses run much longer than the rest; without this, the whole batch is computed until the last ends.
         """
-        ids, mask = self._left_padded(rows)
-        width, made, cache = ids.shape[1], 0, None
+        width, device = max(map(len, rows)), self.model.device
+        ids = torch.tensor([[self._pad_id()] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         responses: list[list[int]] = [[] for _ in rows]
-        running = list(range(len(rows)))
+        running, made, cache = list(range(len(rows))), 0, None
         while running and made < limit:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
-                max_new_tokens=min(max(_FIRST_STRETCH, made), limit - made),  # doubling keeps the stretches few
+                max_new_tokens=min(max(stretch, made), limit - made),  # doubling keeps the stretches few
                 return_dict_in_generate=True,
             )
-            ids, cache = output.sequences, output.past_key_values
+            ids, cache = output.sequences, output.past_key_values if stretch < limit else None
             made = ids.shape[1] - width
             mask = torch.cat([mask, mask.new_ones(len(running), ids.shape[1] - mask.shape[1])], dim=1)
             for position, row in enumerate(running):
                 responses[row] = cut_at_end(ids[position, width:].tolist(), self.end_ids)
             kept = [position for position, row in enumerate(running) if not self.is_finished(responses[row])]
             if kept and len(kept) < len(running):
-                chosen = torch.tensor(kept, device=ids.device)
+                chosen = torch.tensor(kept, device=device)
                 ids, mask = ids[chosen], mask[chosen]
                 if cache is not None:  # MPT returns none and computes the prompt again
                     cache.batch_select_indices(chosen)
             running = [running[position] for position in kept]
         return responses
-
-    def _generate_unpadded(self, rows: list[list[int]]) -> list[list[int]]:
-        """Call `generate` once per prompt length: some recurrent layers take padding for text."""
-        responses: list[list[int]] = [[] for _ in rows]
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        for length, group in groupby(order, key=lambda row: len(rows[row])):
-            members = list(group)
-            ids, mask = self._left_padded([rows[row] for row in members])
-            output = self.model.generate(input_ids=ids, attention_mask=mask)
-            for row, sequence in zip(members, output.tolist(), strict=True):
-                responses[row] = cut_at_end(sequence[length:], self.end_ids)
-        return responses
-
-    def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, both (rows, longest)."""
-        width, pad = max(map(len, rows)), self._pad_id()
-        ids = [[pad] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         """Settings that sample from the model's own distribution."""
