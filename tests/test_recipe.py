@@ -11,7 +11,7 @@ import pytest
 
 from bupo.errors import ConfigError, InputError
 from bupo.recipe import Recipe, load_yaml, override, read_recipe
-from bupo.train.build import check_recipe
+from bupo.train.build import check_recipe, trainer_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 SMALLEST = {"model": "small", "dataset": "arithmetic"}
@@ -78,6 +78,23 @@ def test_settings_of_the_trainer_pass_through():
     assert (settings["epsilon_high"], settings["learning_rate"], settings["beta"]) == (0.28, 1e-4, 0)
     record = recipe.model_dump(mode="json")
     assert (record["learning_rate"], record["trl"]) == (1e-4, {"beta": 0})
+    assert check_recipe({**SMALLEST, "fsdp": True}).trainer_settings(1)["fsdp"] is True
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        {"internal_layer": 2, "internal_temperature": 2.0, "internal_norm": True},
+        {"internal_layer": "auto", "internal_max_steps": 3},
+        {"phases": [{"layer": 2, "rollouts": 3}]},
+    ],
+    ids=str,
+)
+def test_no_internal_steps_is_plain_grpo_whatever_else_is_set(phase):
+    """`--internal-steps 0` is how a recipe becomes its own baseline."""
+    recipe = check_recipe({**SMALLEST, **phase, "internal_steps": 0})
+    assert not trainer_config(recipe, Path()).schedule().internal
+    assert recipe.internal_steps == 0
 
 
 def test_every_key_has_a_description():
@@ -138,6 +155,12 @@ WRONG = [
     ({"rollouts": 99999999999999999999}, "rollouts must be at most 10000000, not 99999999999999999999"),
     ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
     ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
+    ({"learning_rate": 0.0}, "learning_rate must be a number above 0, not 0.0"),
+    ({"temperature": -1}, "temperature must be a number above 0, not -1"),
+    (
+        {"trl": {"generation_kwargs": {"x": float("inf")}}},
+        "trl.generation_kwargs holds a value that run.json cannot hold",
+    ),
     ({"trl": {"epsilon": "wide"}}, "trl.epsilon must be a number, not 'wide'"),
     ({"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, not 1"),
     ({"seed": 2**32}, "seed must be below 4294967296, not 4294967296"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from bupo.errors import BupoError, ConfigError, describe, nearest
 from bupo.models.layout import context_length
 from bupo.models.load import load_model
 from bupo.recipe import Recipe, validate
+from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import check_trackers
 from bupo.train.lora import check_lora, load_in_4bit, lora_config
@@ -53,7 +55,6 @@ _REMOVED = {
     "estimator: dr_grpo": "set estimator: grpo, loss_type: dr_grpo and scale_rewards: none",
 }
 _SHOWN = {"learning_rate", "temperature", "gradient_checkpointing"}  # in a run's record, beside BuPO's own settings
-_TYPED_TOO_NARROWLY = ("fsdp",)  # transformers takes true, too
 _BATCH = ("prompts_per_rollout ", "samples_per_prompt ", "updates_per_rollout ", "micro_batch ")
 _ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_per_rollout": 1, "max_steps": 10**6}
 
@@ -93,7 +94,8 @@ def _trainer_problems(recipe: Recipe) -> dict[str, str]:
     """What is wrong with single settings of the trainer, by key (``trl.`` before those that stand there)."""
     problems: dict[str, str] = {}
     fields = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}
-    types, extras = get_type_hints(BuPOConfig), recipe.model_extra or {}
+    types: dict[str, Any] = get_type_hints(BuPOConfig) | {"fsdp": bool | str | None}  # annotated too narrowly
+    extras = recipe.model_extra or {}
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for key, value in {**extras, **{f"trl.{name}": value for name, value in recipe.trl.items()}}.items():
         name = key.removeprefix("trl.")
@@ -111,11 +113,14 @@ def _trainer_problems(recipe: Recipe) -> dict[str, str]:
             problems[key] = f"{key} would drop the column from which rewards are computed; leave it out"
         elif name == "num_iterations" and not (type(value) is int and value >= 1):
             problems[key] = f"{key} must be a whole number from 1, not {value!r}"
-        elif name not in _TYPED_TOO_NARROWLY:
+        else:
             try:
                 TypeAdapter(types[name], config=strict).validate_python(value)
+                json.dumps(value, allow_nan=False)
             except ValidationError as error:
                 problems[key] = describe(key, [{**item, "input": value} for item in error.errors()])
+            except (ValueError, TypeError) as error:
+                problems[key] = f"{key} holds a value that {RUN_FILE} cannot hold: {error}"
     return problems
 
 

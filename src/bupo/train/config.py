@@ -202,9 +202,10 @@ class BuPOConfig(GRPOConfig):
             problems.append("internal_max_steps must be a whole number from 1, and needs internal_steps auto")
         if self.guarded and self.internal_max_steps is None and self.max_steps <= 0:
             problems.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
-        temperature = self.internal_temperature
-        if not isinstance(temperature, (int, float)) or not 0.0 < temperature < math.inf:
-            problems.append(f"internal_temperature must be a number above 0, not {temperature!r}")
+        for name in ("internal_temperature", "temperature", "learning_rate"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
+                problems.append(f"{name} must be a number above 0, not {value!r}")
         if self.probe_samples is not None and self.probe_samples < 1:
             problems.append(f"probe_samples must be at least 1, not {self.probe_samples}")
         if self.save_total_limit == 1:
