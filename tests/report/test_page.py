@@ -264,7 +264,7 @@ SCORE = '{"schema": 1, "tasks": {"t": {"avg_at_k": {"mean": 1}}}}'
         ({"a/results.json": '{"tasks": {}}'}, "a", "schema: Field required; write it again with `bupo eval`"),
         ({"a/results.json": '{"schema": 1, "tasks": [1]}'}, "a", "tasks: Input should be a valid dictionary"),
         ({"a/results.json": SCORE}, "a", "tasks.t.avg_at_k.k: Field required"),
-        ({"a/compare.json": '{"schema": 1}'}, "a", "kind: Field required; write it again with `bupo compare`"),
+        ({"a/compare.json": '{"schema": 1}'}, "a", "layer: Field required; write it again with `bupo compare`"),
         ({"a/tokens.json": '{"schema": 9, "samples": []}'}, "a", "`bupo analyze --explore N`"),
         ({"a/log.jsonl": "nothing\n\n"}, "a", "no row"),
         ({"a.json": '{"x": 1}'}, "a.json", "not an analysis, an evaluation"),

@@ -64,15 +64,12 @@ def _pairs(evaluations: Named) -> list[tuple[tuple[str, Evaluation], tuple[str, 
     pairs = list(combinations(evaluations, 2))
     if len(evaluations) <= 5:
         return pairs
-    names = {name for name, _ in evaluations}
+    names = {name.lower() for name, _ in evaluations}
 
-    def is_baseline(first: str, second: str) -> bool:
-        if role(first) == "bupo":
-            first, second = second, first
-        if (role(first), role(second)) != ("grpo", "bupo"):
-            return False
-        namesake = second.lower().replace("bupo", "grpo")
-        return first.lower() == namesake or namesake not in {name.lower() for name in names}
+    def is_baseline(one: str, other: str) -> bool:
+        first, second = sorted((one.lower(), other.lower()), key=lambda name: role(name) == "bupo")
+        namesake = second.replace("bupo", "grpo")
+        return (role(first), role(second)) == ("grpo", "bupo") and (first == namesake or namesake not in names)
 
     return [pair for pair in pairs if pair[0] is evaluations[0] or is_baseline(pair[0][0], pair[1][0])]
 

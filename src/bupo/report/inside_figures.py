@@ -10,20 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bupo.report import style
 from bupo.report.logs import last_internal_rollout, read_log
-from bupo.report.results import Comparison, ModelReading, TrainingReading, load_readings
-from bupo.report.style import (
-    BAND,
-    SOFT,
-    layer_axis,
-    legend_below,
-    line_with_band,
-    looks,
-    new_figure,
-    numbers,
-    save,
-    styled,
-)
+from bupo.report.results import Comparison, Means, ModelReading, TrainingReading, load_readings
 
 _DASHED: Any = (0, (4, 3))
 
@@ -31,34 +20,37 @@ _DASHED: Any = (0, (4, 3))
 def write_comparison_figure(comparison: Comparison | Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Write ``inside.png`` and ``inside.svg``; raises `InputError` for an incomplete comparison."""
     comparison = Comparison.parse(comparison, "the comparison")
-    return save(comparison_figure(comparison), Path(folder), "inside")
+    return style.save(comparison_figure(comparison), Path(folder), "inside")
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
     """Cosine (its change from the first model), entropy, perplexity and divergence, with bands of 2 standard errors."""
     layer, layers, models = comparison.layer, comparison.layers, comparison.models
-    look = looks([model.name for model in models])
-    with styled():
-        figure = new_figure(height=6.4)
+    look = style.looks([model.name for model in models])
+    with style.styled():
+        figure = style.new_figure(height=6.4)
         (cosine, entropy), (perplexity, divergence) = figure.subplots(2, 2)
         changes = any(model.change for model in models)  # of a few hundredths, invisible on the cosines themselves
+
+        def curve(axes: Axes, first: int, means: Means, model: ModelReading) -> None:
+            x, (colour, marker) = range(first, first + len(means.mean)), look[model.name]
+            errors = means.standard_error
+            style.line_with_band(axes, x, means.mean, errors, color=colour, marker=marker, label=model.name)
+
         for model in models:
-            style: dict[str, Any] = dict(zip(("color", "marker"), look[model.name], strict=True), label=model.name)
             shown = model.change if changes else model
-            x = range(1, layers + 1)
             if shown is not None:
-                line_with_band(cosine, x, shown.cosine_of_layer.mean, shown.cosine_of_layer.standard_error, **style)
-            line_with_band(entropy, x, model.entropy.mean, model.entropy.standard_error, **style)
-            later = range(layer + 1, layers + 2)
-            line_with_band(divergence, later, model.divergence.mean, model.divergence.standard_error, **style)
+                curve(cosine, 1, shown.cosine_of_layer, model)
+            curve(entropy, 1, model.entropy, model)
+            curve(divergence, layer + 1, model.divergence, model)
         near = f"cos(state {layer}, each layer's)"
         cosine.set_title(f"Change of {near}" if changes else near)
         entropy.set_title("Entropy of the layer policies (nats)")
         for axes in (cosine, entropy):
-            layer_axis(axes, layers)
-            axes.axvline(layer, color=SOFT, linewidth=1, linestyle=_DASHED)
+            style.layer_axis(axes, layers)
+            axes.axvline(layer, color=style.SOFT, linewidth=1, linestyle=_DASHED)
         if changes:
-            cosine.axhline(0, color=SOFT, linewidth=1.2)
+            cosine.axhline(0, color=style.SOFT, linewidth=1.2)
         entropy.set_ylim(bottom=0)
         divergence.set_title(f"KL(layer {layer} || later policies), nats")
         _later_axis(divergence, layer, layers)
@@ -67,7 +59,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         for axes in (cosine, entropy, divergence):
             axes.set_xlabel("layer")
         if len(models) > 1:
-            legend_below(figure, entropy)
+            style.legend_below(figure, entropy)
     return figure
 
 
@@ -84,7 +76,7 @@ def _perplexities(axes: Axes, models: Sequence[ModelReading], look: Mapping[str,
     axes.set_title("Perplexity of the full policy")
     for place, model in enumerate(models):
         colour, marker = look[model.name]
-        error = BAND * (model.perplexity.standard_error or 0)
+        error = style.BAND * (model.perplexity.standard_error or 0)
         axes.errorbar(
             [place], [model.perplexity.value], yerr=[error], color=colour, marker=marker, markersize=6, capsize=3,
             linestyle="none",
@@ -101,7 +93,7 @@ def write_training_figure(run: Path) -> Path | None:
     if len(readings) < 2:
         return None
     switch = last_internal_rollout(read_log(run / "log.jsonl"))
-    return save(training_figure([(run.name, readings, switch)]), run / "inside", "inside")[0]
+    return style.save(training_figure([(run.name, readings, switch)]), run / "inside", "inside")[0]
 
 
 def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float | None]]) -> Figure:
@@ -112,40 +104,36 @@ def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float |
     Args:
         runs: name, readings, and the last rollout batch of the internal phase (None: the phase never switched).
     """
-    look = looks([name for name, _, _ in runs])
+    look = style.looks([name for name, _, _ in runs])
     layers = {readings[0].layer for _, readings, _ in runs}
     which = f"layer {layers.pop()}" if len(layers) == 1 else "its layer"
-    with styled():
-        figure = new_figure(8.4, 6.2)
-        panels = (cosine, entropy), (perplexity, divergence) = figure.subplots(2, 2, sharex=True)
+    titles = (
+        f"Cosine of {which}'s states to the top quarter's", f"Entropy of {which}'s policy (nats)",
+        "Perplexity of the full policy", f"KL({which} || output), nats",
+    )  # fmt: skip
+    with style.styled():
+        figure = style.new_figure(8.4, 6.2)
+        panels = list(figure.subplots(2, 2, sharex=True).flat)
         for name, readings, switch in runs:
-            colour, marker = look[name]
-            x = [reading.rollouts_done for reading in readings]
-            style: dict[str, Any] = {"color": colour, "marker": marker, "label": name}
-            for axes, point in ((cosine, _top_cosine), (perplexity, _perplexity)):
-                line_with_band(axes, x, *zip(*map(point, readings), strict=True), **style)
-            own = [_at(r, "entropy", r.layer - 1) for r in readings]
-            line_with_band(entropy, x, *zip(*own, strict=True), **style)
-            output = [_at(r, "divergence", -1) for r in readings]
-            line_with_band(divergence, x, *zip(*output, strict=True), **style)
+            x, (colour, marker) = [reading.rollouts_done for reading in readings], look[name]
+            for axes, point in zip(panels, (_top_cosine, _entropy, _perplexity, _to_output), strict=True):
+                values, errors = zip(*map(point, readings), strict=True)
+                style.line_with_band(axes, x, values, errors, color=colour, marker=marker, label=name)
             if len(readings[0].divergence.mean) > 1:
-                following = [_at(r, "divergence", 0) for r in readings]
-                line_with_band(divergence, x, *zip(*following, strict=True), color=colour, linestyle=":", marker="")
-            if switch is not None:
-                for axes in panels[0].tolist() + panels[1].tolist():
-                    axes.axvline(switch, color=colour, linewidth=1.2, linestyle=_DASHED)
-        low, high = divergence.get_ylim()
-        divergence.set_ylim(min(low, 0.0), high + 0.12 * (high - low))  # room for the note
-        note = {"transform": divergence.transAxes, "ha": "right", "va": "top", "fontsize": 8.5, "color": SOFT}
-        divergence.text(0.99, 0.98, "dotted: to the next layer", **note)
-        cosine.set_title(f"Cosine of {which}'s states to the top quarter's")
-        entropy.set_title(f"Entropy of {which}'s policy (nats)")
-        perplexity.set_title("Perplexity of the full policy")
-        divergence.set_title(f"KL({which} || output), nats")
-        for axes in (perplexity, divergence):
+                values, errors = zip(*(_at(r, "divergence", 0) for r in readings), strict=True)
+                style.line_with_band(panels[3], x, values, errors, color=colour, linestyle=":")
+            for axes in panels if switch is not None else ():
+                axes.axvline(switch, color=colour, linewidth=1.2, linestyle=_DASHED)
+        low, high = panels[3].get_ylim()
+        panels[3].set_ylim(min(low, 0.0), high + 0.12 * (high - low))  # room for the note
+        note = {"transform": panels[3].transAxes, "ha": "right", "va": "top", "fontsize": 8.5, "color": style.SOFT}
+        panels[3].text(0.99, 0.98, "dotted: to the next layer", **note)
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set_title(title)
+        for axes in panels[2:]:
             axes.set_xlabel("rollout batches trained on")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        legend_below(figure, cosine)
+        style.legend_below(figure, panels[0])
     return figure
 
 
@@ -153,8 +141,16 @@ Point = tuple[float, float]  # a value, and the standard error of its change sin
 
 
 def _at(reading: TrainingReading, name: str, place: int) -> Point:
-    error = numbers(getattr(reading.change, name).standard_error)[place] if reading.change else 0.0
+    error = style.numbers(getattr(reading.change, name).standard_error)[place] if reading.change else 0.0
     return getattr(reading, name).mean[place], error
+
+
+def _entropy(reading: TrainingReading) -> Point:
+    return _at(reading, "entropy", reading.layer - 1)
+
+
+def _to_output(reading: TrainingReading) -> Point:
+    return _at(reading, "divergence", -1)
 
 
 def _perplexity(reading: TrainingReading) -> Point:

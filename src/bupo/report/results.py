@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bupo.errors import InputError
 
 Values = list[float | None]
-MEASURES = ("entropy", "logprob", "kl", "rank")  # of the token explorer; only the first is required
 
 
 class _Part(BaseModel):
@@ -40,7 +39,7 @@ class ResultFile(_Part):
     def parse(cls, content: Any, where: str = "the result") -> Self:
         """Check content that was read or computed already; raises as `load` does."""
         try:
-            return content if isinstance(content, cls) else cls.model_validate(content)
+            return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -66,9 +65,6 @@ def _check_lengths(name: str, columns: Sequence[Sequence[Any]], expected: int, u
     for column in columns:
         if len(column) != expected:
             raise ValueError(f"{name} has {len(column)} values for {expected} {unit}")
-
-
-# -- bupo analyze ----------------------------------------------------------------------------------------------------
 
 
 class Criterion(_Part):
@@ -138,7 +134,7 @@ class Analysis(ResultFile):
 
 
 class ExploredSample(_Part):
-    """One response in the token explorer: L x T tables."""
+    """One response in the token explorer: tables of L layers x T tokens."""
 
     problem_id: str | None = None
     prompt: str | None = None
@@ -152,9 +148,8 @@ class ExploredSample(_Part):
 
     @model_validator(mode="after")
     def _tables(self) -> Self:
-        for name in (*MEASURES, "top"):
-            rows = getattr(self, name)
-            if rows is not None:
+        for name in ("entropy", "logprob", "kl", "rank", "top"):
+            if (rows := getattr(self, name)) is not None:
                 _check_lengths(name, [rows], self.layers, "layers")
                 _check_lengths(name, rows, len(self.tokens), "tokens")
         return self
@@ -165,9 +160,6 @@ class ExploredTokens(ResultFile):
 
     command = "bupo analyze --explore N"
     samples: list[ExploredSample] = Field(min_length=1)
-
-
-# -- bupo eval -------------------------------------------------------------------------------------------------------
 
 
 class Estimate(_Part):
@@ -211,9 +203,6 @@ class Evaluation(ResultFile):
     tasks: dict[str, TaskScore]
 
 
-# -- bupo compare, and bupo train with inside_every -------------------------------------------------------------------
-
-
 class Means(_Part):
     """Means with standard errors."""
 
@@ -248,27 +237,28 @@ class ModelReading(_Part):
     change: Change | None = None
 
 
-class Comparison(ResultFile):
-    """``compare.json``."""
+class _OfLayer(ResultFile):
+    """Results about the policy of one layer."""
 
-    command = "bupo compare"
-    kind: Literal["comparison"]
-    layer: int
-    layers: int
-    samples: int
-    tokens: int
-    models: list[ModelReading] = Field(min_length=1)
-
-
-class TrainingReading(ResultFile, ModelReading):
-    """``inside/after-*.json`` of a training run."""
-
-    command = "bupo train (with inside_every)"
-    rollouts_done: int
     layer: int
     layers: int
     samples: int = 0
     tokens: int = 0
+
+
+class Comparison(_OfLayer):
+    """``compare.json``."""
+
+    command = "bupo compare"
+    kind: Literal["comparison"]
+    models: list[ModelReading] = Field(min_length=1)
+
+
+class TrainingReading(_OfLayer, ModelReading):
+    """``inside/after-*.json`` of a training run."""
+
+    command = "bupo train (with inside_every)"
+    rollouts_done: int
 
 
 def load_readings(folder: Path) -> list[TrainingReading]:
