@@ -35,24 +35,13 @@ Examples:
 _LONG = ("sites", "standard_errors", "entropy_change", "residual_cosine", "statistics")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("analyze", help=HELP)(analyze)
-
-
 def analyze(
     context: typer.Context,
     model: options.Model,
     output: options.Output,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Problems to respond to: arithmetic, reasoning_gym/NAME, a .jsonl/.parquet file, or a hub id."
-        ),
-    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Problems to respond to: a task, a file, or a hub id.")] = None,
     responses: Annotated[
-        Path | None,
-        typer.Option(help="Analyse these responses instead: rows with prompt(_ids) and response(_ids)."),
+        Path | None, typer.Option(help="Responses to analyse instead: rows with prompt(_ids) and response(_ids).")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of problems, or of rows of --responses, to use.")] = 20,
@@ -64,8 +53,7 @@ def analyze(
         int | None, typer.Option(min=1, help="Analyse this many random response tokens. Default: all of them.")
     ] = None,
     statistics: Annotated[
-        str,
-        typer.Option(help="More means per site, separated by commas: logprob, rank, varentropy, kl, topK (as top5)."),
+        str, typer.Option(help="More means per site, separated by commas: logprob, rank, varentropy, kl, topK (top5).")
     ] = "",
     per_token: Annotated[
         bool, typer.Option("--per-token", help="Also write the values of every token and site to per_token.parquet.")
@@ -73,9 +61,7 @@ def analyze(
     explore: Annotated[
         int, typer.Option(min=0, help="Number of responses to write to tokens.json for the report's token explorer.")
     ] = 0,
-    choice: Annotated[
-        bool, typer.Option(help="Measure each layer's agreement with the output, and look for its knee.")
-    ] = True,
+    choice: Annotated[bool, typer.Option(help="Measure each layer's agreement with the output, and its knee.")] = True,
     choice_tokens: Annotated[
         int | None, typer.Option(min=1, help="Number of tokens for that. Default: 1/16 of all, within 128 to 512.")
     ] = None,
@@ -100,6 +86,8 @@ def analyze(
         options.on_interrupt("Nothing was written; the same command starts again from the beginning."),
         options.Progress(not as_json and rank == 0) as progress,
     ):
+        from accelerate.utils import broadcast_object_list
+
         from bupo.data.rollouts import read_responses
         from bupo.lens.analyze import AnalysisOptions, Statistics, analyze_rollouts, check_rollouts
         from bupo.lens.tokens import ParquetTokenWriter, explore_rollouts
@@ -107,7 +95,7 @@ def analyze(
 
         # wrong arguments are found before the model is loaded
         Statistics(tuple(names))
-        problems = _problems(config) if dataset is not None and rank == 0 else []
+        problems = _problems(config) if dataset is not None else []
         options.quiet_libraries()
         progress.log(f"loading {model}")
         loaded, tokenizer = load_model(
@@ -120,8 +108,8 @@ def analyze(
         if responses is not None:
             rollouts = read_responses(responses, tokenizer, template)[:limit]
         else:
-            rollouts = _generate(loaded, tokenizer, problems, progress, config) if rank == 0 else []
-            rollouts = _broadcast(rollouts, processes)
+            generated = _generate(loaded, tokenizer, problems, progress, config) if rank == 0 else []
+            rollouts = generated if processes == 1 else broadcast_object_list([generated])[0]
         check_rollouts(loaded, rollouts)
         writer = ParquetTokenWriter(output) if per_token else None
         result = analyze_rollouts(
@@ -176,15 +164,6 @@ def _device(device: str | None, processes: int) -> str | None:
     if device not in (None, own.type):
         raise InputError(f"--device {device} is not available to launched processes; they run on {own.type}")
     return str(own)
-
-
-def _broadcast(rollouts: list[Rollout], processes: int) -> list[Rollout]:
-    """The first process's responses, on every process."""
-    if processes == 1:
-        return rollouts
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([rollouts])[0]
 
 
 def _problems(config: dict[str, Any]) -> list[Problem]:

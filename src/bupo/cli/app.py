@@ -18,8 +18,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (analyze, plan, train, eval, compare, report, demo):
-    command.register(app)
+app.command("analyze", help=analyze.HELP)(analyze.analyze)
+app.command("plan", help=plan.HELP)(plan.plan)
+app.command("train", help=train.HELP)(train.train)
+app.command("eval", help=eval.HELP)(eval.evaluate)
+app.command("compare", help=compare.HELP)(compare.compare)
+app.command("report", help=report.HELP)(report.report)
+app.command("demo", help=demo.HELP)(demo.demo)
 
 
 def _version(value: bool) -> None:

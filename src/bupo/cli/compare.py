@@ -27,11 +27,6 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("compare", help=HELP)(compare)
-
-
 def compare(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Two or more models, MODEL or NAME=MODEL.", metavar="A B...")],

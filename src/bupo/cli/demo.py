@@ -60,11 +60,6 @@ class Job:
             return 0
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("demo", help=HELP)(demo)
-
-
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("demo"),
     rollouts: Annotated[int | None, typer.Option(min=2, help="Rollout batches per run. Default: the recipe's.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,11 +32,6 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("eval", help=HELP)(evaluate)
-
-
 def evaluate(
     context: typer.Context,
     model: options.OptionalModel = None,
@@ -51,27 +47,17 @@ def evaluate(
     top_p: Annotated[float, typer.Option(help="Probability mass of nucleus sampling.")] = 1.0,
     seed: options.Seed = 0,
     batch_size: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Batch size for generation. Changing it changes the sampled responses for a given seed."
-        ),
+        int, typer.Option(min=1, help="Batch size for generation. Changing it changes the responses for a given seed.")
     ] = 64,
     engine: Annotated[str, typer.Option(help="auto (vLLM where it is installed), transformers or vllm.")] = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = None,
-    internal_layer: Annotated[
-        int | None, typer.Option(min=1, help="Sample from this layer's internal policy (from 1).")
-    ] = None,
-    internal_norm: Annotated[
-        bool, typer.Option("--internal-norm", help="Apply the final norm to that layer's states.")
-    ] = False,
+    internal_layer: Annotated[int | None, typer.Option(min=1, help="Sample from this layer's policy (from 1).")] = None,
+    internal_norm: Annotated[bool, typer.Option(help="Apply the final norm to that layer's states.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N", help="Evaluate part I of N of each task's problems; the part finished last merges all."
-        ),
+        str | None, typer.Option(metavar="I/N", help="Evaluate part I of N of each task; the last part merges all.")
     ] = None,
     regrade: Annotated[Path | None, typer.Option(help="Folder of a finished evaluation to grade again.")] = None,
     overwrite: options.Overwrite = False,
@@ -102,27 +88,10 @@ def evaluate(
     chosen = choose_engine(engine, internal_layer=internal_layer)
     if chosen == "vllm":
         _refuse(passed & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
-    config = EvalConfig(
-        model=model,
-        tasks=tuple(options.split_names(tasks)),
-        k=k,
-        n=n,
-        limit=limit,
-        data_dir=str(data_dir) if data_dir else None,
-        template=template,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        engine=chosen,
-        dtype=dtype,
-        internal_layer=internal_layer,
-        internal_norm=internal_norm,
-        revision=revision,
-        fingerprint=fingerprint(Path(resolve_model(model))),
-        shard=shard,
-    )
+    fields = {field.name for field in dataclasses.fields(EvalConfig)} & context.params.keys()
+    settings = {name: context.params[name] for name in fields}
+    settings |= {"tasks": tuple(options.split_names(tasks)), "engine": chosen, "data_dir": data_dir and str(data_dir)}
+    config = EvalConfig(**settings, fingerprint=fingerprint(Path(resolve_model(model))))
     check_output(config, output, overwrite=overwrite)
     options.quiet_libraries()
     with options.on_interrupt("Responses so far are saved; the same command continues."), options.Progress() as bars:

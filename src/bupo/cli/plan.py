@@ -28,11 +28,6 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("plan", help=HELP)(plan)
-
-
 def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe.")],
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,

@@ -24,11 +24,6 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("report", help=HELP)(report)
-
-
 def report(
     paths: Annotated[list[str], typer.Argument(help="Folders or files, each PATH or NAME=PATH.", metavar="PATH...")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write.")] = Path("report.html"),

@@ -31,11 +31,6 @@ Examples:
 """
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("train", help=HELP)(train)
-
-
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe. --resume uses the recipe of the run.")] = None,
     output: OptionalOutput = None,
