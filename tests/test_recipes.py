@@ -97,7 +97,7 @@ def scaled(tmp_path, tiny_folder):
             "internal_steps": 2,
             "prompts_per_rollout": 2 * recipe.updates_per_rollout,
             "samples_per_prompt": 2,
-            # as many micro-batches an update as leaves one that accumulates where the recipe accumulates
+            # with more than one micro-batch per update where the recipe has more
             "micro_batch": 4 if recipe.micro_batch * recipe.updates_per_rollout == recipe.samples_per_rollout() else 2,
             "save_every": 4,
             "max_prompt_length": 600,
@@ -116,7 +116,10 @@ def scaled(tmp_path, tiny_folder):
     return make
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem.endswith("-8b") else ()) for p in RECIPES],
+)
 def test_two_rollout_batches_of_each_phase(path, scaled, tmp_path):
     recipe = scaled(path)
     if path.stem in PAPER:

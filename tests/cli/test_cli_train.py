@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -32,20 +33,18 @@ RECIPE = {
 }
 
 
+def write_recipe(folder, **changes):
+    """A recipe file (with changes) in a folder; the data are six sums in a file beside it."""
+    rows = [{"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(6)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"dataset": str(folder / "sums.jsonl"), **RECIPE, **changes}))
+    return path
+
+
 @pytest.fixture
 def recipe(tmp_path, tiny_folder):
-    """Writes a recipe (with changes) and returns its path; the data are six sums in a file."""
-
-    def write(name="recipe.yaml", **changes):
-        data = tmp_path / "sums.jsonl"
-        data.write_text(
-            "".join(json.dumps({"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)}) + "\n" for i in range(6))
-        )
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump({"model": str(tiny_folder), "dataset": str(data), **RECIPE, **changes}))
-        return path
-
-    return write
+    return lambda **changes: write_recipe(tmp_path, **{"model": str(tiny_folder), **changes})
 
 
 def run(capsys, *arguments):
@@ -66,11 +65,22 @@ def final(folder):
     return load_file(folder / "model" / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, tiny_folder):
+    """A whole run with checkpoints after every rollout batch, not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["train", str(write_recipe(folder, model=str(tiny_folder))), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def finished(capsys, tmp_path, recipe):
-    """A whole run with checkpoints after every rollout batch."""
-    folder = tmp_path / "whole"
-    assert run(capsys, recipe(), "--output", folder)[0] == 0
+def finished(whole_run, tmp_path, recipe):
+    """A copy of it, and its recipe."""
+    raw = json.loads((whole_run / "run.json").read_text())
+    raw["config"]["dataset"] = str(recipe().parent / "sums.jsonl")
+    folder = shutil.copytree(whole_run, tmp_path / "finished")
+    raw["result"] |= {"output": str(folder), "model": str(folder / "model")}
+    (folder / "run.json").write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
     return folder
 
 
@@ -79,33 +89,24 @@ def test_a_run_writes_what_it_should(capsys, tmp_path, recipe, tiny_folder):
     code, out, err = run(capsys, recipe(), "--output", folder, "--json", "--seed", 7, "--set", "trl.epsilon_high=0.3")
     assert code == 0
     summary = json.loads(out)
-    assert summary["updates"] == 8
-    assert summary["rollouts"] == 4
-    assert summary["internal_layer"] == 2
+    assert (summary["updates"], summary["rollouts"], summary["internal_layer"]) == (8, 4, 2)
     assert not summary["interrupted"]
     log = rows(folder)
-    assert [row["rollout"] for row in log] == [1, 2, 3, 4]
-    assert [row["step"] for row in log] == [2, 4, 6, 8]
+    assert [(row["rollout"], row["step"]) for row in log] == [(1, 2), (2, 4), (3, 6), (4, 8)]
     assert [(row["phase"], row["layer"]) for row in log] == [("internal", 2)] * 2 + [("full", None)] * 2
     for row in log:
         assert row["reward"] is not None
         assert row["entropy"] > 0
         assert row["mean_length"] > 0
         assert (row["internal_entropy"] is not None) == (row["phase"] == "internal")
-    told = json.loads((folder / "run.json").read_text())
-    assert told["command"] == "train"
-    assert told["config"]["seed"] == told["seed"] == 7
-    assert told["config"]["trl"] == {"epsilon_high": 0.3}
-    assert told["config"]["updates_per_rollout"] == 2
-    assert told["result"] == summary
-    assert {"torch", "trl", "transformers"} <= set(told["versions"])
-    assert sorted(p.name for p in (folder / "model").iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["command"], record["result"]) == ("train", summary)
+    assert record["config"]["seed"] == record["seed"] == 7
+    assert record["config"]["trl"] == {"epsilon_high": 0.3}
+    assert record["config"]["updates_per_rollout"] == 2
+    assert {"torch", "trl", "transformers"} <= set(record["versions"])
+    names = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json"
+    assert sorted(p.name for p in (folder / "model").iterdir()) == names.split()
     assert not same_weights(final(folder), load_file(tiny_folder / "model.safetensors"))
     AutoModelForCausalLM.from_pretrained(folder / "model")
     lines = [line for line in err.splitlines() if line.startswith("rollout ")]
@@ -141,6 +142,7 @@ REFUSED = [
     ({"reward": "no_such_module:f"}, "cannot be imported"),
     ({"lora": {"target_modules": ["no_such_module"]}}, "no_such_module"),
     ({"dtype": "float32", "template": "chat"}, "no chat template"),
+    ({"inside_every": 1, "inside_layer": 9}, "layer 9 does not exist"),
 ]
 
 
@@ -148,78 +150,88 @@ REFUSED = [
 def test_wrong_inputs_give_one_line_and_leave_nothing(capsys, tmp_path, recipe, monkeypatch, changes, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "columns.jsonl").write_text('{"prompt": "1+1="}\n')
-    folder = tmp_path / "run"
-    code, out, err = run(capsys, recipe(**changes), "--output", folder)
-    assert code == 2
-    assert out == ""
-    lines = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
-    assert len(lines) == 1
-    assert part in lines[0]
+    code, out, err = run(capsys, recipe(**changes), "--output", "run")
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
+    assert part in line
     assert "Traceback" not in err
-    assert not folder.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_refusals(capsys, tmp_path, recipe, finished):
-    path = recipe()
+    path, new = recipe(), tmp_path / "new"
     before = (finished / "run.json").read_text()
-    assert "already holds a run" in run(capsys, path, "--output", finished)[2]
+    for arguments, part in [
+        ((path, "--output", finished), "already holds a run"),
+        ((path,), "--output is missing"),
+        (("--output", new), "name a recipe"),
+        ((path, "--output", finished, "--resume", "--overwrite"), "exclude each other"),
+        (("--output", finished, "--resume", "--seed", 3), "takes no other settings"),
+        ((path, "--output", finished, "--resume", "--seed", 6), "seed was 5 and is now 6"),
+        (("--output", tmp_path, "--resume"), "holds no training run"),
+        ((path, "--output", new, "--resume"), "holds no complete checkpoint"),
+    ]:
+        code, _, err = run(capsys, *arguments)
+        assert code == 2
+        assert part in err
     assert (finished / "run.json").read_text() == before
-    assert "--output is missing" in run(capsys, path)[2]
-    assert "name a recipe" in run(capsys, "--output", tmp_path / "x")[2]
-    assert "exclude each other" in run(capsys, path, "--output", finished, "--resume", "--overwrite")[2]
-    assert "takes no other settings" in run(capsys, "--output", finished, "--resume", "--seed", 3)[2]
-    assert "seed was 5 and is now 6" in run(capsys, path, "--output", finished, "--resume", "--seed", 6)[2]
-    assert "holds no training run" in run(capsys, "--output", tmp_path, "--resume")[2]
-    assert "holds no complete checkpoint" in run(capsys, path, "--output", tmp_path / "new", "--resume")[2]
-    assert not (tmp_path / "new").exists()
-    assert not (tmp_path / "x").exists()
+    assert not new.exists()
 
 
 def test_overwriting_replaces_the_whole_run(capsys, recipe, finished):
-    code, _, _ = run(capsys, recipe(rollouts=2), "--output", finished, "--overwrite")
-    assert code == 0
+    assert run(capsys, recipe(rollouts=2), "--output", finished, "--overwrite")[0] == 0
     assert [row["rollout"] for row in rows(finished)] == [1, 2]
     names = sorted(p.name for p in (finished / "checkpoints").glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-4"]
 
 
-# -- stopping and going on -----------------------------------------------------------------------------------------
+# -- stopping and continuing ---------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys, tmp_path, recipe, finished):
-    import shutil
-
-    for last in (2, 6):  # in the internal and in the full phase
-        folder = tmp_path / f"killed-{last}"
-        shutil.copytree(finished, folder)
-        shutil.rmtree(folder / "model")
-        for step in range(last + 2, 10, 2):
-            shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}")
-        broken = folder / "checkpoints" / f"checkpoint-{last + 2}"  # killed while this one was written
-        broken.mkdir()
-        (broken / "trainer_state.json").write_text("{")
-        with (folder / "log.jsonl").open("a") as stream:
-            stream.write('{"step": 10, "rol')
-        code, _, err = run(capsys, "--resume", "--output", folder)
-        assert code == 0, err
-        assert same_weights(final(folder), final(finished))
-        assert untimed(folder) == untimed(finished)
-        assert json.loads((folder / "run.json").read_text())["resumed"] is True
-
-
-def test_a_run_killed_after_its_last_checkpoint_only_writes_the_model(capsys, finished):
-    import shutil
-
-    wanted = final(finished)
+@pytest.mark.parametrize("last", [2, 6], ids=["internal phase", "full phase"])
+def test_a_killed_run_continues_as_if_nothing_had_happened(capsys, finished, whole_run, last):
     shutil.rmtree(finished / "model")
-    code, _, _ = run(capsys, "--resume", "--output", finished)
+    for step in range(last + 2, 10, 2):
+        shutil.rmtree(finished / "checkpoints" / f"checkpoint-{step}")
+    broken = finished / "checkpoints" / f"checkpoint-{last + 2}"  # killed while this one was written
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text("{")
+    with (finished / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 10, "rol')
+    code, _, err = run(capsys, "--resume", "--output", finished)
+    assert code == 0, err
+    assert same_weights(final(finished), final(whole_run))
+    assert untimed(finished) == untimed(whole_run)
+    assert json.loads((finished / "run.json").read_text())["resumed"] is True
+
+
+@pytest.mark.parametrize("missing", [None, "model", "result"])
+def test_resuming_a_finished_run_keeps_its_record(capsys, finished, missing):
+    """And completes it where the run was killed after its last checkpoint."""
+    expected, weights = json.loads((finished / "run.json").read_text()), final(finished)
+    if missing == "model":
+        shutil.rmtree(finished / "model")
+    if missing == "result":  # the layer that `auto` found and the guard's decision come from the checkpoint
+        end = {"rollouts": 1, "action": "switch", "reason": "as scripted"}
+        state = finished / "checkpoints" / "checkpoint-8" / "bupo_state.json"
+        state.write_text(json.dumps({**json.loads(state.read_text()), "phase_end": end}))
+        (finished / "run.json").write_text(json.dumps({k: v for k, v in expected.items() if k != "result"}))
+        expected["result"]["phase_end"] = end
+    code, out, _ = run(capsys, "--resume", "--output", finished, "--json")
     assert code == 0
-    assert same_weights(final(finished), wanted)
+    record = json.loads((finished / "run.json").read_text())
+    assert json.loads(out) == record["result"]
+    if missing == "result":
+        record["result"]["seconds"] = expected["result"]["seconds"]
+        assert record["result"] == expected["result"]
+    else:
+        assert record == expected
+    assert same_weights(final(finished), weights)
     assert len(rows(finished)) == 4
 
 
 @pytest.mark.parametrize("when", [1, 3])
-def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, recipe, finished, monkeypatch, when):
+def test_ctrl_c_saves_and_says_how_to_continue(capsys, tmp_path, recipe, whole_run, monkeypatch, when):
     monkeypatch.setattr(training, "INTERRUPT_IN_ROLLOUT", [when, 0])
     folder = tmp_path / "stopped"
     stopping = recipe(reward="tests.support.training:digits_then_interrupt", save_every=4)
@@ -230,14 +242,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(capsys, tmp_path, recipe, finished, 
     assert f"bupo train --resume --output {folder}" in out
     assert not (folder / "model").exists()
     assert [p.name for p in (folder / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{2 * when}"]
-    code, _, _ = run(capsys, "--resume", "--output", folder)
-    assert code == 0
-    assert same_weights(final(folder), final(finished))
-    changed = {"rewards/digits/mean", "rewards/digits/std"}
-    for ours, wanted in zip(untimed(folder), untimed(finished), strict=True):
-        assert {k: v for k, v in ours.items() if "digits" not in k} == {
-            k: v for k, v in wanted.items() if k not in changed
-        }
+    assert run(capsys, "--resume", "--output", folder)[0] == 0
+    assert same_weights(final(folder), final(whole_run))
+    ours, theirs = (
+        [{k: v for k, v in row.items() if "digits" not in k} for row in untimed(f)] for f in (folder, whole_run)
+    )
+    assert ours == theirs
 
 
 def test_trouble_in_training_names_the_update(capsys, tmp_path, recipe):
@@ -253,24 +263,10 @@ def test_trouble_in_training_names_the_update(capsys, tmp_path, recipe):
 # -- variants ------------------------------------------------------------------------------------------------------
 
 
-def test_lora_leaves_an_adapter_and_a_merged_model(capsys, tmp_path, recipe, tiny_folder):
-    folder = tmp_path / "run"
-    code, _, err = run(capsys, recipe(lora={"r": 2}, rollouts=3), "--output", folder)
-    assert code == 0, err
-    assert (folder / "adapter" / "adapter_model.safetensors").exists()
-    merged, start = final(folder), load_file(tiny_folder / "model.safetensors")
-    assert merged.keys() == start.keys()
-    assert not same_weights(merged, start)
-    assert (merged["lm_head.weight"] == start["lm_head.weight"]).all()
-
-
 def test_evaluation_during_training(capsys, tmp_path, recipe):
-    path = recipe(rollouts=2)
-    data = yaml.safe_load(path.read_text())["dataset"]
-    folder = tmp_path / "run"
-    code, _, err = run(
-        capsys, path, "--output", folder, "--set", f"eval={{dataset: '{data}', limit: 3, samples: 2, every: 1}}"
-    )
+    path, folder = recipe(rollouts=2), tmp_path / "run"
+    evaluation = f"eval={{dataset: '{tmp_path / 'sums.jsonl'}', limit: 3, samples: 2, every: 1}}"
+    code, _, err = run(capsys, path, "--output", folder, "--set", evaluation)
     assert code == 0, err
     measured = [row for row in rows(folder) if "eval_reward" in row]
     assert [row["step"] for row in measured] == [2, 4]
@@ -287,22 +283,3 @@ def test_auto_stops_or_says_which_layer(capsys, tmp_path, recipe):
     else:
         assert code == 2
         assert "Set internal_layer to a number from 1 to 4" in err
-
-
-def test_the_answer_reward_grades(capsys, tmp_path, tiny_folder):
-    from bupo.data.problems import Problem
-    from bupo.train.rewards import AnswerReward
-
-    asked = [Problem("a", "1+1=", "2", "t"), Problem("b", "?", r"\frac{", "t"), Problem("c", "2+2=", "4", "t")]
-    logged = {}
-    reward = AnswerReward(asked)
-    try:
-        found = reward(
-            completions=[r"\boxed{2}", r"\boxed{3}", "no box", r"\boxed{4.0}"],
-            problem=[0, 0, 2, 2],
-            log_metric=logged.__setitem__,
-        )
-    finally:
-        reward.close()
-    assert found == [1.0, 0.0, 0.0, 1.0]
-    assert logged == {"grading/unparsable": 0.25, "grading/timeout": 0.0}
