@@ -236,6 +236,14 @@ def test_two_processes_give_one_process_s_result(tmp_path):
             assert found.get("statistics", {}) == alone.get("statistics", {})
 
 
+def test_a_sharded_model_is_never_shared_out(monkeypatch):
+    """Its forward passes are collective operations: every process must make the same ones."""
+    model = tiny_model()
+    model.model.norm.weight.full_tensor = lambda: None
+    monkeypatch.setattr(analyze, "join_processes", lambda: pytest.fail("shared out"))
+    assert analyze_rollouts(model, pairs(), share=True) == analyze_rollouts(model, pairs())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_smollm2_reproduces_the_reference(shared_data):

@@ -29,6 +29,7 @@ from tests.support.tiny import tiny_model
         ([{"prompt": "a", "response": "b"}], "response 1 is a dict without prompt_ids and response_ids"),
         ([([3], [4]), "text"], "response 2 is a str without"),
         ([([3], [4], [5])], "response 1 is a tuple without"),
+        ([("prompt", "response")], "response 1 is a tuple without"),
     ],
 )
 def test_unusable_responses_are_refused(responses, words):

@@ -81,16 +81,16 @@ def test_non_finite_logits_do_not_pass_as_numbers():
 def test_the_reader_uses_it_and_agrees(monkeypatch):
     before, states, rule = setting(scale=0.7)
     layers = [LayerStates(stacked) for stacked in states]
-    plain = softmax_stats.residual_group_stats(before, layers, rule)
+    plain = softmax_stats.residual_group_stats(before, layers, rule)[1]
     calls = []
     real = triton_kernel.read
     monkeypatch.setattr(triton_kernel, "read", lambda *a, **k: calls.append(1) or real(*a, **k))
     monkeypatch.setattr(softmax_stats, "_kernel", lambda device: triton_kernel)
-    fused = softmax_stats.residual_group_stats(before, layers, rule)
+    fused = softmax_stats.residual_group_stats(before, layers, rule)[1]
     assert calls
     torch.testing.assert_close(fused["entropy"], plain["entropy"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused["lse"], plain["lse"], rtol=1e-5, atol=1e-5)
     # what the kernel does not compute takes the other path
-    extra = softmax_stats.residual_group_stats(before, layers, rule, StatsRequest(varentropy=True))
+    extra = softmax_stats.residual_group_stats(before, layers, rule, StatsRequest(varentropy=True))[1]
     assert len(calls) == 1
     assert "varentropy" in extra

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 from bupo.lens.online import OnlineSoftmaxStats, StatsRequest
-from bupo.lens.softmax_stats import LOG2_E, Tiling, first_group_stats, lens_stats, residual_group_stats
+from bupo.lens.softmax_stats import LOG2_E, Tiling, lens_stats, residual_group_stats
 from bupo.models.capture import LayerStates
 from bupo.models.unembed import Unembedding
 from tests.support.lens import RULES, logits_of, unembedding
@@ -70,7 +70,7 @@ def test_every_statistic_of_every_site_is_its_definition(monkeypatch, rule, tili
     final, targets = torch.randn(9, 7), torch.randint(50, (9,))
     last = Categorical(logits=logits_of(final, e))
     request = StatsRequest(targets, True, True, final, kl=True, kl_from_reference=True, top_k=3)
-    first, group = first_group_stats(before, layers, e, request)
+    first, group = residual_group_stats(before, layers, e, request, with_before=True)
     sites = [(before, {name: values[0] for name, values in first.items()})]
     for index, layer in enumerate(layers):
         stream = stream + layer.attn_out + layer.ffn_out
@@ -78,7 +78,7 @@ def test_every_statistic_of_every_site_is_its_definition(monkeypatch, rule, tili
         sites += [(s, {name: v[index, i] for name, v in group.items()}) for i, s in enumerate(states)]
     every = lens_stats(torch.stack([state for state, _ in sites]), e, request)
     sites += [(s, {name: values[i] for name, values in every.items()}) for i, (s, _) in enumerate(sites)]
-    assert torch.equal(residual_group_stats(before, layers, e)["entropy"], group["entropy"])
+    assert torch.equal(residual_group_stats(before, layers, e)[1]["entropy"], group["entropy"])
     close = {"rtol": 2e-4, "atol": 2e-4}
     for state, at in sites:
         policy = Categorical(logits=logits_of(state, e))

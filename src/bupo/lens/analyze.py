@@ -21,7 +21,7 @@ from bupo.lens.batching import PaddedBatch, TokenPair, balance, batches, check_r
 from bupo.lens.boundary import find_boundary
 from bupo.lens.clustered import ClusterMeans, round_errors, round_list
 from bupo.lens.online import StatsRequest
-from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, first_group_stats, lens_stats, residual_group_stats
+from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
 from bupo.models.capture import LayerStates, capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.processes import join_processes
@@ -201,11 +201,9 @@ class _Reader:
         cosines: list[Tensor] = []
 
         def on_group(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
-            if not groups:
-                of_before, stats = first_group_stats(before, layers, self.unembedding, request)
-                first.update(of_before)
-            else:
-                stats = residual_group_stats(before, layers, self.unembedding, request)
+            states = (before, layers, self.unembedding)
+            of_before, stats = residual_group_stats(*states, request, with_before=first_layer == 1)
+            first.update(of_before)
             _check_finite(stats["entropy"], first_layer)
             groups.append({name: values.cpu() for name, values in stats.items()})
             cosines.extend(_residual_cosines(before, layers))

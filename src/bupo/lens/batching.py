@@ -27,8 +27,8 @@ class TokenPair(Protocol):
 class _Pair:
     """A response that was passed as a tuple or a mapping."""
 
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
+    prompt_ids: Any
+    response_ids: Any
     problem_id: str | None = None
 
 
@@ -74,12 +74,14 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
 
 
 def _token_pair(number: int, response: Any) -> TokenPair:
-    if isinstance(response, Mapping) and {"prompt_ids", "response_ids"} <= response.keys():
-        return _Pair(response["prompt_ids"], response["response_ids"], response.get("problem_id"))
-    if isinstance(response, tuple | list) and len(response) == 2 and all(isinstance(ids, Sequence) for ids in response):
-        return _Pair(*response)
-    if hasattr(response, "prompt_ids") and hasattr(response, "response_ids"):
-        return response
+    pair = response
+    if isinstance(response, Mapping):
+        pair = _Pair(response.get("prompt_ids"), response.get("response_ids"), response.get("problem_id"))
+    elif isinstance(response, tuple | list) and len(response) == 2:
+        pair = _Pair(*response)
+    ids = (getattr(pair, "prompt_ids", None), getattr(pair, "response_ids", None))
+    if all(hasattr(one, "__len__") and not isinstance(one, str) for one in ids):
+        return pair
     raise InputError(
         f"response {number} is a {type(response).__name__} without prompt_ids and response_ids; pass objects or "
         f"mappings with these two lists of token ids, or (prompt_ids, response_ids) pairs"

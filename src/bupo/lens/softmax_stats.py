@@ -76,8 +76,13 @@ def lens_stats(states: Tensor, unembedding: Unembedding, request: StatsRequest |
 
 
 def residual_group_stats(
-    before: Tensor, layers: Sequence[LayerStates], unembedding: Unembedding, request: StatsRequest | None = None
-) -> Stats:
+    before: Tensor,
+    layers: Sequence[LayerStates],
+    unembedding: Unembedding,
+    request: StatsRequest | None = None,
+    *,
+    with_before: bool = False,
+) -> tuple[Stats, Stats]:
     """Compute statistics of every new site of G consecutive layers with four vocabulary products per layer.
 
     Args:
@@ -85,23 +90,13 @@ def residual_group_stats(
         layers: the states of the layers.
         unembedding: how states become logits.
         request: which statistics to compute besides the entropy.
+        with_before: also compute the statistics of ``before``, which takes no further product.
 
     Returns:
-        The statistics by name (see `lens_stats`), each (G, 5, N[, k]), sites in the order of ``GROUP_SITES``.
+        The statistics of ``before`` by name, each (1, N[, k]), or an empty dictionary; and those of the new sites, each
+        (G, 5, N[, k]), in the order of ``GROUP_SITES`` (see `lens_stats`).
     """
-    return _group_stats(before, layers, unembedding, request or StatsRequest(), with_before=False)[1]
-
-
-def first_group_stats(
-    before: Tensor, layers: Sequence[LayerStates], unembedding: Unembedding, request: StatsRequest | None = None
-) -> tuple[Stats, Stats]:
-    """Return the statistics of ``before`` itself, each (1, N), and `residual_group_stats`, for the same products."""
-    return _group_stats(before, layers, unembedding, request or StatsRequest(), with_before=True)
-
-
-def _group_stats(
-    before: Tensor, layers: Sequence[LayerStates], unembedding: Unembedding, request: StatsRequest, *, with_before: bool
-) -> tuple[Stats, Stats]:
+    request = request or StatsRequest()
     kernel = _kernel(before.device) if request.only_entropy else None
     if kernel is not None:
         states = torch.stack([layer.stacked.to(unembedding.weight.dtype) for layer in layers])
