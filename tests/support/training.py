@@ -1,4 +1,4 @@
-"""Shared by the training tests: a tiny tokenizer, a reward with signal, and a trainer on a tiny random model."""
+"""Shared by the training tests: a tiny tokenizer, a reward with signal, trainers on a tiny random model, references."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from bupo.train.config import BuPOConfig
+from bupo.train.guard import Decision, PhaseGuard
 from bupo.train.trainer import BuPOTrainer
 from tests.support.tiny import tiny_model
 
-VOCABULARY = 97
+VOCABULARY, L = 97, 4
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: ``w3`` is id 3; 0, 1 and 2 are padding, beginning and end."""
+    """One token per word: ``w3`` is id 3; 0, 1 and 2 are padding, beginning and end."""
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCABULARY))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     inner.pre_tokenizer = WhitespaceSplit()
@@ -66,7 +67,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def config(folder: Any, kind: type = BuPOConfig, **changes: Any) -> Any:
-    settings = {**DEFAULTS, **changes}
+    """Settings for a tiny run. ``phases`` replaces the default internal layer."""
+    settings = {**DEFAULTS, **({"internal_layer": None} if "phases" in changes else {}), **changes}
     if kind is not BuPOConfig:
         settings = {k: v for k, v in settings.items() if not k.startswith("internal_")}
     return kind(output_dir=str(folder), **settings)
@@ -87,6 +89,23 @@ def make_trainer(folder: Any, kind: type = BuPOTrainer, args: Any = None, model:
     return trainer
 
 
+def trained(*arguments: Any, **changes: Any) -> Any:
+    """A trainer that has trained. Make trainers to compare one after the other: making one seeds the generators."""
+    trainer = make_trainer(*arguments, **changes)
+    trainer.train()
+    return trainer
+
+
+def resumed(folder: Any, whole: Any, step: int, **settings: Any) -> Any:
+    """A trainer with other initial weights that continued from a checkpoint of ``whole``, which it must equal."""
+    rest = make_trainer(folder, model=tiny_model("qwen3", seed=9), **settings)
+    rest.train(resume_from_checkpoint=str(whole.args.output_dir) + f"/checkpoint-{step}")
+    assert rest.state.global_step == whole.state.global_step
+    assert same_weights(weights(whole.model), weights(rest.model))
+    assert untimed_log(whole) == untimed_log(rest)
+    return rest
+
+
 def weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -95,12 +114,101 @@ def same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters that changed."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
 def losses(trainer: Any) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def a_copy(model: Any) -> Any:
-    return copy.deepcopy(model)
+def phases(trainer: Any) -> list[float]:
+    return [row["phase"] for row in trainer.state.log_history if "phase" in row]
+
+
+def untimed_log(trainer: Any) -> list[dict[str, Any]]:
+    timed = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in trainer.state.log_history]
+
+
+def above(name: str, layer: int) -> bool:
+    """Whether the internal policy of a layer does not use this parameter."""
+    return name.endswith("model.norm.weight") or any(f"layers.{k}." in name for k in range(layer, L))
+
+
+# -- what happens in training ----------------------------------------------------------------------------------------
+
+
+class Recorder(BuPOTrainer):
+    """Keeps, for every micro-batch, the model before it, its inputs, the loss and the log-probabilities."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        before = copy.deepcopy(self.model)
+        loss = super()._compute_loss(model, inputs)
+        self.__dict__.setdefault("seen", []).append((before, dict(inputs), loss.detach().clone(), self.latest))
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.latest = scores[0].detach().clone()
+        return scores
+
+
+class Gradients(TrainerCallback):
+    """The gradient of every parameter that has one, update by update."""
+
+    def __init__(self) -> None:
+        self.updates: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.updates.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+class ScriptedGuard(PhaseGuard):
+    """Decides by a script, one letter per batch: k keep, s switch, r restore, anything else continue."""
+
+    def __init__(self, script: str) -> None:
+        super().__init__()
+        self.script = script
+
+    def observe(self, signals: Any) -> Decision:
+        self.history.append(signals)
+        letter = self.script[len(self.history) - 1]
+        action: Any = {"s": "switch", "r": "restore"}.get(letter, "continue")
+        return Decision(action, "as scripted" if action != "continue" else "", keep=letter == "k")
+
+
+def internal_logps(model: Any, inputs: Any, layer: int, norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi^l of the responses from an ordinary forward's hidden states, and its entropies."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    states: list[torch.Tensor] = []
+    hook = model.model.layers[layer - 1].register_forward_hook(lambda m, i, o: states.append(o))
+    model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    hook.remove()
+    state = model.model.norm(states[0]) if norm else states[0]
+    logps = (state @ model.lm_head.weight.T)[:, inputs["prompt_ids"].size(1) - 1 : -1].log_softmax(-1)
+    return logps.gather(-1, inputs["completion_ids"][..., None])[..., 0], -(logps.exp() * logps).sum(-1)
+
+
+def surrogate(logps: Any, old: Any, inputs: Any, loss_type: str = "dapo", level: str = "token", **clip: float) -> Any:
+    """Eq. 9 written out, with the aggregation of each loss type; four updates per rollout batch."""
+    mask, advantages = inputs["completion_mask"], inputs["advantages"]
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    log_ratio = logps - old
+    if level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1))[:, None].expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip.get("low", 0.2), 1 + clip.get("high", 0.2))
+    token = -torch.min(ratio * advantages, clipped * advantages) * mask
+    if loss_type == "grpo":
+        return (token.sum(-1) / mask.sum(-1)).mean()
+    if loss_type == "bnpo":
+        return token.sum() / mask.sum()
+    if loss_type == "dr_grpo":
+        return token.sum() / (len(token) * 6)
+    return token.sum() / (inputs["num_items_in_batch"] / 4)  # dapo: the rollout batch's tokens per update
 
 
 # -- rewards that recipes name ----------------------------------------------------------------------------------------
@@ -114,7 +222,7 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 INTERRUPT_IN_ROLLOUT = [0, 0]  # the rollout batch whose reward presses Ctrl-C (0: none), and how many have been scored
 
 
-def digits_then_interrupt(completions: list[str], **given: Any) -> list[float]:
+def digits_then_interrupt(completions: list[str], **more: Any) -> list[float]:
     """As `digits`; in one rollout batch somebody presses Ctrl-C."""
     INTERRUPT_IN_ROLLOUT[1] += 1
     if INTERRUPT_IN_ROLLOUT[0] == INTERRUPT_IN_ROLLOUT[1]:

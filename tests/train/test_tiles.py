@@ -1,4 +1,4 @@
-"""Narrow tiles of the head in an internal phase: same policy, TRL's width back afterwards, less memory."""
+"""Narrow tiles of the head in an internal phase: the same policy, and TRL's width afterwards."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from bupo.models.internal_policy import internal_policy
-from bupo.plan.simulate import Settings, simulate_update
 from bupo.train import tiles
-from bupo.train.tiles import NARROWEST, TILE_BYTES, TILE_TOKENS, WIDEST, narrow_tiles, tile_words
+from bupo.train.tiles import NARROWEST, TILE_BYTES, TILE_TOKENS, WIDEST, narrow_tiles, tile_width
 from bupo.train.trainer import add_fused_lm_head, trl_utils
-from tests.support.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_model
 from tests.support.training import make_trainer
 
 WIDTH = tiles._WIDTH
@@ -20,12 +19,12 @@ WIDTH = tiles._WIDTH
 
 @pytest.mark.parametrize("tokens", [1, 50, 512, 1000, 2048, 4096, 100_000])
 def test_a_tile_is_a_power_of_two_that_fits(tokens):
-    words = tile_words(tokens)
-    assert words & (words - 1) == 0
-    assert NARROWEST <= words <= WIDEST
-    size = 4 * words * min(tokens, TILE_TOKENS)
-    assert size <= TILE_BYTES or words == NARROWEST
-    assert 2 * size > TILE_BYTES or words == WIDEST
+    width = tile_width(tokens)
+    assert width & (width - 1) == 0
+    assert NARROWEST <= width <= WIDEST
+    size = 4 * width * min(tokens, TILE_TOKENS)
+    assert size <= TILE_BYTES or width == NARROWEST
+    assert 2 * size > TILE_BYTES or width == WIDEST
 
 
 def test_the_library_still_has_the_width_that_is_narrowed():
@@ -34,8 +33,8 @@ def test_the_library_still_has_the_width_that_is_narrowed():
 
 def test_narrow_tiles_leave_result_and_gradients(monkeypatch):
     """Tiles narrower than the vocabulary, and the backward pass after the context, as in training."""
-    monkeypatch.setattr(tiles, "tile_words", lambda tokens: 16)
-    model = tiny_model("qwen3", spread=3.0)  # 97 words: seven tiles
+    monkeypatch.setattr(tiles, "tile_width", lambda tokens: 16)
+    model = tiny_model("qwen3", spread=3.0)  # 97 width: seven tiles
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     ids = torch.arange(3, 43).view(2, 20)
     found = []
@@ -72,26 +71,13 @@ def test_the_trainer_narrows_in_the_internal_phase_only(tmp_path, monkeypatch):
     plain = trl_utils._ChunkedLogProbFunction.apply
 
     def look(*args):
-        seen.append((args[5], trainer.state.global_step < 4, trainer._reading is not None))
+        seen.append((args[5], trainer.state.global_step < 4, trainer._scored.layer is not None))
         return plain(*args)
 
     monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", look)
     trainer = make_trainer(tmp_path, internal_steps=1, max_steps=8)
-    monkeypatch.setattr(tiles, "tile_words", lambda tokens: 2048)
+    monkeypatch.setattr(tiles, "tile_width", lambda tokens: 2048)
     trainer.train()
     assert {(width, phase) for width, phase, _ in seen} == {(2048, True), (WIDEST, False)}
     assert {reading for _, phase, reading in seen if phase} == {True, False}
     assert not any(reading for _, phase, reading in seen if not phase)
-
-
-def test_a_plan_counts_the_tiles_of_each_phase():
-    config = tiny_config("qwen3", vocab_size=40_000)
-    settings = Settings(torch.float32, torch.float32, 8, 64, 192, 1, True, True, False)
-    one, whole = (simulate_update(config, 4, settings, whole=w) for w in (False, True))
-    beside = simulate_update(config, 4, settings, whole=True, narrow=True)
-    assert one.scoring < whole.scoring / 4
-    assert beside.scoring == pytest.approx(one.scoring, rel=0.05)
-    wide = Settings(torch.float32, torch.float32, 8, 64, 192, 1, True, True, True)
-    assert simulate_update(config, 4, wide, whole=False).scoring == pytest.approx(
-        simulate_update(config, 4, wide, whole=True).scoring, rel=0.05
-    )
