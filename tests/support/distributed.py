@@ -148,20 +148,6 @@ def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
 
 
-def scripted_guard(script: str) -> Any:
-    """A phase guard that says what it was told to: k keep, s switch, r restore, anything else go on."""
-    from bupo.train.guard import Decision, PhaseGuard
-
-    class Scripted(PhaseGuard):
-        def observe(self, signals: Any) -> Any:
-            self.history.append(signals)
-            letter = script[len(self.history) - 1]
-            action: Any = {"s": "switch", "r": "restore"}.get(letter, "continue")
-            return Decision(action, "as scripted" if action != "continue" else "", keep=letter == "k")
-
-    return Scripted()
-
-
 def watch_traffic(trainer: Any) -> list[list[int]]:
     """Gradient elements that this process hands to DDP's all-reduce or FSDP2's reduce-scatter, update by update."""
     import torch.distributed as dist
@@ -206,18 +192,18 @@ def train(
 
     Args:
         sampled: the model samples; else `responses`, the same for one process and for two.
-        script: of `scripted_guard`.
+        script: of a `ScriptedGuard`.
     """
     import torch
     from safetensors.torch import save_file
 
-    from tests.support.training import losses, make_trainer
+    from tests.support.training import ScriptedGuard, losses, make_trainer
 
     torch.set_num_threads(1)
     more = {} if sampled else {"rollout_func": responses}
     trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
     if script is not None:
-        trainer.monitor.guard = scripted_guard(script)
+        trainer.monitor.guard = ScriptedGuard(script)
     traffic = watch_traffic(trainer)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -228,6 +214,8 @@ def train(
             found = {name: p.detach().clone() for name, p in model.state_dict().items()}
     else:
         found = {name: whole(p) for name, p in model.state_dict().items()}
+    if trainer.critic is not None:
+        found |= {f"critic.{name}": p.detach().clone() for name, p in trainer.critic.critic.state_dict().items()}
     save_file(found, Path(folder, f"weights-{rank}.safetensors"))
     told = {
         "losses": losses(trainer),
@@ -236,6 +224,43 @@ def train(
         "traffic": [sum(update) for update in traffic[:-1]],
         "phase_end": trainer.phase_end,
     }
+    Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
+
+
+def uneven(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Responses of 3 tokens on the first process and of 40 on the others."""
+    ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
+    made = [[3 + (i + j) % 90 for j in range(40 if trainer.accelerator.process_index else 3)] for i in range(len(ids))]
+    return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
+
+
+def analyse(folder: str, rank: int, engine: str) -> None:
+    """`choose_layer` and the entropy flow on a rollout batch whose responses need more passes on one process."""
+    import torch
+
+    from bupo.lens.analyze import analyze_rollouts
+    from bupo.train.auto_layer import analyze_responses, choose_layer, spread_responses
+    from bupo.train.diagnostics import EntropyFlow
+    from tests.support.training import make_trainer
+
+    torch.set_num_threads(1)
+    analyze_rollouts.__kwdefaults__["batch_tokens"] = 64
+    settings = {"max_completion_length": 48, "max_steps": 4, "updates_per_rollout": 2, **engine_settings(engine)}
+    trainer = make_trainer(folder, rollout_func=uneven, **settings)
+    told: dict[str, Any] = {"sequences": 0}
+
+    def look(batch: Any, rollout: int) -> None:
+        def count(module: Any, inputs: Any, output: Any) -> None:
+            told["sequences"] += len(output[0] if isinstance(output, tuple) else output)
+
+        handle = trainer.model.model.layers[0].register_forward_hook(count)
+        analyze_responses(trainer.model, spread_responses(batch, 32), trainer.accelerator)
+        handle.remove()
+        choice = choose_layer(trainer.model, batch, trainer.accelerator)
+        told["choice"], told["analysis"] = [choice.layer, choice.message], choice.analysis
+
+    trainer.on_rollout += [look, EntropyFlow(trainer, Path(folder, "flow"), 1, print)]
+    trainer.train()
     Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
 
 

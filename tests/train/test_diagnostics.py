@@ -12,8 +12,8 @@ import yaml
 
 from bupo.cli import main
 from bupo.errors import InputError
-from bupo.train import panels
-from bupo.train.panels import GradientGroups, check_trackers, parameter_groups
+from bupo.train import diagnostics
+from bupo.train.diagnostics import GradientNorms, check_trackers, parameter_groups
 from tests.cli.test_cli_train import RECIPE, rows
 from tests.support.tiny import tiny_model
 from tests.support.training import make_trainer
@@ -109,7 +109,7 @@ def test_groups_are_all_trainable_parameters_once():
 
 def test_squares_add_up_to_the_gradient_norm_before_clipping(tmp_path):
     trainer = make_trainer(tmp_path, internal_steps=1, max_steps=4, updates_per_rollout=2, max_grad_norm=1e-3)
-    trainer.add_callback(GradientGroups(trainer))
+    trainer.add_callback(GradientNorms(trainer))
     seen = []
     trainer.log = lambda logs, *_: seen.append({**logs, **{k: v[:] for k, v in trainer._metrics["train"].items()}})
     trainer.train()
@@ -126,15 +126,15 @@ def test_what_cannot_be_analysed_ends_the_figures_not_the_run(tmp_path, recipe, 
     def refuse(*_, **__):
         raise InputError("this stream cannot be read")
 
-    monkeypatch.setattr(panels, "analyze_rollouts", refuse)
+    monkeypatch.setattr(diagnostics, "analyze_responses", refuse)
     assert main(["train", recipe(), "--output", str(tmp_path / "run"), "--set", "flow_every=1"]) == 0
     assert capsys.readouterr().err.count("no entropy flow: this stream cannot be read") == 1
 
 
 def test_trackers_are_checked_before_anything_starts(tmp_path, recipe, capsys, monkeypatch):
-    find = panels.importlib.util.find_spec
+    find = diagnostics.importlib.util.find_spec
     monkeypatch.setattr(
-        panels.importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a)
+        diagnostics.importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a)
     )
     assert main(["train", recipe(report_to=["wandb"]), "--output", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err

@@ -30,13 +30,16 @@ ONE = {**SAME, "per_device_train_batch_size": 4, "steps_per_generation": 2, "gra
 TWO = {**SAME, "per_device_train_batch_size": 4, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
 TWO |= {"gradient_checkpointing": True}  # as recipes have it; changes no number
 
-KINDS = {"ddp": "DistributedType.MULTI_CPU", "fsdp2": "DistributedType.FSDP"}
-
 
 def run(warm, folder, processes, settings, **arguments):
     """Start it, and every process's results and weights."""
     found = warm.call(
-        "distributed:launch", processes=processes, job="train", folder=str(folder), settings=settings, **arguments
+        "tests.support.distributed:launch",
+        processes=processes,
+        job="train",
+        folder=str(folder),
+        settings=settings,
+        **arguments,
     )
     assert found["codes"] == [0] * processes, "\n".join(found["told"])
     results = [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
@@ -85,6 +88,30 @@ def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine, step):
     again, resumed = run(warm, tmp_path / "rest", 2, TWO, engine=engine, resume=checkpoint)
     assert again[0]["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
     close(weights, resumed[0])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_processes_with_uneven_responses_analyse_the_same(warm, tmp_path, engine):
+    """The old code hung under FSDP2 (each process ran passes of its own), and under DDP each analysed everything."""
+    job = {"processes": 2, "job": "analyse", "folder": str(tmp_path), "engine": engine}
+    answer = warm.call("tests.support.distributed:launch", seconds=100, **job)
+    assert answer["codes"] == [0, 0], "\n".join(answer["told"])
+    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2))
+    assert (first["choice"], first["analysis"]) == (second["choice"], second["analysis"])
+    assert len(list((tmp_path / "flow").iterdir())) == 2
+    counts = [first["sequences"], second["sequences"]]
+    whole = 2 * first["analysis"]["samples"]  # of two rollout batches; a check of the logits adds a few
+    assert counts[0] == counts[1]
+    assert (counts[0] < whole) == (engine == "ddp")
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_critic_as_one_does(warm, tmp_path):
+    ppo = {"estimator": "ppo", "critic_learning_rate": 0.1, "adam_epsilon": 1.0, "save_strategy": "no"}
+    _, one = run(warm, tmp_path / "one", 1, {**ONE, **ppo})
+    _, two = run(warm, tmp_path / "two", 2, {**TWO, **ppo})
+    assert any(name.startswith("critic.") for name in one[0])
+    close(one[0], two[0])
 
 
 @pytest.mark.slow
@@ -143,7 +170,7 @@ def test_the_command_in_two_processes(warm, tmp_path, tiny_folder, engine):
     output = tmp_path / "run"
     job = {"processes": 2, "job": "command", "engine": engine}
     arguments = [str(tmp_path / "recipe.yaml"), "--output", str(output)]
-    found = warm.call("distributed:launch", **job, folder=str(tmp_path / "a"), arguments=arguments)
+    found = warm.call("tests.support.distributed:launch", **job, folder=str(tmp_path / "a"), arguments=arguments)
     assert found["codes"] == [0, 0], "\n".join(found["told"])
     assert (output / "checkpoints" / "checkpoint-2" / "pytorch_model_fsdp_0").exists() == (engine == "fsdp2")
     weights = load_file(output / "model" / "model.safetensors")
@@ -155,7 +182,7 @@ def test_the_command_in_two_processes(warm, tmp_path, tiny_folder, engine):
         if name == "checkpoint-6":
             shutil.rmtree(output / "checkpoints" / "checkpoint-8")
         again = ["--resume", "--output", str(output)]
-        found = warm.call("distributed:launch", **job, folder=str(tmp_path / name), arguments=again)
+        found = warm.call("tests.support.distributed:launch", **job, folder=str(tmp_path / name), arguments=again)
         assert found["codes"] == [0, 0], "\n".join(found["told"])
         resumed = load_file(output / "model" / "model.safetensors")
         assert all(torch.equal(weights[key], resumed[key]) for key in weights), name

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from bupo.train.checkpoints import STATE_FILE, begin, last_checkpoint, rotate, write_state
+from bupo.train.checkpoint import last_checkpoint
 from tests.cli.test_cli_train import RECIPE, untimed
 from tests.support.training import same_weights
 
@@ -35,7 +35,7 @@ class Runs:
         else:
             arguments = ["--resume", "--output", str(folder)]
         log = str(self.folder / f"{run}.txt")
-        return self.warm.call("killing:attempt", arguments=arguments, log=log, folder=str(folder), **how)
+        return self.warm.call("tests.support.killing:attempt", arguments=arguments, log=log, folder=str(folder), **how)
 
     def told(self, run):
         return (self.folder / f"{run}.txt").read_text()
@@ -97,51 +97,3 @@ def test_twenty_random_kills(warm, tmp_path, tiny_folder, kind, changes):
             finished += 1
     assert killed == 20
     print(f"{killed} kills in {finished} runs")
-
-
-# -- the parts -----------------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder, number, complete=True):
-    path = folder / f"checkpoint-{number}"
-    path.mkdir(parents=True)
-    (path / "model.safetensors").write_text("weights")
-    if complete:
-        write_state(path, {"between_rollouts": True})
-    return path
-
-
-def names(folder):
-    return sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
-
-
-def test_rotation_counts_updates_and_complete_checkpoints_only(tmp_path):
-    for number in (12, 8, 10, 4):  # times of change in another order than the updates
-        checkpoint(tmp_path, number)
-    checkpoint(tmp_path, 6, complete=False)  # killed while it was written or removed
-    checkpoint(tmp_path, 14, complete=False)  # being written
-    rotate(tmp_path, 2)
-    assert names(tmp_path) == [10, 12, 14]
-    assert last_checkpoint(tmp_path).name == "checkpoint-12"
-    rotate(tmp_path, 1, protected=[str(tmp_path / "checkpoint-10")])
-    assert names(tmp_path) == [10, 12, 14]
-
-
-def test_without_a_complete_checkpoint_nothing_is_removed(tmp_path):
-    checkpoint(tmp_path, 2, complete=False)
-    rotate(tmp_path, 2)
-    assert names(tmp_path) == [2]
-
-
-def test_a_checkpoint_is_incomplete_as_soon_as_its_removal_begins(tmp_path, monkeypatch):
-    path = checkpoint(tmp_path, 2)
-
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("bupo.train.checkpoints.shutil.rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        begin(path)
-    assert path.exists()
-    assert not (path / STATE_FILE).exists()
-    assert last_checkpoint(tmp_path) is None

@@ -11,17 +11,11 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from bupo.errors import InputError
+from bupo.lens import agreement
 from bupo.lens.analyze import analyze_rollouts
+from bupo.lens.batching import check_rollouts
 
 RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
-
-
-@dataclass(frozen=True)
-class Response:
-    """One response of a training batch as token ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -35,53 +29,54 @@ class LayerChoice:
 
 def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> LayerChoice:
     """Apply the paper's boundary rule to a quick analysis of a rollout batch; all processes get the same answer."""
+    responses = spread_responses(batch, RESPONSES)
     try:
-        analysis = analyze_batch(model, batch, RESPONSES, accelerator)
+        analysis = analyze_responses(model, responses, accelerator)
+        layer, reason = analysis["boundary_layer"], analysis["boundary_reason"]
+        if layer is not None:
+            return LayerChoice(layer, reason, analysis)
+        analysis["layer_choice"] = agreement.choose_layer(model, check_rollouts(model, responses), analysis)
     except InputError as error:
         return LayerChoice(None, f"internal_layer auto: {error}")
-    layer, reason = analysis["boundary_layer"], analysis["boundary_reason"]
-    if layer is not None:
-        return LayerChoice(layer, reason, analysis)
-    return LayerChoice(None, f"internal_layer auto: {reason}. {_candidates(analysis)}", analysis)
-
-
-def _candidates(analysis: dict[str, Any]) -> str:
     change = analysis["entropy_change"]["ffn"]
     positive = ", ".join(str(layer) for layer, value in enumerate(change, start=1) if value > 0)
-    return (
-        f"Set internal_layer to a number from 1 to {analysis['layers']} (layers with a positive FFN entropy change: "
-        f"{positive or 'none'}; the paper's choices lie at 1/6 of the depth in Qwen3 and just below the last layers in "
-        "Llama; `bupo analyze` also shows where the layers begin to agree with the output), or internal_steps to 0 for "
-        "plain GRPO"
+    message = (
+        f"internal_layer auto: {reason}. Candidates: {analysis['layer_choice']['recommendation']['reason']}; layers "
+        f"with a positive FFN entropy change: {positive or 'none'}; the paper's choices lie at 1/6 of the depth in "
+        f"Qwen3 and just below the last layers in Llama. Set internal_layer to a number up to {analysis['layers']}, or "
+        "internal_steps to 0 for plain GRPO"
     )
+    return LayerChoice(None, message, analysis)
 
 
-def analyze_batch(model: nn.Module, batch: Mapping[str, Tensor], responses: int, accelerator: Any) -> dict[str, Any]:
-    """Analyse some of the first process's responses, spread evenly over its part of the batch.
+def analyze_responses(model: nn.Module, responses: list[dict[str, Any]], accelerator: Any) -> dict[str, Any]:
+    """The content of ``analysis.json``; every process must pass the same responses and gets the same result.
 
     A forward pass of a sharded model is a collective operation, so there every process runs the same passes. Otherwise
     the processes divide the responses among themselves.
 
-    Returns: the content of ``analysis.json``, the same on every process.
-
     Raises:
         InputError: (on every process) the model cannot be analysed.
     """
-    rows = first_process_responses(batch)
-    rows = [rows[i] for i in spread_rows(len(rows), responses).tolist()]
-    sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-    return analyze_rollouts(model, rows, share=accelerator.num_processes > 1 and not sharded)
+    share = accelerator.num_processes > 1 and accelerator.distributed_type != "DEEPSPEED"
+    return analyze_rollouts(model, responses, share=share)
 
 
-def first_process_responses(batch: Mapping[str, Tensor]) -> list[Response]:
+def first_process_responses(batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """The first process's responses of a padded batch, on every process; empty ones are left out."""
     rows = []
     for row in range(len(batch["prompt_ids"])):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
         response = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
         if prompt and response:
-            rows.append(Response(prompt, response))
+            rows.append({"prompt_ids": prompt, "response_ids": response})
     return broadcast_object_list([rows], from_process=0)[0]
+
+
+def spread_responses(batch: Mapping[str, Tensor], n: int) -> list[dict[str, Any]]:
+    """At most n of `first_process_responses`, spread evenly over the batch."""
+    rows = first_process_responses(batch)
+    return [rows[i] for i in spread_rows(len(rows), n).tolist()]
 
 
 def spread_rows(size: int, n: int) -> Tensor:

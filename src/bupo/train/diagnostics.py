@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from bupo.errors import ConfigError, InputError
 from bupo.models.layout import find_layout, unwrap
 from bupo.run_folder import write_json
-from bupo.train.auto_layer import analyze_batch
+from bupo.train.auto_layer import analyze_responses, spread_responses
 
 # draws an analysis: (analysis, folder, file name without suffix) -> the PNG
 Draw = Callable[[Mapping[str, Any], Path, str], Path]
@@ -102,7 +102,8 @@ class EntropyFlow:
         if rollout % self._every or self._broken:
             return
         try:
-            analysis = analyze_batch(self._trainer.model, batch, FLOW_RESPONSES, self._trainer.accelerator)
+            responses = spread_responses(batch, FLOW_RESPONSES)
+            analysis = analyze_responses(self._trainer.model, responses, self._trainer.accelerator)
         except InputError as error:
             self._broken = True
             self._log(f"no entropy flow: {error}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from transformers import TrainerCallback
 
 from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
-from bupo.lens.batching import TokenPair, check_rollouts
+from bupo.lens.batching import check_rollouts
 from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
 from bupo.models.internal_policy import check_layer, n_layers
 from bupo.recipe import Recipe
 from bupo.run_folder import write_bytes, write_json, write_text
-from bupo.train.auto_layer import Response, first_process_responses
+from bupo.train.auto_layer import first_process_responses
 
 RESPONSES, TOKENS = 64, 512
 FOLDER = "inside"
@@ -50,7 +50,7 @@ class LayerDrift(TrainerCallback):
         self._layer = layer if isinstance(layer, int) else None  # None: the layer of the internal phase, once known
         if self._layer is not None:
             check_layer(n_layers(trainer.model), self._layer)
-        self._responses: Sequence[TokenPair] | None = None
+        self._responses: Sequence[Any] | None = None
         if recipe.inside_responses is not None:
             self._responses = read_responses(recipe.inside_responses, tokenizer, recipe.template)[:RESPONSES]
             check_rollouts(trainer.model, self._responses)
@@ -76,14 +76,14 @@ class LayerDrift(TrainerCallback):
         if state.global_step >= state.max_steps and self._responses is not None and not self._broken:
             self._measure(self._trainer.rollout)
 
-    def _first_responses(self, batch: Mapping[str, Tensor]) -> list[Response]:
+    def _first_responses(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """The first process's responses of this rollout batch, or those that a resumed run began with."""
         path = self._folder / "responses.jsonl"
         if path.exists():
-            return [Response(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         responses = first_process_responses(batch)[:RESPONSES]
         if self._trainer.accelerator.is_main_process:
-            write_text(path, "".join(json.dumps(asdict(response)) + "\n" for response in responses))
+            write_text(path, "".join(json.dumps(response) + "\n" for response in responses))
         self._trainer.accelerator.wait_for_everyone()
         return responses
 
