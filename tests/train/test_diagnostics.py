@@ -141,6 +141,6 @@ def test_trackers_are_checked_before_anything_starts(tmp_path, recipe, capsys, m
     assert "report_to wandb: the package is not installed (pip install wandb, or leave it out)" in err
     assert not (tmp_path / "run").exists()
     assert main(["train", recipe(report_to=["mlflow"]), "--output", str(tmp_path / "run")]) == 2
-    assert "unknown tracker 'mlflow'; one of tensorboard, trackio or wandb" in capsys.readouterr().err
+    assert "report_to must be one of tensorboard, trackio or wandb, not 'mlflow'" in capsys.readouterr().err
     check_trackers([])
     assert torch.is_grad_enabled()

@@ -34,7 +34,7 @@ TWO |= {"gradient_checkpointing": True}  # as recipes have it; changes no number
 def run(warm, folder, processes, settings, **arguments):
     """Start it, and every process's results and weights."""
     found = warm.call(
-        "tests.support.distributed:launch",
+        "distributed:launch",
         processes=processes,
         job="train",
         folder=str(folder),
@@ -94,7 +94,7 @@ def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine, step):
 def test_processes_with_uneven_responses_analyse_the_same(warm, tmp_path, engine):
     """The old code hung under FSDP2 (each process ran passes of its own), and under DDP each analysed everything."""
     job = {"processes": 2, "job": "analyse", "folder": str(tmp_path), "engine": engine}
-    answer = warm.call("tests.support.distributed:launch", seconds=100, **job)
+    answer = warm.call("distributed:launch", seconds=100, **job)
     assert answer["codes"] == [0, 0], "\n".join(answer["told"])
     first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2))
     assert (first["choice"], first["analysis"]) == (second["choice"], second["analysis"])
@@ -170,7 +170,7 @@ def test_the_command_in_two_processes(warm, tmp_path, tiny_folder, engine):
     output = tmp_path / "run"
     job = {"processes": 2, "job": "command", "engine": engine}
     arguments = [str(tmp_path / "recipe.yaml"), "--output", str(output)]
-    found = warm.call("tests.support.distributed:launch", **job, folder=str(tmp_path / "a"), arguments=arguments)
+    found = warm.call("distributed:launch", **job, folder=str(tmp_path / "a"), arguments=arguments)
     assert found["codes"] == [0, 0], "\n".join(found["told"])
     assert (output / "checkpoints" / "checkpoint-2" / "pytorch_model_fsdp_0").exists() == (engine == "fsdp2")
     weights = load_file(output / "model" / "model.safetensors")
@@ -182,7 +182,7 @@ def test_the_command_in_two_processes(warm, tmp_path, tiny_folder, engine):
         if name == "checkpoint-6":
             shutil.rmtree(output / "checkpoints" / "checkpoint-8")
         again = ["--resume", "--output", str(output)]
-        found = warm.call("tests.support.distributed:launch", **job, folder=str(tmp_path / name), arguments=again)
+        found = warm.call("distributed:launch", **job, folder=str(tmp_path / name), arguments=again)
         assert found["codes"] == [0, 0], "\n".join(found["told"])
         resumed = load_file(output / "model" / "model.safetensors")
         assert all(torch.equal(weights[key], resumed[key]) for key in weights), name

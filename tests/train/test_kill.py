@@ -35,7 +35,7 @@ class Runs:
         else:
             arguments = ["--resume", "--output", str(folder)]
         log = str(self.folder / f"{run}.txt")
-        return self.warm.call("tests.support.killing:attempt", arguments=arguments, log=log, folder=str(folder), **how)
+        return self.warm.call("killing:attempt", arguments=arguments, log=log, folder=str(folder), **how)
 
     def told(self, run):
         return (self.folder / f"{run}.txt").read_text()

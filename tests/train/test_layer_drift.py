@@ -93,7 +93,7 @@ def test_plain_grpo_is_read_at_a_layer_of_its_own(tmp_path, recipe, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"inside_layer": 2}, "inside_layer and inside_responses go with inside_every"),
+        ({"inside_layer": 2}, "inside_layer and inside_responses need inside_every"),
         ({"inside_every": 1, "internal_layer": None, "internal_steps": 0}, "inside_every needs a layer"),
         ({"inside_every": 1, "inside_layer": 9}, "layer 9 does not exist"),
         ({"inside_every": 1, "inside_responses": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -332,7 +332,8 @@ def test_auto_without_a_boundary_stops_and_lists_the_candidates(tmp_path):
             layer.mlp.down_proj.weight.mul_(40)
     trainer = make_trainer(tmp_path, model=model, internal_layer="auto", internal_steps=1)
     before = weights(trainer.model)
-    with pytest.raises(TrainingStopped, match=r"internal_layer auto: .*Candidates: .*layers with a positive FFN .*number up to 4"):
+    candidates = r"internal_layer auto: .*Candidates: .*layers with a positive FFN .*number up to 4"
+    with pytest.raises(TrainingStopped, match=candidates):
         trainer.train()
     assert same_weights(before, weights(trainer.model))
     assert trainer.auto_layer.analysis["layers"] == L
