@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import struct
 
 import pytest
-import torch
-import yaml
 
 from bupo.cli import main
 from bupo.errors import InputError
 from bupo.train import diagnostics
-from bupo.train.diagnostics import GradientNorms, check_trackers, parameter_groups
-from tests.cli.test_cli_train import RECIPE, rows
+from bupo.train.callbacks import LogWriter
+from bupo.train.diagnostics import GradientNorms, parameter_groups
+from tests.cli.test_cli_train import recipe, rows, untimed  # noqa: F401  (one is a fixture)
 from tests.support.tiny import tiny_model
 from tests.support.training import make_trainer
 
 
-@pytest.fixture
-def recipe(tmp_path, tiny_folder):
-    def write(**changes):
-        data = tmp_path / "sums.jsonl"
-        data.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(6)))
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({"model": str(tiny_folder), "dataset": str(data), **RECIPE, **changes}))
-        return str(path)
-
-    return write
+def train(*arguments):
+    return main(["train", *map(str, arguments)])
 
 
 def events(folder):
@@ -51,11 +43,10 @@ def events(folder):
     return found
 
 
-def test_tensorboard_gets_curves_and_the_entropy_flow(capsys, tmp_path, recipe):
+def test_tensorboard_gets_curves_and_the_entropy_flow(capsys, tmp_path, recipe):  # noqa: F811
     pytest.importorskip("tensorboard")
     folder = tmp_path / "run"
-    arguments = ["--set", "report_to=[tensorboard]", "--set", "flow_every=2", "--output", str(folder)]
-    assert main(["train", recipe(), *arguments]) == 0
+    assert train(recipe(report_to=["tensorboard"], flow_every=2), "--output", folder) == 0
     log, found = rows(folder), events(folder / "tensorboard")
     # what is in the log is what the tracker shows, at the same updates
     for name, tag in (
@@ -83,15 +74,11 @@ def test_tensorboard_gets_curves_and_the_entropy_flow(capsys, tmp_path, recipe):
     assert first["tokens"] > 0
 
 
-def test_watching_changes_nothing(tmp_path, recipe, capsys):
+def test_watching_changes_nothing(tmp_path, recipe, capsys):  # noqa: F811
     """The same weights and log with and without figures."""
-    for name, more in (("plain", []), ("watched", ["--set", "flow_every=1"])):
-        assert main(["train", recipe(), "--output", str(tmp_path / name), *more]) == 0
-    kept = [
-        [{k: v for k, v in row.items() if k not in ("seconds", "step_time")} for row in rows(tmp_path / name)]
-        for name in ("plain", "watched")
-    ]
-    assert kept[0] == kept[1]
+    for name, every in (("plain", 0), ("watched", 1)):
+        assert train(recipe(flow_every=every), "--output", tmp_path / name) == 0
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "watched")
     assert len(list((tmp_path / "watched" / "flow").glob("*.json"))) == 4
     assert not (tmp_path / "plain" / "flow").exists()
 
@@ -122,25 +109,35 @@ def test_squares_add_up_to_the_gradient_norm_before_clipping(tmp_path):
     assert last["grad_norm"] > 1e-3  # clipping acted
 
 
-def test_what_cannot_be_analysed_ends_the_figures_not_the_run(tmp_path, recipe, monkeypatch, capsys):
+def test_a_model_that_cannot_be_analysed_ends_the_figures_not_the_run(tmp_path, recipe, monkeypatch, capsys):  # noqa: F811
     def refuse(*_, **__):
         raise InputError("this stream cannot be read")
 
     monkeypatch.setattr(diagnostics, "analyze_responses", refuse)
-    assert main(["train", recipe(), "--output", str(tmp_path / "run"), "--set", "flow_every=1"]) == 0
+    assert train(recipe(flow_every=1), "--output", tmp_path / "run") == 0
     assert capsys.readouterr().err.count("no entropy flow: this stream cannot be read") == 1
 
 
-def test_trackers_are_checked_before_anything_starts(tmp_path, recipe, capsys, monkeypatch):
-    find = diagnostics.importlib.util.find_spec
-    monkeypatch.setattr(
-        diagnostics.importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a)
-    )
-    assert main(["train", recipe(report_to=["wandb"]), "--output", str(tmp_path / "run")]) == 2
-    err = capsys.readouterr().err
-    assert "report_to wandb: the package is not installed (pip install wandb, or leave it out)" in err
+def test_trackers_are_checked_before_anything_starts(tmp_path, recipe, capsys, monkeypatch):  # noqa: F811
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
+    assert train(recipe(report_to=["wandb"]), "--output", tmp_path / "run") == 2
+    message = "report_to wandb: the package is not installed (pip install wandb, or leave it out)"
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert main(["train", recipe(report_to=["mlflow"]), "--output", str(tmp_path / "run")]) == 2
-    assert "report_to must be one of tensorboard, trackio or wandb, not 'mlflow'" in capsys.readouterr().err
-    check_trackers([])
-    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_several_log_lines_per_rollout_batch(tmp_path, shown):
+    """``logging_steps: 1`` used to show lines such as "rollout None/2  None"."""
+    lines = []
+    trainer = make_trainer(tmp_path, internal_steps=1, logging_steps=1)
+    log = LogWriter(tmp_path / "log.jsonl", trainer, show=lines.append if shown else None, rollouts=2)
+    trainer.add_callback(log)
+    trainer.train()
+    assert [(r["rollout"], r["phase"], r["layer"]) for r in rows(tmp_path)] == [(1, "internal", 2)] * 4 + [
+        (2, "full", None)
+    ] * 4
+    assert [line.split("  ")[:2] for line in lines] == (
+        [["rollout 1/2", "internal l=2"], ["rollout 2/2", "full"]] if shown else []
+    )
