@@ -235,13 +235,16 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{result['model']}: {result['samples']} responses, {result['tokens']} tokens (nats)")
-    columns = ["layer", "H(layer policy)", "H(attention)", "H(FFN)", "attention change", "FFN change", "region"]
+    title = (
+        f"{result['model']}: {result['samples']} responses, {result['tokens']} tokens; H: entropy, nats; Δ: its change"
+    )
+    table = Table(title=title)
+    columns = ["layer", "H layer", "H attn", "H FFN", "Δ attn", "Δ FFN", "region"]
     agreement = result.get("layer_choice", {}).get("curves", {}).get("norm", {}).get("top1")
     if agreement:
-        columns.insert(6, "same top token")
+        columns.insert(6, "top-1")
     for name in columns:
-        table.add_column(name, justify="left" if name == "region" else "right")
+        table.add_column(name, justify="left" if name == "region" else "right", no_wrap=True)
     regions = {name: span for name, span in result["regions"].items() if span}
     for i in range(result["layers"]):
         cells = [f"{result['sites'][site][i]:.3f}" for site in ("layer_out", "attn_out", "ffn_out")]
@@ -254,11 +257,10 @@ def _print(result: dict[str, Any]) -> None:
     if sampling := result.get("sampling"):
         used, total = sampling["tokens_used"], sampling["tokens_of_responses"]
         console.print(f"read {used} of {total} response tokens, drawn at random")
-    layer = result["boundary_layer"]
-    console.print(f"boundary layer: {layer if layer is not None else 'none'}. {result['boundary_reason']}.")
-    for criterion in result.get("layer_choice", {}).get("criteria", []):
-        if criterion["name"] == "knee":
-            error = criterion.get("standard_error")
-            place = "none" if criterion["layer"] is None else f"layer {criterion['layer']}"
-            place += "" if error is None else f" ± {error:.1f}"
-            console.print(f"candidate (knee of the agreement with the output): {place}. {criterion['reason']}.")
+    criteria = {criterion["name"]: criterion for criterion in result.get("layer_choice", {}).get("criteria", [])}
+    boundary = {"layer": result["boundary_layer"], "reason": result["boundary_reason"]}
+    for name, found in (("boundary layer", boundary), ("candidate, the knee of agreement", criteria.get("knee"))):
+        if found is not None:
+            error = found.get("standard_error")
+            place = f"layer {found['layer']}" + ("" if error is None else f" ± {error:.1f}") + ":"
+            console.print(f"{name}: {'none, because' if found['layer'] is None else place} {found['reason']}.")
