@@ -1,7 +1,8 @@
-"""How fast grading is, and what hostile answers cost: ``python -m benchmarks.grading [--workers 2]``.
+"""Measures how fast grading is, and the cost of hostile answers.
 
-Ordinary answers are MATH500's, each in forms that differ from the gold answer as text (so that nothing is decided at
-sight) and with wrong ones among them. Hostile ones are those of the tests (`tests/support/hostile.py`).
+Run ``python -m benchmarks.grading [--workers 2]``. Ordinary answers are MATH500's, each in forms that differ from the
+gold answer as text, so that none can be decided without parsing, with wrong ones among them. Hostile answers are those
+of the tests (`tests/support/hostile.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data", default=str(REPOSITORY.parent / "shared" / "data" / "math500.parquet"))
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     options = parser.parse_args()
     problems = load_problems(options.data)
     with Grader(workers=options.workers) as grader:
@@ -37,9 +38,9 @@ def main() -> None:
         grades = grader.grade(responses, problems * 3)
         seconds = time.perf_counter() - start
         print(f"first call, with start-up and {len(problems)} gold answers: {first:.1f} s")
-        print(f"ordinary: {len(responses)} answers in {seconds:.1f} s, {len(responses) / seconds:.0f} a second, "
+        print(f"ordinary: {len(responses)} answers in {seconds:.1f} s, {len(responses) / seconds:.0f} per second, "
               f"{dict(Counter(g.status for g in grades))}")  # fmt: skip
-        longest, total, accepted, verdicts = 0.0, 0, 0, Counter()
+        longest, total, accepted, statuses = 0.0, 0, 0, Counter()
         four = Problem("hostile/0", "?", hostile.GOLD, "hostile")
         start = time.perf_counter()
         for kind, answers in hostile.answers().items():
@@ -48,12 +49,12 @@ def main() -> None:
                 before = time.perf_counter()
                 (grade,) = grader.grade([answer], [four])
                 slowest = max(slowest, time.perf_counter() - before)
-                verdicts[grade.status] += 1
+                statuses[grade.status] += 1
                 accepted += grade.status == "correct"
             longest, total = max(longest, slowest), total + len(answers)
             print(f"  {kind:<24} {len(answers):>5} answers, slowest {slowest:.2f} s")
         alone = time.perf_counter() - start
-        print(f"hostile, one by one: {total} answers in {alone:.0f} s, slowest {longest:.2f} s, {dict(verdicts)}")
+        print(f"hostile, one by one: {total} answers in {alone:.0f} s, slowest {longest:.2f} s, {dict(statuses)}")
     if options.output:
         figures = {
             "ordinary_per_second": len(responses) / seconds,

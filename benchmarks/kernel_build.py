@@ -1,7 +1,7 @@
-"""Builds the Triton kernel for GPUs that need not be there, and says what it takes: registers, spills, instructions.
+"""Builds the Triton kernel for GPUs that need not be present, and reports registers, spills and instructions.
 
-Needs triton only (it brings the assembler): ``python -m benchmarks.kernel_build [--output FILE.json]``. A kernel that
-builds is not a kernel that was run; its results are tested in interpreter mode (`tests/test_kernel.py`).
+Run ``python -m benchmarks.kernel_build [--output FILE.json]``; it needs triton only, which includes the assembler. That
+a kernel builds does not show that it runs; its results are tested in interpreter mode (`tests/lens/test_kernel.py`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from bupo.lens import triton_kernel as kernel_triton
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 TARGETS = {80: "A100", 90: "H100"}
-# what sizes of real models are multiples of: the compiler is told, as it would find out at the first call
+# sizes of real models are multiples of 16; at the first call, the compiler would find this out itself
 DIVISIBLE = ("before", "states", "weight", "biases", "maxima", "sums", "weighted", "width", "part", "vocabulary")
 
 
 def build(dtype: str, layers: int, capability: int) -> dict[str, Any]:
-    """Compile one variant for one compute capability; registers and spilled bytes a thread, and instruction counts."""
+    """Compile one variant for one compute capability; returns registers and spilled bytes per thread, and counts."""
     function = kernel_triton._read
     constants = {
         "LAYERS": layers,

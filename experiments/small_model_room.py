@@ -1,11 +1,10 @@
-"""How much plain GRPO gains on the shipped model at several learning rates: the sweep behind the demo's recipe.
+"""Measures how much plain GRPO gains on the shipped model at several learning rates, for the recipe of the demo.
 
-Command (about eight minutes on two cores)::
+Run ``python -m experiments.small_model_room --out experiments/results/small_model_room.json`` (about eight minutes on
+two cores).
 
-    python -m experiments.small_model_room --out experiments/results/small_model_room.json
-
-Every run is ``bupo train`` with the demonstration's recipe (one seed), then ``bupo eval`` on 256 held-out problems with
-4 samples each; two runs go beside each other on a core each. Only GRPO is tuned; BuPO takes the same rate.
+Each run is ``bupo train`` with the recipe of the demo and one seed, then ``bupo eval`` on 256 held-out problems with 4
+samples each; two runs at a time use one core each. Only GRPO is tuned; BuPO takes the same rate.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ def sweep(args: argparse.Namespace, folder: Path) -> dict:
             trainings.append(
                 run(f"train {rate}", ["train", RECIPE, *changes, "--output", out], args.rollouts, out / "log.jsonl")
             )
-        asked = ["--tasks", "arithmetic", "--limit", PROBLEMS, "--k", SAMPLES, "--max-new-tokens", 40]
+        options = ["--tasks", "arithmetic", "--limit", PROBLEMS, "--k", SAMPLES, "--max-new-tokens", 40]
         evaluations.append(
             run(
                 f"eval {rate}",
-                ["eval", "--model", model, *asked, "--seed", args.seed, "--output", where],
+                ["eval", "--model", model, *options, "--seed", args.seed, "--output", where],
                 PROBLEMS * SAMPLES,
                 where / "responses.partial.jsonl",
             )

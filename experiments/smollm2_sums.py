@@ -1,11 +1,12 @@
-r"""Sums of reasoning-gym's ``chain_sum`` as continuations of a solved one, which SmolLM2-135M-Instruct can learn.
+r"""Writes sums of reasoning-gym's ``chain_sum`` as continuations of a solved one, a task SmolLM2-135M can learn.
 
-Command: ``make smollm2`` (runs ``python -m experiments.smollm2_sums --out models/sums``), three files of JSON lines:
-``train.jsonl`` and ``held-out.jsonl``, sums and differences of two numbers of one digit, none in both; and
-``shifted.jsonl``, three numbers of one digit or two of two digits, which training never shows.
+Run ``make smollm2`` (``python -m experiments.smollm2_sums --out models/sums``). It writes three files of JSON lines:
+``train.jsonl`` and ``held-out.jsonl``, sums and differences of two one-digit numbers without overlap, and
+``shifted.jsonl``, three one-digit or two two-digit numbers, which do not occur in training.
 
-Asked through its chat template the (4-bit, dequantized) model talks and never solves one. After a solved sum it writes
-``\\boxed{`` at once in two thirds of its responses and is right in under a tenth: room that training can use.
+When asked through its chat template, the (4-bit, dequantised) model talks and never solves a sum. After a solved sum,
+it writes ``\boxed{`` at once in two thirds of its responses and is correct in less than a tenth, which leaves room for
+training.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ SHOT = f"{SHOWN} = \\boxed{{8}}\n"
 
 
 def draw(kinds: list[tuple[int, int]], each: int, seed: int) -> list[dict[str, str]]:
-    """``each`` different sums of every (numbers, digits), mixed; reasoning-gym draws and solves them."""
+    """Return ``each`` different sums per kind (numbers, digits), shuffled; reasoning-gym draws and solves them."""
     rows: dict[str, str] = {}
     for place, (numbers, digits) in enumerate(kinds):
         data = reasoning_gym.create_dataset(
             "chain_sum", min_terms=numbers, max_terms=numbers, min_digits=digits, max_digits=digits, seed=seed + place,
             size=20 * each,
         )  # fmt: skip
-        found: dict[str, str] = {}
+        sums: dict[str, str] = {}
         for entry in data:
             question = entry["question"].split(":")[-1].strip().removesuffix("=").strip()
-            if question != SHOWN and len(found) < each:
-                found[question] = entry["answer"]
-        if len(found) < each:
-            raise SystemExit(f"only {len(found)} different sums of {numbers} numbers with {digits} digits")
-        rows |= found
+            if question != SHOWN and len(sums) < each:
+                sums[question] = entry["answer"]
+        if len(sums) < each:
+            raise SystemExit(f"only {len(sums)} different sums of {numbers} numbers with {digits} digits")
+        rows |= sums
     mixed = list(rows.items())
     random.Random(seed).shuffle(mixed)
     return [{"id": q.replace(" ", ""), "prompt": f"{SHOT}{q} =", "answer": a} for q, a in mixed]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.models.layout import DecoderLayout, find_layout, first_tensor, n_layers, unwrap
+from bupo.models.layout import DecoderLayout, find_layout, first_tensor, unwrap
 from bupo.models.residual import ResidualWrite, find_residual_writes
 
 Component = Literal["layer", "attn", "ffn"]
@@ -205,6 +205,3 @@ class _LayerWithoutStream:
             state = term if state is None else state + term
         self._reader.watch(self._layer, args, state)
         return state if isinstance(output, Tensor) else (state, *output[1:])
-
-
-__all__ = ["COMPONENTS", "Component", "check_layer", "internal_policy", "n_layers"]

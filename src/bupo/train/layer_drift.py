@@ -23,7 +23,8 @@ from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
 from bupo.lens.batching import check_rollouts
 from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
-from bupo.models.internal_policy import check_layer, n_layers
+from bupo.models.internal_policy import check_layer
+from bupo.models.layout import n_layers
 from bupo.recipe import Recipe
 from bupo.run_folder import write_bytes, write_json, write_text
 from bupo.train.auto_layer import first_process_responses

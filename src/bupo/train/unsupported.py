@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from bupo.models.internal_policy import check_layer, n_layers
+from bupo.models.internal_policy import check_layer
+from bupo.models.layout import n_layers
 from bupo.train.layerwise import layerwise_problems
 
 # losses that use log-probabilities in the ratio only (cispo also as the score function of the same policy)
