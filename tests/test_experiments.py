@@ -1,4 +1,4 @@
-"""The evidence's arithmetic, and that its pages say what its result files say."""
+"""The arithmetic of the experiments, and that the pages agree with the result files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from experiments import figures, styles, summary, tables
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_pages_say_what_the_result_files_say(page):
+def test_pages_agree_with_the_result_files(page):
     text = page.read_text(encoding="utf-8")
     assert tables.render(text) == text
 
 
 @pytest.mark.parametrize("name", [n for n in summary.TABLES if (summary.RESULTS / f"{n}.json").exists()])
-def test_tables_are_made_from_the_lines(name):
+def test_tables_agree_with_the_lines(name):
     made = json.loads(json.dumps(summary.make(name)))
     assert made == json.loads((summary.RESULTS / f"{name}.json").read_text())
 

@@ -8,6 +8,7 @@ Shape legend: B batch, T positions, N selected tokens, d width, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,36 +103,31 @@ class _Recorder:
 
     def attach(self, index: int, layer: nn.Module, writes: LayerWrites) -> None:
         """Hook the layer and the submodules that write to the residual stream."""
-        for write, name in ((writes.attn, "attn"), (writes.ffn, "ffn")):
-            self._on_input(layer.get_submodule(write.module), f"{name}_in")
+        for name, write in (("attn", writes.attn), ("ffn", writes.ffn)):
+            module = layer.get_submodule(write.module)
+            self._before_forward(module, partial(self._record_input, f"{name}_in"))
             for source, scale in write.terms:
-                self._on_output(layer.get_submodule(source), f"{name}_out", scale)
-
-        def before_first(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._before = self.select(module_input(args, kwargs))
-
-        def after(module: nn.Module, args: tuple, output: object) -> None:
-            self._finish_layer(index, first_tensor(output))
-
+                hook = partial(self._record_output, f"{name}_out", scale)
+                self._hooks.append(layer.get_submodule(source).register_forward_hook(hook))
         if index == 0:
-            self._hooks.append(layer.register_forward_pre_hook(before_first, with_kwargs=True))
-        self._hooks.append(layer.register_forward_hook(after))
+            self._before_forward(layer, self._record_first)
+        self._hooks.append(layer.register_forward_hook(partial(self._finish_layer, index)))
+
+    def _before_forward(self, module: nn.Module, hook: Callable) -> None:
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _on_input(self, module: nn.Module, name: str) -> None:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._record(name, module_input(args, kwargs))
+    def _record_first(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._before = self.select(module_input(args, kwargs))
 
-        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def _record_input(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._record(name, module_input(args, kwargs))
 
-    def _on_output(self, module: nn.Module, name: str, scale: float) -> None:
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            self._record(name, first_tensor(output), scale)
-
-        self._hooks.append(module.register_forward_hook(hook))
+    def _record_output(self, name: str, scale: float, module: nn.Module, args: tuple, output: object) -> None:
+        self._record(name, first_tensor(output), scale)
 
     def _record(self, name: str, tensor: Tensor | None, scale: float = 1.0) -> None:
         state = self.select(tensor)
@@ -146,13 +142,13 @@ class _Recorder:
             target.copy_(state)
         self._recorded.add(name)
 
-    def _finish_layer(self, index: int, output: Tensor | None) -> None:
+    def _finish_layer(self, index: int, module: nn.Module, args: tuple, output: object) -> None:
         assert self._current is not None
         assert len(self._recorded) == len(_INDEX)
         self._layers.append(LayerStates(self._current))
         self._current, self._recorded = None, set()
         if len(self._layers) == self._group or index + 1 == self._n_layers:
-            after = self.select(output)
+            after = self.select(first_tensor(output))
             assert self._before is not None
             assert self._on_group is not None
             self._on_group(self._first_layer, self._before, self._layers, after)
