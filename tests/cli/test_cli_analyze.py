@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +137,16 @@ def test_ctrl_c_says_whether_the_command_continues(capsys, tmp_path, responses, 
     assert not (tmp_path / "o").exists()
 
 
+def test_a_full_disk_is_one_line(capsys, tmp_path, responses, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bupo.run_folder.write_bytes", full)
+    code, _, err = run(capsys, "--model", "small", "--responses", responses, "--output", tmp_path / "o")
+    assert code == 2
+    assert err.splitlines()[-1] == "bupo: error: No space left on device"
+
+
 def test_nothing_is_left_of_a_result_that_json_cannot_hold(capsys, tmp_path, responses, monkeypatch):
     from bupo.lens.analyze import analyze_rollouts
 
@@ -147,51 +159,39 @@ def test_nothing_is_left_of_a_result_that_json_cannot_hold(capsys, tmp_path, res
     assert not list(tmp_path.glob("o/*"))
 
 
-def test_missing_model(capsys, tmp_path, responses):
-    line = refused(capsys, tmp_path / "o", "--model", tmp_path / "nowhere", "--responses", responses)
-    assert "does not exist" in line
-    line = refused(capsys, tmp_path / "o", "--model", "no-such-org/no-such-model", "--responses", responses)
-    assert "no-such-org/no-such-model" in line
-
-
-def test_missing_responses_file(capsys, tmp_path):
-    line = refused(capsys, tmp_path / "o", "--model", "small", "--responses", tmp_path / "none.jsonl")
-    assert "does not exist" in line
-
-
-def test_dataset_without_the_needed_columns(capsys, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"colour": "red"}\n')
-    line = refused(capsys, tmp_path / "o", "--model", "small", "--dataset", data)
-    assert "colour" in line
-
-
-def test_neither_or_both_sources(capsys, tmp_path, responses):
-    assert "--dataset" in refused(capsys, tmp_path / "o", "--model", "small")
-    both = ("--model", "small", "--dataset", "arithmetic", "--responses", responses)
-    assert "not both" in refused(capsys, tmp_path / "o", *both)
+R = "r.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("file", "options", "words"),
     [
-        ({"prompt_ids": [3], "response_ids": []}, "empty"),
-        ({"prompt_ids": [3] * 100, "response_ids": [4] * 29}, "context of 128"),
-        ({"prompt_ids": [3], "response_ids": [4000]}, "vocabulary"),
-        ({"prompt": "1+1="}, "response"),
+        ('{"prompt_ids": [3], "response_ids": [4]}', ["--model", "./nowhere", "--responses", R], "does not exist"),
+        (
+            '{"prompt_ids": [3], "response_ids": [4]}',
+            ["--model", "no-org/no-model", "--responses", R],
+            "no-org/no-model",
+        ),
+        (None, ["--responses", R], "does not exist"),
+        ("", ["--responses", R], "empty"),
+        ('{"colour": "red"}', ["--dataset", R], "colour"),
+        (None, [], "--dataset"),
+        ("", ["--dataset", "arithmetic", "--responses", R], "not both"),
+        ('{"prompt_ids": [3], "response_ids": []}', ["--responses", R], "empty"),
+        (json.dumps({"prompt_ids": [3] * 100, "response_ids": [4] * 29}), ["--responses", R], "context of 128"),
+        ('{"prompt_ids": [3], "response_ids": [4000]}', ["--responses", R], "vocabulary"),
+        ('{"prompt": "1+1="}', ["--responses", R], "response"),
+        ("", ["--responses", R, "--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
+        ("", ["--responses", R, "--template", "chatml"], "unknown template 'chatml'"),
+        ("", ["--responses", R, "--choice-tokens", "9", "--no-choice"], "no effect with --no-choice"),
     ],
-    ids=["empty", "too long", "other tokenizer", "no response"],
 )
-def test_unusable_responses(capsys, tmp_path, row, words):
-    path = tmp_path / "r.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    assert words in refused(capsys, tmp_path / "o", "--model", "small", "--responses", path)
-
-
-def test_empty_responses_file(capsys, tmp_path):
-    path = tmp_path / "r.jsonl"
-    path.write_text("")
-    assert "empty" in refused(capsys, tmp_path / "o", "--model", "small", "--responses", path)
+def test_wrong_input_is_refused(capsys, tmp_path, monkeypatch, file, options, words):
+    monkeypatch.chdir(tmp_path)
+    if file is not None:
+        Path(R).write_text(file + "\n" * bool(file))
+    options = options if "--model" in options else ["--model", "small", *options]
+    assert words in refused(capsys, tmp_path / "o", *options)
+    assert not list(tmp_path.glob(".per_token*"))
 
 
 def test_non_finite_weights(capsys, tmp_path, responses):
@@ -266,20 +266,6 @@ def test_statistics_max_tokens_and_every_token(capsys, tmp_path, responses):
     code, _, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--overwrite")
     assert code == 0
     assert not (folder / "per_token.parquet").exists()  # nothing is left of the run that was replaced
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
-        (["--template", "chatml"], "unknown template 'chatml'"),
-        (["--choice-tokens", "9", "--no-choice"], "no effect with --no-choice"),
-    ],
-)
-def test_wrong_options_are_found_before_the_model_is_loaded(capsys, tmp_path, responses, options, words):
-    line = refused(capsys, tmp_path / "out", "--model", "small", "--responses", responses, *options)
-    assert words in line
-    assert not list(tmp_path.glob(".per_token*"))
 
 
 def test_the_example_in_the_help_runs(capsys, tmp_path):

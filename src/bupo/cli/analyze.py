@@ -63,7 +63,8 @@ def analyze(
     ] = 0,
     choice: Annotated[bool, typer.Option(help="Measure each layer's agreement with the output, and its knee.")] = True,
     choice_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Number of tokens for that. Default: 1/16 of all, within 128 to 512.")
+        int | None,
+        typer.Option(min=1, help="Number of tokens to measure it on. Default: 1/16 of all, within 128 to 512."),
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -62,9 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        if debug or error.filename is None:
+        if debug or (error.filename is None and error.errno != errno.ENOSPC):
             raise
-        print(f"bupo: error: {error.filename}: {error.strerror}", file=sys.stderr)  # for instance a full disk
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"bupo: error: {place}{error.strerror}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("bupo: interrupted", file=sys.stderr)
