@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from bupo.cli.options import AsJson, Changes, OptionalOutput, OptionalSeed, launched_processes, quiet_libraries
+from bupo.cli.options import (
+    AsJson,
+    Changes,
+    OptionalModel,
+    OptionalOutput,
+    OptionalSeed,
+    launched_processes,
+    quiet_libraries,
+)
 from bupo.errors import InputError
 
 HELP = """Train a model with BuPO (an internal policy first, then the full policy) or plain GRPO.
@@ -35,7 +43,7 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe. --resume uses the recipe of the run.")] = None,
     output: OptionalOutput = None,
     changes: Changes = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, model folder, or 'small' (shipped with bupo).")] = None,
+    model: OptionalModel = None,
     dataset: Annotated[str | None, typer.Option(help="Problems to train on.")] = None,
     rollouts: Annotated[int | None, typer.Option(help="Number of rollout batches in the run.")] = None,
     internal_layer: Annotated[

@@ -66,7 +66,8 @@ def check_lora(model: nn.Module) -> None:
     if not isinstance(model, PeftModel):
         return
     ends = model.get_input_embeddings(), model.get_output_embeddings()
-    if ends[0].weight is ends[1].weight and any(isinstance(end, BaseTunerLayer) for end in ends):
+    tied = ends[0] is not None and ends[1] is not None and ends[0].weight is ends[1].weight
+    if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise ConfigError(
             "lora.target_modules names an embedding that is tied to the unembedding: merging its adapter would change "
             "both; leave it out"
