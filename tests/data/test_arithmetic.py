@@ -94,11 +94,7 @@ def test_deterministic_by_seed_and_a_longer_list_begins_with_the_shorter():
     assert problems(80, seed=7, split="train")[:50] == first
     assert problems(50, seed=8, split="train") != first
     # fixed for good: measured figures name these problems
-    assert [r["prompt"] for r in problems(3, seed=0, split="test")] == [
-        "(54+59)*9=\n",
-        "(76+70)*2=\n",
-        "(57+83)*9=\n",
-    ]
+    assert [r["prompt"] for r in problems(3, seed=0, split="test")] == ["(54+59)*9=\n", "(76+70)*2=\n", "(57+83)*9=\n"]
 
 
 def test_the_loader_gives_the_same_rows():

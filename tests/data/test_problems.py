@@ -21,8 +21,7 @@ def write_jsonl(path, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
-    [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)],
+    ("name", "size"), [("math500", 500), ("amc2023", 40), ("aime_2024", 30), ("aime_2025", 30), ("deepmath-5k", 5000)]
 )
 def test_shared_sets_load_whole(shared_data, name, size):
     problems = load_problems(str(shared_data / f"{name}.parquet"))

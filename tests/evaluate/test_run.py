@@ -117,6 +117,10 @@ def test_shards_are_merged_by_the_last_to_finish(tmp_path, tiny, questions):
         run(output, tiny, questions, shard="1/2")
     with pytest.raises(InputError, match="has 6 problems, too few for 7 shards"):
         run(tmp_path / "no", tiny, questions, shard="1/7")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"command": "train"}')
+    with pytest.raises(InputError, match="already holds a run"):
+        run(tmp_path / "other", tiny, questions, shard="1/2")
     run(tmp_path / "mixed", tiny, questions, shard="1/2")
     with pytest.raises(InputError, match=r"shard-2-of-2 was evaluated with other settings"):
         run(tmp_path / "mixed", tiny, questions, shard="2/2", seed=1)
@@ -183,7 +187,7 @@ def test_every_task_of_the_paper_loads_from_a_folder(shared_data):
         assert len(problems) == size
         assert problems[0].id == f"{name}/0"
     assert {name: TASKS[name].k for name in sizes} == {"math500": 16, "amc23": 16, "aime24": 32, "aime25": 32}
-    with pytest.raises(InputError, match=r"task minerva: .*not in .* either.*minerva.parquet"):
+    with pytest.raises(InputError, match=r"task minerva: .*not in .*minerva.parquet"):
         task_problems(TASKS["minerva"], data_dir=shared_data)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from bupo.errors import ConfigError, InputError
 
@@ -47,27 +48,36 @@ class Batch:
     seed: int
 
 
-class Engine(Protocol):
-    """Samples responses from one model."""
+class Engine(ABC):
+    """Samples responses from one model.
+
+    Attributes:
+        name: as in ``--engine``.
+        tokenizer: the model's tokenizer.
+        end_ids: tokens that end a response.
+        context: most tokens of a prompt with its response, or None if unknown.
+    """
 
     name: str
-    context: int | None  # most tokens of a prompt with its response
+    tokenizer: Any
+    end_ids: frozenset[int]
+    context: int | None
 
+    @abstractmethod
     def plan(self, problems: int, samples: int, seed: int) -> list[Batch]:
         """Return all batches of a task."""
-        ...
 
+    @abstractmethod
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         """Return the response token ids of a batch, each with the end-of-sequence token that ended it."""
-        ...
 
     def decode(self, response: Sequence[int]) -> str:
         """Return the text of a response, without special tokens."""
-        ...
+        return self.tokenizer.decode(list(response), skip_special_tokens=True)
 
     def is_finished(self, response: Sequence[int]) -> bool:
         """Whether the model ended this response itself, rather than the length limit."""
-        ...
+        return bool(response) and response[-1] in self.end_ids
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -87,10 +97,8 @@ def chunks(problems: int, samples: int, size: int, seed: int) -> list[Batch]:
 
 def cut_at_end(response: Sequence[int], end_ids: frozenset[int]) -> list[int]:
     """Return the response up to and including its first end token; padding follows it."""
-    for position, token in enumerate(response):
-        if token in end_ids:
-            return list(response[: position + 1])
-    return list(response)
+    end = next((position for position, token in enumerate(response, start=1) if token in end_ids), len(response))
+    return list(response[:end])
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> frozenset[int]:

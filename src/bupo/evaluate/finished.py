@@ -80,13 +80,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merged_tasks(rows: Sequence[Row], before: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Summarise rows of several tasks anew; other entries of their earlier results are kept."""
+    """Summarise rows of several tasks; the K of Avg@K and the length limit are those of the earlier results."""
     tasks = {}
     for name in dict.fromkeys(row["task"] for row in rows):
         members = [row for row in rows if row["task"] == name]
         earlier = before.get(name, {})
         k = earlier.get("avg_at_k", {}).get("k", len({row["sample"] for row in members}))
-        tasks[name] = {**earlier, **task_results(members, k=k, seed=seed)}
+        kept = {key: earlier[key] for key in ("max_new_tokens",) if key in earlier}
+        tasks[name] = {**task_results(members, k=k, seed=seed), **kept}
     return tasks
 
 

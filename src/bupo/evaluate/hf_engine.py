@@ -11,14 +11,14 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bupo.errors import InputError
-from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end, end_tokens
+from bupo.evaluate.engines import Batch, Engine, Sampling, chunks, cut_at_end, end_tokens
 from bupo.models.internal_policy import check_layer, internal_policy
 from bupo.models.layout import context_length, n_layers
 
 _FIRST_STRETCH = 32  # tokens
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Batched sampling with a Hugging Face causal LM.
 
     Args:
@@ -44,16 +44,12 @@ class TransformersEngine:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.internal_layer, self.norm = internal_layer, norm
         self.end_ids = end_tokens(model.generation_config, tokenizer)
+        pad = tokenizer.pad_token_id
+        self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
         self.context = context_length(model.config)
 
     def plan(self, problems: int, samples: int, seed: int) -> list[Batch]:
         return chunks(problems, samples, self.batch_size, seed)
-
-    def decode(self, response: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(response), skip_special_tokens=True)
-
-    def is_finished(self, response: Sequence[int]) -> bool:
-        return bool(response) and response[-1] in self.end_ids
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
@@ -65,8 +61,13 @@ class TransformersEngine:
                 f"{self.context}; lower --max-new-tokens"
             )
         policy = internal_policy(self.model, self.internal_layer, norm=self.norm) if self.internal_layer else None
-        config = self._generation_config(sampling)
-        with seeded(batch.seed, self.model.device), _generation_config(self.model, config), policy or nullcontext():
+        device = self.model.device
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            self._only(sampling),
+            policy or nullcontext(),
+        ):
+            torch.manual_seed(batch.seed)
             try:
                 return self._generate_groups(rows, sampling.max_new_tokens)
             except RuntimeError as error:
@@ -98,7 +99,7 @@ class TransformersEngine:
         A few responses run much longer than the rest; without this, the whole batch is computed until the last ends.
         """
         width, device = max(map(len, rows)), self.model.device
-        ids = torch.tensor([[self._pad_id()] * (width - len(row)) + row for row in rows], device=device)
+        ids = torch.tensor([[self._pad_id] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         responses: list[list[int]] = [[] for _ in rows]
         running, made, cache = list(range(len(rows))), 0, None
@@ -124,21 +125,27 @@ class TransformersEngine:
             running = [running[position] for position in kept]
         return responses
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        """Settings that sample from the model's own distribution."""
+    @contextmanager
+    def _only(self, sampling: Sampling) -> Iterator[None]:
+        """Replace the model's generation config by these settings alone.
+
+        `generate` mixes it into whatever it is passed, and many checkpoints ship a top-k, a top-p or a repetition
+        penalty.
+        """
         greedy = sampling.temperature == 0
         drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return GenerationConfig(
+        before = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
             do_sample=not greedy,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.end_ids) or None,
-            pad_token_id=self._pad_id(),
+            pad_token_id=self._pad_id,
             **drawing,
         )
-
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else min(self.end_ids, default=0)
+        try:
+            yield
+        finally:
+            self.model.generation_config = before
 
 
 def sample(
@@ -173,24 +180,3 @@ def sample(
         done += len(batch.items)
         on_progress(done, len(prompts) * samples)
     return responses
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch, and restore the caller's random state afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Replace a model's generation config.
-
-    `generate` mixes it into whatever it is passed, and many checkpoints ship a top-k, a top-p or a repetition penalty.
-    """
-    before, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -33,11 +33,7 @@ def load_engine(
         trust_remote_code=trust_remote_code,
     )
     engine = TransformersEngine(
-        model,
-        tokenizer,
-        batch_size=config.batch_size,
-        internal_layer=config.internal_layer,
-        norm=config.internal_norm,
+        model, tokenizer, batch_size=config.batch_size, internal_layer=config.internal_layer, norm=config.internal_norm
     )
     describe = {
         "revision": model_revision(model) or config.fingerprint,

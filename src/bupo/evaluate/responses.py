@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from bupo import run_folder
 from bupo.errors import InputError
 
 Key = tuple[str, str, int]  # task, problem id, sample
@@ -60,13 +62,9 @@ class ResponseLog:
 
 def write_responses(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write graded responses, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), content, compression="zstd")
+    run_folder.write_bytes(path, content.getvalue())
 
 
 def read_graded(path: Path) -> list[dict[str, Any]]:

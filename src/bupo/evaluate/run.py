@@ -122,8 +122,8 @@ def open_folder(config: EvalConfig, folder: Path, *, overwrite: bool) -> bool:
 
 def check_output(config: EvalConfig, output: Path, *, overwrite: bool) -> None:
     """Refuse a folder that cannot be used before a model is loaded; see `open_folder`."""
-    if config.shard is not None and (output / RESULTS).exists():
-        run_folder.claim(output)
+    if config.shard is not None and (output / run_folder.RUN_FILE).exists():
+        run_folder.claim(output, overwrite=overwrite)
     if not overwrite:
         open_folder(config, config.folder(output), overwrite=False)
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from bupo.errors import InputError
-from bupo.evaluate.engines import Batch, Sampling, chunks, cut_at_end, derived_seed
+from bupo.evaluate.engines import Batch, Engine, Sampling, chunks, cut_at_end, derived_seed
 
 _RESPONSES_PER_CALL = 1024  # saved to disk after each call; large enough to keep a GPU busy
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Sampling with vLLM.
 
     Args:
@@ -64,12 +64,6 @@ class VllmEngine:
     def plan(self, problems: int, samples: int, seed: int) -> list[Batch]:
         """Whole problems per batch, because a request draws all samples of one."""
         return chunks(problems, samples, max(1, _RESPONSES_PER_CALL // samples) * samples, seed)
-
-    def is_finished(self, response: Sequence[int]) -> bool:
-        return bool(response) and response[-1] in self.end_ids
-
-    def decode(self, response: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(response), skip_special_tokens=True)
 
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         counts = Counter(problem for problem, _ in batch.items)
