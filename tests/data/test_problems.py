@@ -73,7 +73,7 @@ def test_missing_columns_are_named(tmp_path):
         ("missing.jsonl", None, "no such file"),
         ("empty.jsonl", "", "is empty"),
         ("empty.json", "[]", "is empty"),
-        ("bad.jsonl", "{", "cannot be read as jsonl"),
+        ("bad.jsonl", '{"problem": "a", "answer": "1"}\n\n{', "cannot be read as jsonl in line 3"),
         ("bad.parquet", "nope", "cannot be read as parquet"),
         ("scalar.json", "3", "list of objects"),
         ("same.jsonl", '{"id": 1, "problem": "a", "answer": "1"}\n{"id": 1, "problem": "b", "answer": ""}', "two rows"),
@@ -85,6 +85,14 @@ def test_wrong_files(tmp_path, name, content, message):
         path.write_text(content)
     with pytest.raises(InputError, match=message):
         load_problems(str(path))
+
+
+def test_json_answers_stay_as_written(tmp_path):
+    """Arrow's reader, which `datasets` uses for JSON, would make dates of the first and floats of the others."""
+    rows = [{"problem": "a", "answer": answer} for answer in ("2020-01-01", 10**32 + 1, 0.5)]
+    path = tmp_path / "set.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [problem.answer for problem in load_problems(str(path))] == ["2020-01-01", str(10**32 + 1), "0.5"]
 
 
 def test_unreachable_hub_and_unknown_names():

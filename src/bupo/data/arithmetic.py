@@ -2,7 +2,7 @@ r"""The built-in task family: arithmetic in plain ASCII, answered step by step a
 
 ``standard`` problems are ``(a+b)*c=`` and ``(a-b)*c=``; ``hard`` ones have one more operation, ``(a+b)*c-d=``. The
 model shipped in the package was pretrained on the train split (with the steps sometimes left out), so reinforcement
-learning on it has room to rise; the test split was never seen. No torch here.
+learning can still improve it; it never saw the test split.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Task:
     answer: int
 
     def response(self, with_steps: bool = True) -> str:
-        r"""The full response, e.g. ``17+25=42\n42*6=252\n\boxed{252}``."""
+        r"""Return the full response, e.g. ``17+25=42\n42*6=252\n\boxed{252}``."""
         lines = [*self.steps] if with_steps else []
         return "\n".join([*lines, f"\\boxed{{{self.answer}}}"])
 
 
 def split_of(prompt: str) -> str:
-    """``train`` or ``test``, by the problem's text alone: a problem can never be in both."""
+    """Return ``train`` or ``test``; it depends on the problem's text alone, so no problem is in both."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
 
 
 def draw(generator: random.Random, level: str = "standard") -> Task:
-    """A random problem of either split."""
+    """Draw a random problem of either split."""
     a, b, c = generator.randint(10, 99), generator.randint(10, 99), generator.randint(2, 9)
     if level == "standard" and generator.random() < 0.5:
         a, b = max(a, b), min(a, b)
@@ -61,7 +61,7 @@ def draw(generator: random.Random, level: str = "standard") -> Task:
 
 
 def draw_from(generator: random.Random, split: str, level: str = "standard") -> Task:
-    """A random problem of one split."""
+    """Draw a random problem of one split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     while True:
