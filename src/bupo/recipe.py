@@ -1,6 +1,6 @@
 """Recipes: the settings of a training run, read from YAML and checked without importing torch.
 
-The keys of a recipe are the fields of `Recipe` and every other field of `BuPOConfig`, which checks those itself
+The keys are the fields of `Recipe` and every other field of `BuPOConfig`, which checks those itself
 (`bupo.train.build.check_recipe` reports both). The batch arithmetic, for W processes::
 
     samples per rollout batch   S = prompts_per_rollout * samples_per_prompt
@@ -8,8 +8,8 @@ The keys of a recipe are the fields of `Recipe` and every other field of `BuPOCo
     accumulation                S / (updates_per_rollout * micro_batch * W)     micro-batches per update and process
     total updates               rollouts * updates_per_rollout
 
-Every division must be even. With the paper's numbers (arXiv 2512.19673): 128 prompts x 8 samples = 1,024 samples per
-rollout batch, 4 updates of 256 samples (32 prompts) each. ``micro_batch`` changes memory and speed only.
+Every division must be even. In the paper (arXiv 2512.19673) 128 prompts x 8 samples = 1,024 samples per rollout batch
+make 4 updates of 256 samples (32 prompts). ``micro_batch`` changes memory and speed only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bupo.errors import ConfigError, InputError, describe, either
 
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Precision = Literal["auto", "float32", "bfloat16"]
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
+Reward = Annotated[str, Field(pattern=r"^(answer|[\w.]+:\w+)$")]
+Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Interval = Annotated[int, Field(ge=0, le=10_000_000)]
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -40,10 +44,7 @@ class Lora(BaseModel):
     r: Count = Field(16, description="Rank of the adapters.")
     alpha: Count = Field(32, description="Scale of the adapters: their output is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout rate in front of the adapters.")
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="Modules that get adapters. 'all-linear' takes every linear layer but the unembedding.",
-    )
+    target_modules: str | list[str] = Field("all-linear", description="Modules that get adapters, as PEFT takes them.")
     four_bit: bool = Field(False, description="Hold the frozen weights in 4 bits (nf4, QLoRA). Needs bitsandbytes.")
 
 
@@ -51,7 +52,7 @@ class Evaluation(BaseModel):
     """Mean reward on held-out problems during training, for orientation; `bupo eval` measures properly."""
 
     model_config = _STRICT
-    dataset: str = Field(min_length=1, description="Held-out problems, named as in the recipe's dataset.")
+    dataset: Text = Field(description="Held-out problems, named as in the recipe's dataset.")
     split: str | None = Field("test", description="Split of a hub or generated dataset.")
     limit: Count = Field(64, description="Number of problems.")
     samples: Count = Field(1, description="Number of responses per problem.")
@@ -62,21 +63,12 @@ class Recipe(BaseModel):
     """One training run. Keys beside the declared ones are settings of the trainer (`trainer`)."""
 
     model_config = ConfigDict(**{**_STRICT, "extra": "allow"})
-    model: str = Field(min_length=1, description="Hub id, model folder, or 'small' (shipped with bupo).")
-    dataset: str = Field(
-        min_length=1,
-        description="arithmetic, arithmetic-hard, reasoning_gym/NAME, a .jsonl, .json or .parquet file, or a hub id.",
-    )
+    model: Text = Field(description="Hub id, model folder, or 'small' (shipped with bupo).")
+    dataset: Text = Field(description="arithmetic, arithmetic-hard, reasoning_gym/NAME, a file of rows, or a hub id.")
     split: str | None = Field("train", description="Split of a hub or generated dataset.")
-    problems: Count | None = Field(
-        None, description="Number of problems to sample. Default: the dataset, or one per prompt for generated tasks."
-    )
+    problems: Count | None = Field(None, description="Number of problems. Default: all, or one per generated prompt.")
     template: Template = Field("auto", description="Prompt template. 'auto' is the model's chat template, if any.")
-    reward: str = Field(
-        "answer",
-        pattern=r"^(answer|[\w.]+:\w+)$",
-        description="'answer' (1 if the final answer is right, or the task's own score), or module:function.",
-    )
+    reward: Reward = Field("answer", description="'answer' (1 if right, or the task's score), or module:function.")
     rollouts: Count = Field(300, description="Number of rollout batches in the run (the paper's steps).")
     prompts_per_rollout: Count = Field(128, description="Number of different prompts per rollout batch.")
     samples_per_prompt: int = Field(8, ge=2, le=10**7, description="Number of responses sampled per prompt (G).")
@@ -85,33 +77,21 @@ class Recipe(BaseModel):
     max_prompt_length: Count = Field(1024, description="Prompts with more tokens than this are left out.")
     max_completion_length: Count = Field(7168, description="Maximum number of tokens per response.")
     lora: Lora | None = Field(None, description="Train low-rank adapters instead of all weights.")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="Dtype of the weights in memory. 'auto' keeps the checkpoint's."
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Dtype of matrix products. 'auto' is bfloat16 (mixed precision) on an accelerator."
-    )
+    dtype: Dtype = Field("float32", description="Dtype of the weights in memory. 'auto' keeps the checkpoint's.")
+    precision: Precision = Field("auto", description="Dtype of products. 'auto' is bfloat16 on an accelerator.")
     revision: str | None = Field(None, description="Revision of a hub model: a branch, tag or commit.")
     trust_remote_code: bool = Field(False, description="Run the Python code in the model's repository.")
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="Random seed for problem selection, shuffling, sampling and new adapters."
-    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of problem selection, shuffling, sampling, new adapters.")
     save_every: Count = Field(10, description="Number of rollout batches between two checkpoints.")
     keep_checkpoints: int | None = Field(2, ge=2, description="Number of newest checkpoints kept. null keeps all.")
     eval: Evaluation | None = Field(None, description="Evaluate on held-out problems during training.")
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="Trackers that receive every metric: tensorboard, trackio, wandb."
+        [], description="Trackers that get all metrics."
     )
     flow_every: Interval = Field(0, description="Number of rollout batches between two entropy-flow figures; 0: none.")
-    inside_every: Interval = Field(
-        0, description="Number of rollout batches between two measurements of `bupo compare`'s metrics; 0: none."
-    )
-    inside_layer: Count | None = Field(
-        None, description="Layer that they compare with the others. Default: the layer of the internal phase."
-    )
-    inside_responses: str | None = Field(
-        None, description="File of responses that they measure. Default: those of the first rollout batch."
-    )
+    inside_every: Interval = Field(0, description="Rollout batches between two `bupo compare` measurements; 0: none.")
+    inside_layer: Count | None = Field(None, description="Layer compared with the others. Default: the phase's.")
+    inside_responses: str | None = Field(None, description="Responses file to measure. Default: the first batch's.")
     trl: dict[str, Any] = Field({}, description="Further settings of the trainer, under TRL's names.")
 
     if TYPE_CHECKING:
@@ -134,17 +114,16 @@ class Recipe(BaseModel):
     def trainer_settings(self, processes: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `BuPOConfig`, except the output folder and the precision (those need torch).
 
-        Raises:
-            ConfigError: the samples do not split evenly over ``processes`` (default: the launcher's WORLD_SIZE).
+        Raises `ConfigError` if the samples do not split evenly over ``processes`` (default: the launcher's WORLD_SIZE).
         """
         processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
-        if problems := batch_problems(self, processes):
-            raise ConfigError(problems)
-        per_step = self.updates_per_rollout * self.micro_batch * processes
+        if problem := batch_problem(self, processes):
+            raise ConfigError(problem)
+        micro, evaluation = self.micro_batch, self.eval
         settings: dict[str, Any] = {
             "num_generations": self.samples_per_prompt,
-            "per_device_train_batch_size": self.micro_batch,
-            "gradient_accumulation_steps": self.samples_per_rollout() // per_step,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": self.samples_per_rollout() // (self.updates_per_rollout * micro * processes),
             "updates_per_rollout": self.updates_per_rollout,
             "max_steps": self.updates(self.rollouts),
             "max_completion_length": self.max_completion_length,
@@ -154,89 +133,74 @@ class Recipe(BaseModel):
             "save_total_limit": self.keep_checkpoints,
             "report_to": list(self.report_to),
         }
-        if self.eval is not None:
+        if evaluation is not None:
             settings |= {
                 "eval_strategy": "steps",
-                "eval_steps": self.updates(self.eval.every),
-                "num_generations_eval": self.eval.samples,
-                "per_device_eval_batch_size": -(-self.micro_batch // self.eval.samples) * self.eval.samples,
+                "eval_steps": self.updates(evaluation.every),
+                "num_generations_eval": evaluation.samples,
+                "per_device_eval_batch_size": math.ceil(micro / evaluation.samples) * evaluation.samples,
             }
         return {**settings, **self.trainer}
 
 
-def batch_problems(recipe: Recipe, processes: int) -> list[str]:
-    """Why a rollout batch does not split evenly into updates, processes and micro-batches; empty if it does."""
+def batch_problem(recipe: Recipe, processes: int) -> str | None:
+    """Why a rollout batch does not split evenly into updates, processes and micro-batches, or None if it does."""
     samples, updates, micro = recipe.samples_per_rollout(), recipe.updates_per_rollout, recipe.micro_batch
     product = f"prompts_per_rollout {recipe.prompts_per_rollout} x samples_per_prompt {recipe.samples_per_prompt}"
     if samples % updates:
-        return [f"{product} = {samples} samples do not split into updates_per_rollout {updates} equal updates"]
+        return f"{product} = {samples} samples do not split into updates_per_rollout {updates} equal updates"
     share, left = divmod(samples // updates, processes)
     quotient = f"{product} / updates_per_rollout {updates}" + (f" / {processes} processes" if processes > 1 else "")
     if left:
-        return [f"{quotient}: {samples // updates} samples per update do not split over {processes} processes"]
+        return f"{quotient}: {samples // updates} samples per update do not split over {processes} processes"
     if share % micro:
-        small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
-        near = sorted({*small, *(share // n for n in small)}, key=lambda n: abs(n - micro))[:4]
-        fits = either(sorted(near))
-        return [f"{quotient} = {share} samples, not a multiple of micro_batch {micro}; it could be {fits}"]
-    return []
-
-
-# -- checking ----------------------------------------------------------------------------------------------------------
-
-_NESTED: dict[str, type[BaseModel]] = {"lora": Lora, "eval": Evaluation}
+        near = sorted((n for n in range(1, 2 * micro) if share % n == 0), key=lambda n: abs(n - micro))
+        fits = either(sorted(near[:4]))
+        return f"{quotient} = {share} samples, not a multiple of micro_batch {micro}; it could be {fits}"
+    return None
 
 
 def validate(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     """The recipe in a mapping, and what is wrong with its declared keys; a wrong key has its default in the recipe."""
-    problems: dict[str, list[Any]] = {}
+    nested: dict[str, type[BaseModel]] = {"lora": Lora, "eval": Evaluation}
+    errors: dict[str, list[Any]] = {}
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         for item in error.errors():
-            depth = 2 if item["loc"][0] in _NESTED else 1
-            problems.setdefault(".".join(map(str, item["loc"][:depth])), []).append(item)
-        wrong = {name.split(".")[0] for name in problems}
+            depth = 2 if item["loc"][0] in nested else 1
+            errors.setdefault(".".join(map(str, item["loc"][:depth])), []).append(item)
+        wrong = {name.split(".")[0] for name in errors}
         rest = {key: value for key, value in raw.items() if str(key) not in wrong}
         recipe = Recipe.model_validate({"model": "?", "dataset": "?", **rest})
-    fields = {name: _NESTED.get(name.split(".")[0], Recipe).model_fields for name in problems}
-    told = [describe(name, errors, fields[name]) for name, errors in problems.items()]
+    fields = {name: nested.get(name.split(".")[0], Recipe).model_fields for name in errors}
+    problems = [describe(name, items, fields[name]) for name, items in errors.items()]
     if not recipe.inside_every and (recipe.inside_layer is not None or recipe.inside_responses is not None):
-        told.append("inside_layer and inside_responses need inside_every")
-    layer = recipe.inside_layer or any(recipe.trainer.get(name) for name in ("internal_layer", "phases"))
+        problems.append("inside_layer and inside_responses need inside_every")
+    layer = recipe.inside_layer or recipe.trainer.get("internal_layer") or recipe.trainer.get("phases")
     if recipe.inside_every and not layer:
-        told.append("inside_every needs a layer to compare with the others: set inside_layer or internal_layer")
-    return recipe, told
-
-
-# -- YAML --------------------------------------------------------------------------------------------------------------
+        problems.append("inside_every needs a layer to compare with the others: set inside_layer or internal_layer")
+    return recipe, problems
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-6 is a number and a key may be given only once."""
 
-    def construct_unique(self, node: yaml.MappingNode) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for name, _ in node.value:
-            key = self.construct_object(name, deep=True)
-            if key in seen:
+            if (key := self.construct_object(name, deep=True)) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", name.start_mark)
             seen.add(key)
-        return self.construct_mapping(node, deep=True)
+        return super().construct_mapping(node, deep=True)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_unique)
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Parse YAML safely.
-
-    Raises:
-        InputError: it is not YAML; the message names the line.
-    """
+    """Parse YAML safely, or raise `InputError`, which names the line of the mistake."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -247,11 +211,7 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe file, unchecked.
-
-    Raises:
-        InputError: the file does not exist, is not YAML in UTF-8, or does not hold a mapping.
-    """
+    """The mapping in a recipe file, unchecked; `InputError` if there is none, or not in YAML and UTF-8."""
     path = Path(path)
     if not path.is_file():
         shipped = sorted(map(str, Path("recipes").glob("*.yaml")))
@@ -268,8 +228,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 def override(raw: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
     """Apply ``key=value`` changes; the value is YAML, and dots reach into nested keys (``trl.epsilon_high=0.28``).
 
-    Raises:
-        ConfigError: a change is not of this form, or reaches into something that is not a mapping.
+    Raises `ConfigError` if a change is not of this form, or reaches into something that is not a mapping.
     """
     result, problems = copy.deepcopy(dict(raw)), []
     for change in changes:

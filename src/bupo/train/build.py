@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -55,6 +56,7 @@ _REMOVED = {
     "estimator: dr_grpo": "set estimator: grpo, loss_type: dr_grpo and scale_rewards: none",
 }
 _SHOWN = {"learning_rate", "temperature", "gradient_checkpointing"}  # in a run's record, beside BuPO's own settings
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 _BATCH = ("prompts_per_rollout ", "samples_per_prompt ", "updates_per_rollout ", "micro_batch ")
 _ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_per_rollout": 1, "max_steps": 10**6}
 
@@ -62,19 +64,15 @@ _ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_p
 def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe:
     """The recipe in a mapping with every default filled in, those of `BuPOConfig`'s own settings too.
 
-    Args:
-        processes: number of training processes. Default: the launcher's.
-
-    Raises:
-        ConfigError: with every problem found: unknown keys (with the nearest valid name), wrong types, values out of
-            range, and settings that do not fit together.
+    Raises `ConfigError` with every problem found: unknown keys (with the nearest valid name), wrong types, values out
+    of range, settings that do not fit together, and samples that do not split over ``processes`` (see
+    `Recipe.trainer_settings`).
     """
     recipe, problems = validate(raw)
-    wrong = _trainer_problems(recipe)
-    problems += wrong.values()
     values = recipe.model_dump()
-    for name in wrong:
+    for name, problem in _trainer_problems(recipe):
         (values["trl"] if name.startswith("trl.") else values).pop(name.removeprefix("trl."))
+        problems.append(problem)
     recipe = Recipe.model_validate(values)
     try:
         settings = recipe.trainer_settings(processes)
@@ -90,38 +88,35 @@ def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe
     return _with_defaults(recipe)
 
 
-def _trainer_problems(recipe: Recipe) -> dict[str, str]:
-    """What is wrong with single settings of the trainer, by key (``trl.`` before those that stand there)."""
-    problems: dict[str, str] = {}
+def _trainer_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Keys with wrong settings of the trainer (``trl.`` before those that stand there), and what is wrong with them."""
     fields = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}
     types: dict[str, Any] = get_type_hints(BuPOConfig) | {"fsdp": bool | str | None}  # annotated too narrowly
     extras = recipe.model_extra or {}
-    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for key, value in {**extras, **{f"trl.{name}": value for name, value in recipe.trl.items()}}.items():
         name = key.removeprefix("trl.")
         removed = next((text for text in (name, f"{name}: {value}") if text in _REMOVED), None)
         if removed is not None:
-            problems[key] = f"{removed} was removed; {_REMOVED[removed]}"
+            yield key, f"{removed} was removed; {_REMOVED[removed]}"
         elif name in _OWNED or name in Recipe.model_fields:
-            problems[key] = f"{key} is set by the recipe's own key: {_OWNED.get(name, name)}"
+            yield key, f"{key} is set by the recipe's own key: {_OWNED.get(name, name)}"
         elif name not in fields:
             valid = fields - _OWNED.keys() | (set() if key != name else Recipe.model_fields.keys())
-            problems[key] = f"unknown key {key}{nearest(name, sorted(valid))}"
+            yield key, f"unknown key {key}{nearest(name, sorted(valid))}"
         elif key != name and name in extras:
-            problems[key] = f"{name} is given twice, as a key of the recipe and under trl; keep one of them"
+            yield key, f"{name} is given twice, as a key of the recipe and under trl; keep one of them"
         elif name == "remove_unused_columns" and value:
-            problems[key] = f"{key} would drop the column from which rewards are computed; leave it out"
+            yield key, f"{key} would drop the column from which rewards are computed; leave it out"
         elif name == "num_iterations" and not (type(value) is int and value >= 1):
-            problems[key] = f"{key} must be a whole number from 1, not {value!r}"
+            yield key, f"{key} must be a whole number from 1, not {value!r}"
         else:
             try:
-                TypeAdapter(types[name], config=strict).validate_python(value)
+                TypeAdapter(types[name], config=_STRICT).validate_python(value)
                 json.dumps(value, allow_nan=False)
             except ValidationError as error:
-                problems[key] = describe(key, [{**item, "input": value} for item in error.errors()])
+                yield key, describe(key, [{**item, "input": value} for item in error.errors()])
             except (ValueError, TypeError) as error:
-                problems[key] = f"{key} holds a value that {RUN_FILE} cannot hold: {error}"
-    return problems
+                yield key, f"{key} holds a value that {RUN_FILE} cannot hold: {error}"
 
 
 def _with_defaults(recipe: Recipe) -> Recipe:
@@ -137,13 +132,9 @@ def _with_defaults(recipe: Recipe) -> Recipe:
 
 
 def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | None = None) -> BuPOConfig:
-    """The trainer's settings for a run in ``folder`` on this machine.
+    """The settings for a run in ``folder`` on this machine; ``settings`` replace ``recipe.trainer_settings()``.
 
-    Args:
-        settings: replace ``recipe.trainer_settings()``.
-
-    Raises:
-        ConfigError: the settings do not fit together; `BuPOConfig` decides.
+    Raises `ConfigError` if the settings do not fit together; `BuPOConfig` decides.
     """
     accelerator = torch.accelerator.is_available()
     machine = {
@@ -152,11 +143,18 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
         "dataloader_pin_memory": accelerator,
         "disable_tqdm": True,
     }
-    try:
+    with _as_config_error():
         return BuPOConfig(**{**machine, **(recipe.trainer_settings() if settings is None else settings)})
-    except ConfigError:
+
+
+@contextmanager
+def _as_config_error() -> Iterator[None]:
+    """Within this context the checks of TRL, transformers and PEFT raise `ConfigError`."""
+    try:
+        yield
+    except BupoError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # TRL's and transformers' own checks
+    except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
@@ -165,15 +163,14 @@ def build(
 ) -> tuple[BuPOTrainer, Any, AnswerReward | OwnReward]:
     """The trainer of a recipe, its tokenizer and its reward function, ready to train.
 
-    Raises:
-        InputError, ConfigError: the recipe does not fit the model, the data or this machine.
+    Raises `InputError` if the recipe does not fit the model, the data or this machine.
     """
     check_trackers(recipe.report_to)
     settings = trainer_config(recipe, folder)
     problems = _problems(recipe)
-    source: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-    quantised = load_in_4bit(recipe, settings)
-    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype, device="cpu", **source, **quantised)  # moved later
+    source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"})
+    source |= load_in_4bit(recipe, settings)
+    model, tokenizer = load_model(recipe.model, device="cpu", **source)  # the trainer moves it
     tokenizer.padding_side = "left"
     room, longest = context_length(model.config), recipe.max_prompt_length + recipe.max_completion_length
     if room is not None and longest > room:
@@ -190,23 +187,21 @@ def build(
         fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length)
         held_out = [{**row, "problem": row["problem"] + len(problems)} for row in fitting]
         problems = [*problems, *more]
-    reward = make_reward(recipe.reward, problems)
-    try:
-        trainer = BuPOTrainer(
-            model,
-            reward_funcs=reward,
-            args=settings,
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held_out) if held_out else None,
-            processing_class=tokenizer,
-            peft_config=lora_config(recipe),
-        )
+    with ExitStack() as on_failure:
+        reward = make_reward(recipe.reward, problems)
+        on_failure.callback(reward.close)
+        with _as_config_error():
+            trainer = BuPOTrainer(
+                model,
+                reward_funcs=reward,
+                args=settings,
+                train_dataset=Dataset.from_list(rows),
+                eval_dataset=Dataset.from_list(held_out) if held_out else None,
+                processing_class=tokenizer,
+                peft_config=lora_config(recipe),
+            )
         check_lora(trainer.model)
-    except BaseException as error:
-        reward.close()
-        if isinstance(error, (ValueError, TypeError, ImportError)) and not isinstance(error, BupoError):
-            raise ConfigError(" ".join(str(error).split())) from error  # TRL's and PEFT's own checks
-        raise
+        on_failure.pop_all()
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer, tokenizer, reward
@@ -214,12 +209,11 @@ def build(
 
 def _problems(recipe: Recipe) -> list[Problem]:
     """The whole dataset or a random part of it; as many problems as there are prompts for a generated task."""
-    generated = recipe.dataset.startswith(("arithmetic", "reasoning_gym/")) and not Path(recipe.dataset).exists()
-    if generated:
-        number = recipe.problems or recipe.rollouts * recipe.prompts_per_rollout
+    number = recipe.problems
+    if recipe.dataset.startswith(("arithmetic", "reasoning_gym/")) and not Path(recipe.dataset).exists():
+        number = number or recipe.rollouts * recipe.prompts_per_rollout
         return load_problems(recipe.dataset, split=recipe.split, limit=number, seed=recipe.seed)
     problems = load_problems(recipe.dataset, split=recipe.split)
-    if recipe.problems is None or recipe.problems >= len(problems):
+    if number is None or number >= len(problems):
         return problems
-    chosen = sorted(random.Random(recipe.seed).sample(range(len(problems)), recipe.problems))
-    return [problems[i] for i in chosen]
+    return [problems[i] for i in sorted(random.Random(recipe.seed).sample(range(len(problems)), number))]

@@ -22,24 +22,20 @@ from bupo.train.unsupported import engine
 
 def lora_config(recipe: Recipe) -> LoraConfig | None:
     """PEFT's configuration of a recipe's adapters, or None without them."""
-    if recipe.lora is None:
+    if (lora := recipe.lora) is None:
         return None
-    settings: dict[str, Any] = recipe.lora.model_dump(include={"r", "target_modules"})
-    scale: dict[str, Any] = {"lora_alpha": recipe.lora.alpha, "lora_dropout": recipe.lora.dropout}
-    return LoraConfig(**settings, **scale, task_type="CAUSAL_LM")
+    names: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
+    return LoraConfig(r=lora.r, target_modules=lora.target_modules, **names)
 
 
 def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that hold linear weights in 4 bits (nf4, scales quantised too), if asked for.
 
     The unembedding, the embedding and the norms keep the recipe's ``dtype``; products are in bfloat16 where training
-    is. A quantised model cannot be moved, so every process loads it where it will train.
+    is. A quantised model cannot be moved, so every process loads it where it will train. ``settings`` are the
+    trainer's, because a launcher may distribute the model without the recipe.
 
-    Args:
-        settings: the trainer's, which know what distributes the model (a launcher may say so, not the recipe).
-
-    Raises:
-        ConfigError: bitsandbytes is not installed, or FSDP or DeepSpeed distributes the run.
+    Raises `ConfigError` if bitsandbytes is not installed, or FSDP or DeepSpeed distributes the run.
     """
     if recipe.lora is None or not recipe.lora.four_bit:
         return {}
@@ -48,25 +44,17 @@ def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
     if engine(settings) not in ("one", "ddp"):
         raise ConfigError("lora.four_bit needs one process or DDP: FSDP and DeepSpeed would split packed weights")
     place = int(os.environ.get("LOCAL_RANK", "0")) if torch.accelerator.is_available() else "cpu"
-    products = torch.bfloat16 if settings.bf16 else torch.float32
-    nf4: dict[str, Any] = {
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": products,
-    }
+    nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4["bnb_4bit_compute_dtype"] = torch.bfloat16 if settings.bf16 else torch.float32
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": place}}
 
 
 def check_lora(model: nn.Module) -> None:
-    """Refuse adapters that could not be merged into one model at the end of the run.
-
-    Raises:
-        ConfigError: an adapter on one of two tied matrices (merging would change both), or DeepSpeed ZeRO-3.
-    """
+    """Raise `ConfigError` for adapters that could not be merged into one model at the end of the run."""
     if not isinstance(model, PeftModel):
         return
     ends = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = ends[0] is not None and ends[1] is not None and ends[0].weight is ends[1].weight
+    tied = None not in ends and ends[0].weight is ends[1].weight
     if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise ConfigError(
             "lora.target_modules names an embedding that is tied to the unembedding: merging its adapter would change "
@@ -85,18 +73,14 @@ def upcast_adapters(model: nn.Module) -> None:
 
 
 def merge_adapters(model: PeftModel, adapter: Path, recipe: Recipe, *, sharded: bool) -> Any:
-    """The policy that was trained as one model without adapters; needs the main process only.
+    """The policy that was trained as one model without adapters; ``adapter`` is the folder where these were saved.
 
-    Over 4 bits, a merge in place would round the sum to 4 bits again, so the weights are dequantised first.
-
-    Args:
-        adapter: the folder in which the adapters were saved.
-        sharded: whether each process holds a part of the weights. A merge in place would then need every process, so
-            the base model is loaded again.
+    It needs the main process only: a merge of ``sharded`` weights in place would need every process, so the base model
+    is loaded again. Over 4 bits, a merge in place would round the sum to 4 bits, so the weights are dequantised first.
     """
     if sharded:
-        source: dict[str, Any] = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
-        base: Any = load_model(recipe.model, dtype=recipe.dtype, device="cpu", **source)[0]
+        source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"})
+        base: Any = load_model(recipe.model, device="cpu", **source)[0]
     elif getattr(model.get_base_model(), "is_loaded_in_4bit", False):
         base = model.unload().dequantize()
     else:

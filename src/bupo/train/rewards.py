@@ -16,17 +16,18 @@ from bupo.errors import ConfigError, InputError, out_of_memory
 
 
 class AnswerReward:
-    """1 if the response's answer is right, else 0 (or the task's own score between them).
+    """1 if the response's answer is right, else 0 (or the task's own score between them), as TRL calls it.
 
-    A reward function as TRL calls it; ``problem`` is the dataset's column of problem numbers, one per response. If the
-    reference answer itself cannot be parsed, the reward is None, which leaves the response out. The shares of
-    unparsable answers and of timeouts are logged as ``grading/unparsable`` and ``grading/timeout``.
+    ``problem`` is the dataset's column of problem numbers, one per response. If the reference answer itself cannot be
+    parsed, the reward is None, which leaves the response out. The shares of unparsable answers and of timeouts are
+    logged as ``grading/unparsable`` and ``grading/timeout``.
     """
 
     __name__ = "answer"
 
     def __init__(self, problems: Sequence[Problem]):
         self._problems, self._grader = problems, Grader()
+        self.close = self._grader.close
 
     def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
         grades = self._grader.grade(list(completions), [self._problems[i] for i in problem])
@@ -35,17 +36,12 @@ class AnswerReward:
             columns["log_metric"](f"grading/{status}", statuses[status] / max(len(grades), 1))
         return [None if grade.status == "bad_gold" else grade.reward for grade in grades]
 
-    def close(self) -> None:
-        """End the grading processes."""
-        self._grader.close()
-
 
 class OwnReward:
     """A user's function. It gets ``prompts``, ``completions`` (texts), ``completion_ids``, ``problem`` (numbers) and
     ``problems`` (the `Problem` of each response) by name, and returns a finite number or None per response.
 
-    Raises:
-        InputError: it fails or returns anything else; the message names the function, the response and the value.
+    If it fails or returns anything else, `InputError` names the function, the response and the value.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], problems: Sequence[Problem]):
@@ -64,30 +60,27 @@ class OwnReward:
             raise InputError(f"{self._title} must return a list of numbers, one per response, not {values!r}")
         if len(values) != len(completions):
             raise InputError(f"{self._title} returned {len(values)} values for {len(completions)} responses")
-        for i, value in enumerate(values):
-            if value is not None and not _is_finite(value):
-                raise InputError(
-                    f"{self._title} must return a finite number or None per response, but returned {value!r} for "
-                    f"response {i + 1} of its batch: {str(completions[i])[:60]!r}"
-                )
-        return [None if value is None else float(value) for value in values]
+        return [self._number(i, value, completions[i]) for i, value in enumerate(values)]
+
+    def _number(self, i: int, value: Any, completion: Any) -> float | None:
+        try:
+            if value is None or (not isinstance(value, str) and math.isfinite(value)):
+                return None if value is None else float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise InputError(
+            f"{self._title} must return a finite number or None per response, but returned {value!r} for response "
+            f"{i + 1} of its batch: {str(completion)[:60]!r}"
+        )
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return not isinstance(value, str) and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
 def make_reward(name: str, problems: Sequence[Problem]) -> AnswerReward | OwnReward:
     """The recipe's reward: ``answer``, or ``module:function``, whose module may lie in the working directory.
 
-    Raises:
-        ConfigError: the module cannot be imported, or holds no such function.
+    Raises `ConfigError` if the module cannot be imported, or holds no such function.
     """
     if name == "answer":
         return AnswerReward(problems)
