@@ -105,8 +105,8 @@ WRONG = [
         for value in ([], [3], [{"layer": 1}], [{"layer": 1, "rollouts": 0}], [{"layer": 0, "rollouts": 1}], "1,2")
     ],
     ({"estimator": "gae"}, "estimator must be one of grpo, rloo"),
-    ({"estimator": "rloo", "scale_rewards": "batch"}, "estimator rloo does not scale rewards by 'batch'"),
-    ({"estimator": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "weighted sum"),
+    ({"estimator": "rloo", "scale_rewards": "batch"}, "weighted sum of the rewards; leave scale_rewards"),
+    ({"estimator": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "leave multi_objective_aggregation"),
     ({"estimator": "rloo", "critic_clip": 0.2}, "critic_clip needs estimator ppo, not rloo"),
     ({"gae_lambda": 0.9}, "gae_lambda needs estimator ppo, not grpo"),
     ({"estimator": "ppo", "gae_lambda": 1.1}, "gae_lambda must be between 0 and 1"),

@@ -1,16 +1,23 @@
 """The settings of BuPO beside TRL's: their only declaration and their only checks."""
+# ruff: noqa: RUF009  (`_setting` is dataclasses.field with a help text)
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
 from bupo.errors import ConfigError
 from bupo.train.advantages import ESTIMATORS
 from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
-from bupo.train.unsupported import engine, unsupported_by_guard, unsupported_settings
+from bupo.train.unsupported import engine, unsupported_settings
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
 
 _CRITIC = ("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda")
 
@@ -31,76 +38,47 @@ class BuPOConfig(GRPOConfig):
         ConfigError: with every problem that the settings have.
     """
 
-    phases: list | str | None = field(
-        default=None,
-        metadata={
-            "help": "Internal phases in order, as [{layer: l, rollouts: N, weight: w}, ...] (JSON on a command line). "
-            "A weight below 1 adds the full policy's surrogate with weight 1 - w. Replaces internal_layer and "
-            "internal_steps."
-        },
+    phases: list | str | None = _setting(
+        None,
+        "Internal phases in order, as [{layer: l, rollouts: N, weight: w}, ...] (JSON on a command line). A weight "
+        "below 1 adds the full policy's surrogate with weight 1 - w. Replaces internal_layer and internal_steps.",
     )
-    internal_layer: int | str | None = field(
-        default=None,
-        metadata={"help": "Layer l of the internal policy, from 1 to L, or 'auto' for the boundary layer."},
+    internal_layer: int | str | None = _setting(
+        None, "Layer l of the internal policy, from 1 to L, or 'auto' for the boundary layer."
     )
-    internal_steps: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Number of rollout batches that optimise the internal policy (s_inter). 0 is plain GRPO, whatever "
-            "the other internal settings are; 'auto' lets the phase guard end the phase."
-        },
+    internal_steps: int | str | None = _setting(
+        None,
+        "Number of rollout batches that optimise the internal policy (s_inter). 0 is plain GRPO, whatever the other "
+        "internal settings are; 'auto' lets the phase guard end the phase.",
     )
-    internal_max_steps: int | None = field(
-        default=None,
-        metadata={"help": "Upper limit of internal_steps 'auto', in rollout batches. Default: a third of the run."},
+    internal_max_steps: int | None = _setting(
+        None, "Upper limit of internal_steps 'auto', in rollout batches. Default: a third of the run."
     )
-    internal_norm: bool = field(
-        default=False,
-        metadata={"help": "Apply the final norm inside the internal policy (an ablation of the paper)."},
+    internal_norm: bool = _setting(False, "Apply the final norm inside the internal policy (an ablation of the paper).")
+    internal_temperature: float = _setting(1.0, "Temperature T of the internal policy softmax(H^l E_u^T / T).")
+    estimator: str = _setting("grpo", f"Advantage estimator, one of {', '.join(ESTIMATORS)}.")
+    critic_learning_rate: float = _setting(1e-5, "Constant learning rate of the critic (estimator ppo).")
+    critic_clip: float = _setting(0.5, "Largest change of a value within a rollout batch (estimator ppo).")
+    gae_gamma: float = _setting(1.0, "Discount factor per token (estimator ppo).")
+    gae_lambda: float = _setting(1.0, "Weight between one-step differences (0) and whole returns (1) (estimator ppo).")
+    frozen_layers: int | None = _setting(None, "Freeze layers 1 to this one (a comparison of the paper).")
+    upper_learning_rate_scale: float | None = _setting(
+        None, "Factor on the learning rate of the layers above upper_learning_rate_above and the final norm."
     )
-    internal_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature T of the internal policy softmax(H^l E_u^T / T)."}
+    upper_learning_rate_above: int | None = _setting(
+        None, "Layer, from 1 to L - 1, above which upper_learning_rate_scale applies."
     )
-    estimator: str = field(default="grpo", metadata={"help": f"Advantage estimator, one of {', '.join(ESTIMATORS)}."})
-    critic_learning_rate: float = field(
-        default=1e-5, metadata={"help": "Constant learning rate of the critic (estimator ppo)."}
+    updates_per_rollout: int | None = _setting(
+        None,
+        "Optimizer updates per rollout batch. Default: 4, unless steps_per_generation or generation_batch_size is set.",
     )
-    critic_clip: float = field(
-        default=0.5, metadata={"help": "Largest move of a value within a rollout batch (estimator ppo)."}
+    probe_samples: int | None = _setting(
+        None,
+        "Responses per process on which the full policy is measured once per rollout batch of an internal phase. "
+        "Default: one in eight, at least one micro-batch.",
     )
-    gae_gamma: float = field(default=1.0, metadata={"help": "Discount factor per token (estimator ppo)."})
-    gae_lambda: float = field(
-        default=1.0,
-        metadata={"help": "Weight between one-step differences (0) and whole returns (1) (estimator ppo)."},
-    )
-    frozen_layers: int | None = field(
-        default=None, metadata={"help": "Freeze layers 1 to this one (a comparison of the paper)."}
-    )
-    upper_learning_rate_scale: float | None = field(
-        default=None,
-        metadata={"help": "Factor on the learning rate of layers above upper_learning_rate_above and the final norm."},
-    )
-    upper_learning_rate_above: int | None = field(
-        default=None, metadata={"help": "Layer, from 1 to L - 1, above which upper_learning_rate_scale applies."}
-    )
-    updates_per_rollout: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer updates per rollout batch. Default: 4, unless steps_per_generation or "
-            "generation_batch_size is set."
-        },
-    )
-    probe_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Responses per process on which the full policy is measured once per rollout batch of an internal "
-            "phase. Default: one in eight, at least one micro-batch."
-        },
-    )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    logging_steps: float = field(
-        default=0, metadata={"help": "Number of updates between two log lines; 0 logs once per rollout batch."}
-    )
+    lr_scheduler_type: str = _setting("constant", "Learning rate scheduler.")
+    logging_steps: float = _setting(0, "Number of updates between two log lines; 0 logs once per rollout batch.")
 
     def __post_init__(self) -> None:
         self.internal_layer, self.internal_steps = as_int(self.internal_layer), as_int(self.internal_steps)
@@ -126,6 +104,13 @@ class BuPOConfig(GRPOConfig):
         """Micro-batches that one rollout batch feeds."""
         assert self.steps_per_generation is not None
         return self.steps_per_generation * self.num_iterations
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Different prompts in one rollout batch, over all processes."""
+        assert self.generation_batch_size is not None
+        assert self.num_generations is not None
+        return self.generation_batch_size // self.num_generations
 
     @property
     def has_internal_phase(self) -> bool:
@@ -169,18 +154,14 @@ class BuPOConfig(GRPOConfig):
             return [f"estimator must be one of {', '.join(ESTIMATORS)}, not {self.estimator!r}"]
         if self.estimator == "grpo":
             return []
-        problems = []
         if self.scale_rewards in ("group", True):
             self.scale_rewards = "none"
-        elif self.scale_rewards not in ("none", False):
-            problems.append(
-                f"estimator {self.estimator} does not scale rewards by {self.scale_rewards!r}; leave scale_rewards"
-            )
-        if self.multi_objective_aggregation != "sum_then_normalize":
-            problems.append(
-                f"estimator {self.estimator} needs the weighted sum of the rewards; leave multi_objective_aggregation"
-            )
-        return problems
+        allowed = {"scale_rewards": ("none", False), "multi_objective_aggregation": ("sum_then_normalize",)}
+        return [
+            f"estimator {self.estimator} works on the weighted sum of the rewards; leave {name}"
+            for name, values in allowed.items()
+            if getattr(self, name) not in values
+        ]
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -234,13 +215,10 @@ class BuPOConfig(GRPOConfig):
             default = {f.name: f.default for f in fields(self)}
             changed = [name for name in _CRITIC if getattr(self, name) != default[name]]
             return [f"{name} needs estimator ppo, not {self.estimator}" for name in changed]
-        problems = [
-            f"{name} must be above 0, not {getattr(self, name)}" for name in _CRITIC[:2] if not getattr(self, name) > 0
-        ]
+        values = [(name, getattr(self, name)) for name in _CRITIC]
+        problems = [f"{name} must be above 0, not {value}" for name, value in values[:2] if not value > 0]
         problems += [
-            f"{name} must be between 0 and 1, not {getattr(self, name)}"
-            for name in _CRITIC[2:]
-            if not 0.0 <= getattr(self, name) <= 1.0
+            f"{name} must be between 0 and 1, not {value}" for name, value in values[2:] if not 0 <= value <= 1
         ]
         if engine(self) not in ("one", "ddp"):
             problems.append(
@@ -266,8 +244,6 @@ class BuPOConfig(GRPOConfig):
             problems.append(
                 f"the internal phases take {schedule.ends[-1]} rollout batches, more than the {rollouts} of the run"
             )
-        if self.guarded:
-            problems += unsupported_by_guard(self)
         return problems + alignment_problems(schedule, self.generate_every, self.gradient_accumulation_steps)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -120,10 +122,7 @@ class EntropyFlow:
         for callback in self._trainer.callback_handler.callbacks:
             kind = type(callback).__name__
             if kind == "TensorBoardCallback" and callback.tb_writer is not None:
-                import numpy  # with Pillow needed for TensorBoard images only
-                from PIL import Image
-
-                pixels = numpy.asarray(Image.open(image).convert("RGB"))
+                pixels = np.asarray(Image.open(image).convert("RGB"))
                 callback.tb_writer.add_image(FLOW_PANEL, pixels, step, dataformats="HWC")
             elif kind == "TrackioCallback":
                 callback._trackio.log({FLOW_PANEL: callback._trackio.Image(str(image))})

@@ -42,14 +42,17 @@ def freeze_layers(model: nn.Module, layers: int | None) -> None:
             layer.requires_grad_(False)
 
 
-def scale_upper_learning_rate(optimizer: Any, model: nn.Module, above: int, scale: float) -> None:
-    """Move the layers above ``above`` and the final norm into parameter groups at ``scale`` times the learning rate.
+def scale_upper_learning_rate(optimizer: Any, model: nn.Module, args: Any) -> None:
+    """Move the upper layers and the final norm into parameter groups with a scaled learning rate, if that is set.
 
     The remaining groups keep their places, so that the logged learning rate is the unscaled one.
 
     Raises:
         ConfigError: the optimizer has no parameter groups.
     """
+    above, scale = args.upper_learning_rate_above, args.upper_learning_rate_scale
+    if above is None:
+        return
     if not hasattr(optimizer, "add_param_group"):
         raise ConfigError(f"upper_learning_rate_scale needs a torch optimizer, not {type(optimizer).__name__}")
     layout = find_layout(model)

@@ -18,7 +18,7 @@ from trl.trainer import utils as trl_utils
 
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
-from bupo.train.advantages import COMPUTED_HERE, outcome_advantages, total_rewards
+from bupo.train.advantages import outcome_advantages, total_rewards
 from bupo.train.auto_layer import LayerChoice, choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
 from bupo.train.checkpoint import Checkpointer, PassSampler
@@ -36,22 +36,19 @@ _RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss 
 
 
 class BuPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose importance ratio follows a schedule of internal policies (BuPO).
-
-    The changes w.r.t. `GRPOTrainer`:
+    """`GRPOTrainer` whose importance ratio follows a schedule of internal policies. The changes w.r.t. it:
 
     - In an internal phase, log-probabilities are scored inside `internal_policy`, so that the clipped surrogate is that
-      of ``softmax(H^l E_u^T)``. Samples, rewards and advantages always come from the full policy. Where no phase is
-      internal, losses are TRL's bit for bit.
+      of ``softmax(H^l E_u^T)``. Samples, rewards and advantages always come from the full policy. Outside internal
+      phases, losses are TRL's bit for bit.
     - `PhaseMonitor` measures each rollout batch of an internal phase before its updates, and its guard may end it.
     - The advantages may come from an estimator that TRL lacks (`bupo.train.advantages`, `PPO`).
     - Layers may be frozen, or learn at another rate (`bupo.train.layerwise`).
     - `Checkpointer` saves between rollout batches, so that a resumed run equals the uninterrupted one.
     - Training stops at a loss or gradient that is not finite, before the weights are updated with it.
 
-    The constructor takes the arguments of `GRPOTrainer`, with a `BuPOConfig` as ``args``. Additional metrics are
-    ``phase`` (1 internal, 2 full) and ``rollout`` (from 1). In an internal phase ``internal/entropy`` and
-    ``internal/clip_ratio/*`` are the internal policy's; ``entropy`` and all others stay the full policy's.
+    Additional metrics are ``phase`` (1 internal, 2 full) and ``rollout`` (from 1). In an internal phase
+    ``internal/entropy`` and ``internal/clip_ratio/*`` are the internal policy's; all others stay the full policy's.
 
     Raises:
         ConfigError: the settings do not fit the model or the data.
@@ -72,14 +69,14 @@ class BuPOTrainer(GRPOTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, *more: Any, **kwargs: Any):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = BuPOConfig(f"{name.split('/')[-1] or 'model'}-BuPO")
+            name = (model if isinstance(model, str) else model.config._name_or_path).split("/")[-1] or "model"
+            args = BuPOConfig(f"{name}-BuPO")
         if not isinstance(args, BuPOConfig):
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self.schedule = args.schedule()
         self.phase = FULL  # of the current rollout batch
         self.phase_end: dict[str, Any] | None = None  # when and why the guard ended the internal phase
-        self.auto_layer: LayerChoice | None = None
+        self.auto_layer: LayerChoice | None = None  # what `internal_layer: auto` found
         self.on_rollout: list[Callable[[dict[str, Any], int], None]] = []  # called with each batch and its number
         self.rewards: Any = None  # of the last rollout batch, (N, functions), of all processes
         self.unclipped_norm: Any = None  # of the last update's gradient
@@ -88,14 +85,12 @@ class BuPOTrainer(GRPOTrainer):
         if problems := model_problems(self):
             raise ConfigError(problems)
         upcast_adapters(self.model)
-        ppo = args.estimator == "ppo"
-        self.critic = PPO(self.accelerator.unwrap_model(self.model), args, self.accelerator) if ppo else None
+        inner = self.accelerator.unwrap_model(self.model)
+        self.critic = PPO(inner, args, self.accelerator) if args.estimator == "ppo" else None
         freeze_layers(self.model, args.frozen_layers)
         self.monitor = PhaseMonitor(self)
         self.checkpointer = Checkpointer(self)
         self.add_callback(SaveBetweenRollouts(self))
-
-    # -- position ----------------------------------------------------------------------------------------------------
 
     @property
     def rollout(self) -> int:
@@ -108,23 +103,15 @@ class BuPOTrainer(GRPOTrainer):
         return self._step % self.args.generate_every == 0
 
     @property
-    def prompts_per_rollout(self) -> int:
-        """Different prompts in one rollout batch, over all processes."""
-        return cast(int, self.args.generation_batch_size) // cast(int, self.num_generations)
-
-    @property
     def micro_batches_per_epoch(self) -> int | None:
         """Micro-batches in one pass over the data (whole rollout batches only), or None for a stream."""
-        if not hasattr(self.train_dataset, "__len__"):
-            return None
-        return len(self.train_dataset) // self.prompts_per_rollout * self.args.generate_every
+        sized = hasattr(self.train_dataset, "__len__")
+        return len(self.train_dataset) // self.args.prompts_per_rollout * self.args.generate_every if sized else None
 
     def alignment_problems(self, schedule: Schedule) -> list[str]:
         """The ends of phases that would fall inside an update of this run."""
-        args = self.args
-        return alignment_problems(
-            schedule, args.generate_every, args.gradient_accumulation_steps, self.micro_batches_per_epoch
-        )
+        accumulation, epoch = self.args.gradient_accumulation_steps, self.micro_batches_per_epoch
+        return alignment_problems(schedule, self.args.generate_every, accumulation, epoch)
 
     def position(self) -> str:
         """Where training is, for messages: update and rollout batch from 1, phase and layer."""
@@ -160,13 +147,10 @@ class BuPOTrainer(GRPOTrainer):
         """Log-probabilities (B, T) of a batch's responses under the phase's policy, and entropies (B, T) or None."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        length, micro = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
-        checkpointing = cast(Any, self.args.gradient_checkpointing_kwargs)
+        how = {"batch_size": self.args.per_device_train_batch_size, "compute_entropy": compute_entropy}
+        checkpointing, length = cast(Any, self.args.gradient_checkpointing_kwargs), batch["completion_ids"].size(1)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing), self._scoring(phase):
-            logps, entropies, _ = self._get_per_token_logps_and_entropies(
-                self.model, ids, mask, length, batch_size=micro, compute_entropy=compute_entropy
-            )
-        return logps, entropies
+            return self._get_per_token_logps_and_entropies(self.model, ids, mask, length, **how)[:2]
 
     # -- rollout batches ---------------------------------------------------------------------------------------------
 
@@ -175,7 +159,7 @@ class BuPOTrainer(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         rollout, metrics = self.rollout, self._metrics["train"]
         self.phase = self.schedule.at(rollout)
-        if self.phase.layer is None:
+        if self.phase is FULL:
             self.monitor.leave_phase()
         transfer = self.monitor.transfer()
         logged = {name: list(values) for name, values in metrics.items()}
@@ -187,8 +171,8 @@ class BuPOTrainer(GRPOTrainer):
             self._resolve_auto_layer(batch)
         if self.phase.layer is not None:
             if not at_once and "old_per_token_logps" in batch:
-                key = "old_per_token_logps" if self.phase.weight == 1.0 else "internal_old_per_token_logps"
-                batch[key], _ = self.score(batch, self.phase)
+                prefix = "" if self.phase.weight == 1.0 else "internal_"  # a joint phase needs both policies'
+                batch[f"{prefix}old_per_token_logps"], _ = self.score(batch, self.phase)
             decision = self.monitor.before_updates(batch, transfer)
             ended = self.schedule.ended_before(rollout)
             if decision.action != "continue" and not self.alignment_problems(ended):
@@ -209,7 +193,7 @@ class BuPOTrainer(GRPOTrainer):
         """A rollout batch of the full policy, with its old log-probabilities under the policy of ``scored``."""
         with self._scoring(scored):
             batch = super()._generate_and_score_completions(inputs)
-        if self.args.estimator in (*COMPUTED_HERE, "ppo"):
+        if self.args.estimator != "grpo":
             rewards = total_rewards(self.rewards, self.reward_weights)
             size = len(batch["advantages"])
             mine = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
@@ -219,9 +203,7 @@ class BuPOTrainer(GRPOTrainer):
             else:
                 advantages = outcome_advantages(self.args.estimator, rewards, cast(int, self.num_generations))
                 batch["advantages"] = advantages[mine]
-            self._logs["advantages"].extend(
-                advantages.tolist()
-            )  # TRL's table holds one rollout batch: replaces its own
+            self._logs["advantages"].extend(advantages.tolist())  # the table holds one rollout batch: replaces TRL's
         return batch
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -239,11 +221,10 @@ class BuPOTrainer(GRPOTrainer):
             raise TrainingStopped(f"{choice.message}; {problem}")
 
     def _as_full(self, batch: dict[str, Any], inputs: Any, logged: dict[str, list[float]] | None) -> dict[str, Any]:
-        """The rollout batch that follows a phase which the guard ended.
+        """This rollout batch scored as the full policy's; or, if the best weights are to be restored, a new one.
 
         Args:
-            logged: the metrics from before the batch, if the best weights are to be restored. Then a new batch replaces
-                it, and what was logged of it is dropped. None scores the batch as the full policy's.
+            logged: the metrics from before the batch, which replace its own after a restore; None otherwise.
         """
         metrics = self._metrics["train"]
         if logged is not None:
@@ -258,28 +239,23 @@ class BuPOTrainer(GRPOTrainer):
         self.monitor.leave_phase()
         return batch
 
-    # -- updates -----------------------------------------------------------------------------------------------------
-
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         phase = self.phase if self.model.training else FULL
-        loss: Any = 0.0
-        if phase.layer is not None:
+        if phase.layer is None:
+            loss = super()._compute_loss(model, inputs)
+        else:
             old = inputs.get("internal_old_per_token_logps", inputs.get("old_per_token_logps"))
             with self._internal_metrics(), self._scoring(phase):
                 loss = phase.weight * super()._compute_loss(model, {**inputs, "old_per_token_logps": old})
-        if phase.layer is None:
-            loss = super()._compute_loss(model, inputs)
-        elif phase.weight < 1.0:
-            loss = loss + (1.0 - phase.weight) * super()._compute_loss(model, inputs)
-        if not torch.isfinite(loss):
-            raise TrainingStopped(self._not_finite("loss"))
+            if phase.weight < 1.0:
+                loss = loss + (1.0 - phase.weight) * super()._compute_loss(model, inputs)
+        self._check_finite(loss, "loss")
         return loss
 
     @contextmanager
     def _internal_metrics(self) -> Iterator[None]:
         """Within this context the loss logs its metrics under the internal policy's names."""
-        metrics = self._metrics["train"]
-        new: defaultdict[str, list[float]] = defaultdict(list)
+        metrics, new = self._metrics["train"], defaultdict[str, list[float]](list)
         self._metrics["train"] = new
         try:
             yield
@@ -290,26 +266,24 @@ class BuPOTrainer(GRPOTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
-        if norm is not None and not self.args.fp16 and not bool(torch.as_tensor(norm).isfinite()):
-            raise TrainingStopped(self._not_finite("gradient"))
+        if norm is not None and not self.args.fp16:  # fp16 skips such updates by itself
+            self._check_finite(norm, "gradient")
         self.unclipped_norm = norm
         return norm
 
-    def _not_finite(self, what: str) -> str:
-        return (
-            f"non-finite {what} in {self.position()}; the weights were not updated with it. Lower learning_rate or "
-            "internal_steps and start from the last checkpoint"
-        )
+    def _check_finite(self, value: Any, name: str) -> None:
+        if not torch.as_tensor(value).isfinite():
+            raise TrainingStopped(
+                f"non-finite {name} in {self.position()}; the weights were not updated with it. Lower learning_rate or "
+                "internal_steps and start from the last checkpoint"
+            )
 
     def create_optimizer(self, model: Any = None) -> Any:
         own = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        above, scale = self.args.upper_learning_rate_above, self.args.upper_learning_rate_scale
-        if own and above is not None and scale is not None:
-            scale_upper_learning_rate(optimizer, self.model if model is None else model, above, scale)
+        if own:
+            scale_upper_learning_rate(optimizer, self.model if model is None else model, self.args)
         return optimizer
-
-    # -- resuming ----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)

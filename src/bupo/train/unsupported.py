@@ -34,19 +34,17 @@ def engine(args: Any) -> Engine:
     return "ddp" if args.world_size > 1 else "one"
 
 
-def unsupported_by_guard(args: Any) -> list[str]:
-    """Problems of ``internal_steps: auto``, which keeps the best weights."""
-    if engine(args) not in ("deepspeed", "fsdp1"):
-        return []
-    return ["internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number"]
-
-
 def unsupported_settings(args: Any) -> list[str]:
     """Problems of a `BuPOConfig` that has an internal phase, one message each."""
     adds_entropy = args.entropy_coef != 0.0 or args.use_adaptive_entropy
     distributed = engine(args)
+    sharded = distributed in ("deepspeed", "fsdp1")
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     checks = [
+        (
+            args.guarded and sharded,
+            "internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number",
+        ),
         (
             args.beta != 0.0,
             f"beta {args.beta} would penalise the distance from the internal policy to the full reference model, which "
@@ -124,7 +122,7 @@ def model_problems(trainer: Any) -> list[str]:
         )
     if trainer.micro_batches_per_epoch == 0:
         problems.append(
-            f"the dataset has {len(trainer.train_dataset)} prompts, fewer than the {trainer.prompts_per_rollout} of "
+            f"the dataset has {len(trainer.train_dataset)} prompts, fewer than the {args.prompts_per_rollout} of "
             "one rollout batch"
         )
         return problems
