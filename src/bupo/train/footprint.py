@@ -1,0 +1,250 @@
+"""Counts the bytes and operations of an update and of a rollout by running the model's own code on fake tensors.
+
+`MemTracker` adds up the bytes that are alive at the same time; `FlopCounterMode` counts the multiplications and
+additions of matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+
+from bupo.models.fake import fake_model, with_depth
+from bupo.models.layout import find_layout
+from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_width
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What bytes and operations depend on beside the model.
+
+    Attributes:
+        dtype, compute: of the weights, and of matrix products (autocast where they differ).
+        batch, prompt, response: responses per pass, and padded tokens of each.
+        samples: responses sampled at once.
+        accumulates: whether gradients exist when a micro-batch begins.
+        triton: whether TRL's fused lm_head uses its kernel, which scores response tokens only (accelerators).
+        frozen: layers 1 to this one are not trained.
+        lora: PEFT's configuration of the adapters, or None.
+    """
+
+    dtype: torch.dtype
+    compute: torch.dtype
+    batch: int
+    prompt: int
+    response: int
+    samples: int
+    checkpointing: bool
+    accumulates: bool
+    triton: bool
+    frozen: int = 0
+    lora: Any = None
+
+    def autocast(self) -> Any:
+        return nullcontext() if self.compute == self.dtype else torch.autocast("cpu", dtype=self.compute)
+
+
+def count_update(config: Any, depth: int, work: Workload, *, internal: bool, narrow: bool) -> dict[str, int]:
+    """Count one micro-batch's update through ``depth`` layers, and scoring the same responses without gradients.
+
+    Args:
+        internal: train the internal policy of layer ``depth``, which has no final norm; else the full policy.
+        narrow: use the narrow tiles of an internal phase, where there is no Triton.
+
+    Returns:
+        ``trained`` parameters and their ``gradients`` (bytes); bytes ``kept`` for the backward pass; the most bytes
+        alive in an ``update`` and in ``scoring``, beside weights, moments and earlier gradients; ``update_flops`` and
+        ``scoring_flops``.
+    """
+    width = tile_width(work.batch * (work.prompt + work.response)) if narrow and not work.triton else WIDEST
+
+    def count(n: int) -> dict[str, int]:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = _training_model(with_depth(config, n), work, internal)
+            return _count_bytes(model, work, width) | _count_flops(model, work, width)
+
+    return _over_layers(count, config, depth, work.frozen)
+
+
+def count_rollout(config: Any, depth: int, work: Workload) -> dict[str, int]:
+    """Count the bytes of sampling ``work.samples`` responses at once with transformers.
+
+    Returns:
+        The KV ``cache`` at the end and per token, and the ``peak`` of the first and the last step beside the weights.
+    """
+
+    def count(n: int) -> dict[str, int]:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), work.autocast():
+            return _count_rollout(fake_model(with_depth(config, n), work.dtype).eval(), work)
+
+    return _over_layers(count, config, depth)
+
+
+def _over_layers(count: Callable[[int], dict[str, int]], config: Any, depth: int, frozen: int = 0) -> dict[str, int]:
+    """Return ``count(depth)``, of deep models the line through two shallow ones: layers of a kind add the same."""
+    kinds = len(set(getattr(config.get_text_config(), "layer_types", None) or ["same"]))
+    step = 2 if kinds == 1 else 4
+    low, high = frozen + step, frozen + 2 * step
+    if depth <= high:
+        return count(depth)
+    few, more = count(low), count(high)
+    return {name: few[name] + (more[name] - few[name]) * (depth - low) // step for name in few}
+
+
+def _training_model(config: Any, work: Workload, internal: bool) -> Any:
+    """Return the model as the trainer has it, with adapters, frozen layers and checkpointing."""
+    model = fake_model(config, work.dtype, work.lora).train()
+    if work.checkpointing:
+        if work.lora is not None:
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layout = find_layout(model)
+    for layer in layout.layers[: work.frozen]:
+        layer.requires_grad_(False)
+    if internal:
+        layout.final_norm.requires_grad_(False)
+        layout.final_norm.forward = lambda states, *args, **kwargs: states
+    for module in model.modules():  # `MemTracker` cannot hook frozen parameters; as buffers they count alike
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+    return model
+
+
+def _count_bytes(model: Any, work: Workload, width: int) -> dict[str, int]:
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()  # makes the moments
+    if not work.accumulates:
+        optimizer.zero_grad()
+    with BytesAlive(model, optimizer) as tracker, torch.no_grad():
+        _score(model, work, width)
+    scoring = tracker.alive("peak")
+    with BytesAlive(model, optimizer) as tracker:
+        loss = _score(model, work, width).sum()
+        kept = tracker.alive("current")
+        loss.backward()
+    return {
+        "trained": sum(p.numel() for p in trained),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "kept": kept,
+        "update": tracker.alive("peak"),
+        "scoring": scoring,
+    }
+
+
+def _count_flops(model: Any, work: Workload, width: int) -> dict[str, int]:
+    """Count after the bytes, because `FlopCounterMode` keeps recomputed activations alive."""
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as scoring, torch.no_grad():
+        _score(model, work, width)
+    with FlopCounterMode(display=False) as update:
+        _score(model, work, width).sum().backward()
+    return {"scoring_flops": scoring.get_total_flops(), "update_flops": update.get_total_flops()}
+
+
+class BytesAlive(MemTracker):
+    """`MemTracker` that reports bytes beside those of the objects that exist when it starts."""
+
+    def __init__(self, *existing: Any):
+        super().__init__()
+        self.track_external(*existing)
+        self._before = 0
+        self._before = self.alive("current")
+
+    def __enter__(self) -> BytesAlive:
+        super().__enter__()
+        return self
+
+    def alive(self, when: str) -> int:
+        """Bytes alive now (``current``) or at most (``peak``)."""
+        return sum(snapshot["Total"] for snapshot in self.get_tracker_snapshot(when).values()) - self._before
+
+
+def _score(model: Any, work: Workload, width: int) -> Tensor:
+    """Return log-probabilities of one micro-batch's tokens, without numbers."""
+    layout = find_layout(model)
+    ids = torch.zeros(work.batch, work.prompt + work.response, dtype=torch.long)
+    with work.autocast():
+        states = layout.backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+        states = states[:, -work.response - 1 : -1] if work.triton else states[:, :-1]
+        flat = states.reshape(-1, states.shape[-1])
+        return _TiledHead.apply(flat, layout.unembedding.weight, work.compute, width, not work.triton)
+
+
+class _TiledHead(torch.autograd.Function):
+    """Stand-in for TRL's fused lm_head, which needs real numbers: the same products and the same large tensors.
+
+    Without Triton, torch operations fold each tile of logits, with 3 float32 copies of it alive (7 in the backward
+    pass). States are (N, d), the unembedding (V, d).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, compute: torch.dtype, width: int, folds: bool) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.settings = compute, width, 7 * folds
+        for _ in _tiles(states, weight, compute, width, 3 * folds):
+            pass
+        return states.new_empty(len(states), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        states, weight = ctx.saved_tensors
+        grad_states = torch.empty_like(states, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for row, column, tile in _tiles(states, weight, *ctx.settings):
+            rows, columns = slice(row, row + len(tile)), slice(column, column + tile.shape[1])
+            _accumulate(grad_states[rows], tile, weight[columns])
+            if grad_weight is not None:
+                _accumulate(grad_weight[columns], tile.t(), states[rows])
+        return grad_states.to(states.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 3
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.addmm(total, a.float(), b.float(), out=total)  # `addmm_` would not be counted
+
+
+def _tiles(
+    states: Tensor, weight: Tensor, compute: torch.dtype, width: int, copies: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Make tiles of logits one after the other in one buffer; yield the first row and column of each."""
+    wide = min(width, -(-len(weight) // 1024) * 1024) if copies else width  # a CPU's untouched pages take no memory
+    buffer = states.new_empty(min(len(states), TILE_TOKENS), wide, dtype=compute)
+    for row in range(0, len(states), TILE_TOKENS):
+        part = states[row : row + TILE_TOKENS].to(compute)
+        for column in range(0, len(weight), width):
+            entries = weight[column : column + width].to(compute)
+            tile = buffer[: len(part), : len(entries)]
+            torch.mm(part, entries.t(), out=tile)
+            [torch.empty_like(tile, dtype=torch.float32) for _ in range(copies)]
+            yield row, column, tile
+
+
+def _count_rollout(model: Any, work: Workload) -> dict[str, int]:
+    length, per_token = work.prompt + work.response, 0
+    with BytesAlive(model) as tracker:
+        ids = torch.zeros(work.samples, work.prompt, dtype=torch.long)
+        cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
+        for layer in getattr(cache, "layers", []):  # grow to the length before the last step
+            for name in ("keys", "values"):
+                state = getattr(layer, name, None)
+                if isinstance(state, Tensor) and state.ndim == 4:
+                    per_token += state.numel() * state.element_size() // ids.numel()
+                    setattr(layer, name, state.new_empty(*state.shape[:2], length - 1, state.shape[3]))
+                    del state
+        tracker.reset_mod_stats()
+        mask = torch.ones(work.samples, length, dtype=torch.long)
+        last = model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+        torch.multinomial(last.to(torch.float32, copy=True).softmax(-1), 1)
+    return {"cache_per_token": per_token, "cache": per_token * work.samples * length, "peak": tracker.alive("peak")}
