@@ -157,7 +157,7 @@ def test_a_plan_adds_up(plan):
     assert memory["needed"] == memory["peak"] == max(memory["full"][part] for part in ("update", "scoring", "rollout"))
     phases = 2 * seconds["internal"]["rollout_batch"] + 4 * seconds["full"]["rollout_batch"]
     assert seconds["run"] == pytest.approx(phases)
-    assert 0 < made["phase1"]["update_flops"] < 1 > made["phase1"]["update_memory"] > 0
+    assert 0 < made["phase1"]["update_flops"] < 1
 
 
 def test_every_phase_of_a_recipe_is_planned(plan):

@@ -6,12 +6,12 @@ docs/plan.md says what is counted and what is left out.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from bupo.errors import ConfigError
 from bupo.models.fake import describe_model, read_config
@@ -77,23 +77,12 @@ def find_device(name: str, flops: float | None = None, memory_gib: float | None 
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{option} must be a finite number above 0, not {value}")
     peak, bandwidth, size = PEAKS.get(name) or (0.0, 25e9, 0.0)
-    if name == "cpu" and flops is None:
-        peak = _measure_cpu()
-    memory = memory_gib * 2**30 if memory_gib else FRAGMENTATION * size
+    if name == "cpu" and flops is None:  # measured
+        setup, threads = "import torch; matrix = torch.ones(1024, 1024)", torch.get_num_threads()
+        peak = 2 * 1024**3 / Timer("matrix @ matrix", setup, num_threads=threads).timeit(4).median
+    memory = int(memory_gib * 2**30 if memory_gib else FRAGMENTATION * size) or None
     process = CPU_PROCESS if name == "cpu" else ACCELERATOR_PROCESS
-    return Device(
-        name, flops or UTILISATION * peak, UTILISATION * bandwidth, int(memory) or None, process, name != "cpu"
-    )
-
-
-def _measure_cpu(size: int = 1024) -> float:
-    """Measure the FLOP/s of a float32 matrix product on this machine."""
-    matrix, seconds = torch.ones(size, size), []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return Device(name, flops or UTILISATION * peak, UTILISATION * bandwidth, memory, process, name != "cpu")
 
 
 def make_plan(recipe: Recipe, request: PlanRequest) -> dict[str, Any]:
@@ -101,8 +90,8 @@ def make_plan(recipe: Recipe, request: PlanRequest) -> dict[str, Any]:
 
     Returns:
         Sections ``model``, ``batch``, ``device``, ``memory`` (bytes per process), ``flops`` (per rollout batch, all
-        processes), ``tokens``, ``seconds``, ``notes`` and ``phase1`` (shares of the first internal phase in the full
-        policy's cost). Internal phases are named ``internal``, ``internal_2``, ...
+        processes), ``tokens``, ``seconds``, ``notes`` and ``phase1`` (the first internal phase's update as a
+        share of the full policy's). Internal phases are named ``internal``, ``internal_2``, ...
 
     Raises:
         InputError, ConfigError: the model has no readable configuration, or recipe, model and request do not fit.
@@ -126,15 +115,9 @@ def make_plan(recipe: Recipe, request: PlanRequest) -> dict[str, Any]:
         if layer is not None:
             counts[name] = _beside(count_update(config, layer, work, internal=True, narrow=True), beside, weight)
     counts["full"] = full
-    memory = _memory(recipe, request, settings, model["parameters"], counts, count_rollout(config, depth, work))
+    memory = _memory(recipe, request, settings, work, model["parameters"], counts, count_rollout(config, depth, work))
     flops = _flops(settings, batch, counts)
-    layer, saved = next(iter(phases.values()))[0], None
-    if layer is not None:
-        kept = {name: counts[name]["update"] + 2 * counts[name]["gradients"] for name in ("internal", "full")}
-        saved = {
-            "update_flops": flops["updates_internal"] / flops["updates_full"],
-            "update_memory": kept["internal"] / kept["full"],
-        }
+    layer = next(iter(phases.values()))[0]
     tokens = batch["samples"] * batch["response"]
     return {
         "model": {**model, "internal_layer": layer, "trained": full["trained"]},
@@ -147,7 +130,7 @@ def make_plan(recipe: Recipe, request: PlanRequest) -> dict[str, Any]:
         "tokens": {"rollout": tokens, "run": tokens * recipe.rollouts},
         "seconds": _seconds(request, batch, phases, flops, memory),
         "notes": notes,
-        "phase1": saved,
+        "phase1": layer and {"update_flops": flops["updates_internal"] / flops["updates_full"]},
     }
 
 
@@ -231,6 +214,7 @@ def _memory(
     recipe: Recipe,
     request: PlanRequest,
     settings: BuPOConfig,
+    work: Workload,
     size: dict[str, int],
     counts: dict[str, dict[str, int]],
     rollout: dict[str, int],
@@ -245,39 +229,29 @@ def _memory(
         critic = weights + 3 * counts["full"]["gradients"]
     if sharding in ("fsdp2", "zero3"):  # two layers, embedding and unembedding are whole at a time
         weights //= n
-        gathered = (2 * size["largest_layer"] + size["embedding"] + size["head"]) * held
+        gathered = (2 * size["largest_layer"] + size["embedding"] + size["head"]) * work.dtype.itemsize
     if settings.use_vllm and settings.vllm_mode == "colocate":
         reserved = int(settings.vllm_gpu_memory_utilization * (device.memory or 0))
-    engine = "vLLM" if settings.use_vllm else "transformers"
-    memory: dict[str, Any] = {
-        "weights": weights,
-        "gathered": gathered,
-        "critic": critic,
-        "process": device.process,
-        "rollout": {"engine": engine, "reserved": reserved, **rollout},
-    }
-    slack = 1.0 if device.accelerator else CPU_ALLOCATOR
+    memory: dict[str, Any] = {"weights": weights, "gathered": gathered, "critic": critic, "process": device.process}
     peaks: dict[str, int] = {}
     above = {}
     for name, count in counts.items():
         gradients = count["trained"] * (4 if recipe.lora else held)
         optimizer = 2 * gradients // (n if sharding in ("fsdp2", "zero2", "zero3") else 1)
         # DDP reduces a second copy in buckets; without accumulation gradients are part of what an update makes
-        kept = {"none": gradients if settings.gradient_accumulation_steps > 1 else 0, "ddp": 2 * gradients}.get(
-            sharding, gradients // n
-        )
+        kept = {"none": gradients * work.accumulates, "ddp": 2 * gradients}.get(sharding, gradients // n)
         base = weights + gathered + critic + device.process + optimizer
-        work = {"update": kept + count["update"], "scoring": count["scoring"]}
+        parts = {"update": kept + count["update"], "scoring": count["scoring"]}
         if not settings.use_vllm:
-            work["rollout"] = rollout["peak"]
-        parts = {part: base + int(slack * size) for part, size in work.items()}
-        peaks |= {f"{part} ({name} phase)": size for part, size in parts.items()}
-        above[name] = max(parts.values()) - weights
-        memory[name] = {
-            "gradients": gradients, "optimizer": optimizer, "kept_activations": count["kept"],
-            "update_beside_weights": work["update"], **parts,
-        }  # fmt: skip
+            parts["rollout"] = rollout["peak"]
+        slack = 1.0 if device.accelerator else CPU_ALLOCATOR
+        totals = {part: base + int(slack * alive) for part, alive in parts.items()}
+        peaks |= {f"{part} ({name} phase)": total for part, total in totals.items()}
+        above[name] = max(totals.values()) - weights
+        state = {"gradients": gradients, "optimizer": optimizer, "kept_activations": count["kept"]}
+        memory[name] = {**state, "update_beside_weights": parts["update"], **totals}
     worst = max(peaks, key=lambda name: peaks[name])
+    memory["rollout"] = {"engine": "vLLM" if settings.use_vllm else "transformers", "reserved": reserved, **rollout}
     memory |= {"peak": peaks[worst], "peak_in": worst, "peak_above_weights": above, "needed": peaks[worst] + reserved}
     memory["fits"] = None if device.memory is None else memory["needed"] <= device.memory
     return memory
