@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bupo import internal_policy
 from bupo.errors import InputError
 from bupo.lens.batching import balance, batches, check_rollouts, subsample, subsample_evenly
-from bupo.lens.clustered import ClusterMeans, clustered_means, round_errors
+from bupo.lens.clustered import ClusterMeans, round_errors
 from tests.support.lens import Pair, pairs
 from tests.support.tiny import tiny_model
 
@@ -52,7 +52,7 @@ def test_an_open_internal_policy_is_named():
 
 def test_batches_cover_every_response_once_within_the_limit():
     responses = pairs([(3, n) for n in (1, 9, 4, 4, 7, 2)])
-    found = batches(responses, 20)
+    found = batches(responses, 20, range(6))
     assert sorted(i for batch in found for i in batch) == list(range(6))
     for batch in found:
         longest = max(len(responses[i].response_ids) + 2 for i in batch)
@@ -99,7 +99,7 @@ def test_cluster_means_and_errors_by_their_formulas():
     for i, part in enumerate(parts):
         (one if i % 2 else two).add(part, i)
     tokens = torch.cat(parts, 1)
-    mean, error = clustered_means(tokens, [4, 9, 2, 7])
+    mean, error = ClusterMeans.of(tokens, [4, 9, 2, 7]).statistics()
     torch.testing.assert_close(mean, tokens.mean(1))
     residual = torch.stack([(p - tokens.mean(1, keepdim=True)).sum(1) for p in parts])
     torch.testing.assert_close(error, (residual.square().sum(0) * 4 / 3).sqrt() / 22)
@@ -127,4 +127,4 @@ def test_one_response_falls_back_to_tokens_and_one_token_has_no_error():
     means.add(values, 0)
     torch.testing.assert_close(means.statistics()[1], values.std(1) / math.sqrt(50))
     assert "single response" in means.method
-    assert round_errors(clustered_means(values[:, :1], [1])[1]) == [None]
+    assert round_errors(ClusterMeans.of(values[:, :1], [1]).statistics()[1]) == [None]

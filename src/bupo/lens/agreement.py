@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from bupo.errors import InputError
 from bupo.lens.batching import TokenPair, pad, subsample
-from bupo.lens.clustered import clustered_means, round_errors, round_list
+from bupo.lens.clustered import ClusterMeans, round_errors, round_list
 from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import lens_stats
 from bupo.models.capture import capture_layers
@@ -31,12 +32,12 @@ from bupo.models.unembed import get_unembedding
 
 LENSES = ("raw", "norm")
 KINDS = ("entropy", "kl", "top1")
+TITLES = ("the paper's rule on the FFN entropy change", "knee of the agreement with the final policy")
 MOST_TOKENS, LEAST_TOKENS, SHARE = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds
 RESPONSES, TOKENS_PER_RESPONSE = 32, 4  # of more than 32 responses, so few that each has four sampled tokens on average
 FASTER = 3.0  # a knee needs a climb after it that is this many times as steep as the curve before it,
 LEAST_GAIN = 0.1  # and that gains at least this much in all
 _LAYERS_AT_ONCE = 8
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,19 +63,16 @@ def choose_layer(
     Costs two vocabulary products per layer and sampled token, and a forward pass of the sampled responses.
 
     Args:
-        model, responses, analysis: what was analysed, and the result of `bupo.lens.analyze.analyze_rollouts`, whose
-            boundary layer takes precedence.
+        model, responses, analysis: what was analysed, and the result of `bupo.lens.analyze.analyze_rollouts`.
         tokens: number of tokens to sample (default: 1/16 of the analysed ones, clamped to 128..512).
         seed: random seed of the sample.
         progress: called with ("comparing layers", layers done, layers in all).
 
     Returns:
-        The ``layer_choice`` block of ``analysis.json``: ``tokens``, ``responses``, ``seed``; ``recommendation`` with
-        ``layer``, ``criterion`` (boundary, knee or None) and ``reason``; ``criteria``, a list of dictionaries with
-        ``name``, ``title``, ``layer`` and ``reason``, the knee's also with ``standard_error`` in layers; ``curves``,
-        lists over layers 1..L for ``raw`` and ``norm``: ``entropy`` and ``kl`` (``KL(full policy || layer)``) in nats,
-        ``top1`` (share of tokens with the same most likely next token), and for ``norm`` also ``recovered``; and
-        ``standard_errors`` of the same, clustered by response.
+        The block ``layer_choice`` of ``analysis.json``. Its ``curves`` run over layers 1..L in both readings:
+        ``entropy`` and ``kl`` (``KL(full policy || layer)``) in nats, ``top1`` (share of tokens with the same most
+        likely next token) and, through the norm, ``recovered``. ``standard_errors`` are clustered by response, that
+        of the knee is in layers.
 
     Raises:
         InputError: non-finite logits.
@@ -87,21 +85,24 @@ def choose_layer(
         values, uniform_kl = _compare_layers(model, responses, drawn, progress)
     if not bool(torch.isfinite(values).all()):
         raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
-    curves, errors, recovered, influence = _curves(values, uniform_kl, counts)
+    # R is a ratio of means: to first order, its error is that of the mean influence of each token (L, N)
+    kl, scale = values[1, 1], uniform_kl.mean()
+    recovered = 1 - kl.mean(1) / scale
+    influence = ((1 - recovered)[:, None] * uniform_kl - kl) / scale
     knee, knee_error = find_knee(recovered.tolist()), None
     if knee.layer is not None:
         shift = knee_gradient(recovered, knee.layer) @ influence
-        (knee_error,) = round_errors(clustered_means(shift[None], counts)[1])
+        (knee_error,) = round_errors(ClusterMeans.of(shift[None], counts).statistics()[1])
     boundary = Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
-    titles = ("the paper's rule on the FFN entropy change", "knee of the agreement with the final policy")
+    curves, errors = _curves(values, recovered, influence, counts)
     return {
         "tokens": sum(counts),
         "responses": len(counts),
         "seed": seed,
         "recommendation": recommend(boundary, knee),
         "criteria": [
-            {"name": "boundary", "title": titles[0], **boundary._asdict()},
-            {"name": "knee", "title": titles[1], **knee._asdict(), "standard_error": knee_error},
+            {"name": "boundary", "title": TITLES[0], **boundary._asdict()},
+            {"name": "knee", "title": TITLES[1], **knee._asdict(), "standard_error": knee_error},
         ],
         "curves": curves,
         "standard_errors": errors,
@@ -122,44 +123,37 @@ def _compare_layers(
     output = lens_stats(final[None], unembedding, StatsRequest(top_k=1))
     request = StatsRequest(reference=final, kl_from_reference=True, top_k=1)
     parts = []
-    for first in range(0, len(states), _LAYERS_AT_ONCE):
-        group = states[first : first + _LAYERS_AT_ONCE]
+    for group in states.split(_LAYERS_AT_ONCE):
         stats = lens_stats(torch.cat([group, norm(group)]), unembedding, request)
         same = (stats["top"] == output["top"]).squeeze(-1).double()
         kl = stats["kl_from_reference"].clamp(min=0)  # it is negative by rounding only
         parts.append(torch.stack(torch.stack([stats["entropy"], kl, same]).cpu().chunk(2, dim=1)))
         if progress is not None:
-            progress("comparing layers", first + len(group), len(states))
+            progress("comparing layers", sum(part.shape[2] for part in parts), len(states))
     return torch.cat(parts, dim=2), math.log(len(unembedding.weight)) - output["entropy"][0].cpu()
 
 
 def _curves(
-    values: Tensor, uniform_kl: Tensor, counts: list[int]
-) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
-    """The means by lens and kind, their standard errors, R (L,), and the influence of each token on R (L, N)."""
-    curves, errors = {}, {}
-    for lens, of_lens in zip(LENSES, values, strict=True):
-        pairs = {kind: clustered_means(of_kind, counts) for kind, of_kind in zip(KINDS, of_lens, strict=True)}
-        curves[lens] = {kind: round_list(mean) for kind, (mean, _) in pairs.items()}
-        errors[lens] = {kind: round_errors(error) for kind, (_, error) in pairs.items()}
-    # R is a ratio of means: to first order, its error is that of the mean influence
-    kl, scale = values[1, 1], uniform_kl.mean()
-    recovered = 1 - kl.mean(1) / scale
-    influence = ((1 - recovered)[:, None] * uniform_kl - kl) / scale
-    curves["norm"]["recovered"] = round_list(recovered)
-    errors["norm"]["recovered"] = round_errors(clustered_means(influence, counts)[1])
-    return curves, errors, recovered, influence
+    values: Tensor, recovered: Tensor, influence: Tensor, counts: list[int]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The means and their standard errors by lens and kind, each a list over layers."""
+    rows = torch.cat([values.flatten(0, 2), influence])
+    means, errors = (part.split(len(recovered)) for part in ClusterMeans.of(rows, counts).statistics())
+    names = [*product(LENSES, KINDS), ("norm", "recovered")]
+    curves: tuple[dict, dict] = ({lens: {} for lens in LENSES}, {lens: {} for lens in LENSES})
+    for (lens, kind), mean, error in zip(names, (*means[:-1], recovered), errors, strict=True):
+        curves[0][lens][kind], curves[1][lens][kind] = round_list(mean), round_errors(error)
+    return curves
 
 
 def _final_norm(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The final norm on float32 states (..., N, d), computed as the model does: in its dtype, on its device."""
     norm = find_layout(model).final_norm
     weight = next(norm.parameters(), None)
-    dtype = unwrap(model).dtype if weight is None else weight.dtype
 
     def apply(states: Tensor) -> Tensor:
-        device = states.device if weight is None else weight.device
-        return norm(states.to(device, dtype)).to(states.device, torch.float32)
+        there = states.to(unwrap(model).dtype) if weight is None else states.to(weight.device, weight.dtype)
+        return norm(there).to(states.device, torch.float32)
 
     return apply
 

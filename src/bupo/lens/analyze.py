@@ -7,7 +7,7 @@ Shape legend: L layers, N tokens, k top tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.lens.agreement import choose_layer
+from bupo.lens.agreement import Progress, choose_layer
 from bupo.lens.batching import PaddedBatch, TokenPair, balance, batches, check_rollouts, pad, subsample
 from bupo.lens.boundary import find_boundary
 from bupo.lens.clustered import ClusterMeans, round_errors, round_list
@@ -52,7 +52,7 @@ class Statistics:
                 raise InputError(
                     f"unknown statistic {name!r}; choose from logprob, rank, varentropy, kl, topK (as top5)"
                 )
-        self.tops = sorted({int(name[3:]) for name in names if name.startswith("top")})
+        self.tops = sorted({int(name[3:]) for name in names if name not in MEANS})
         self.columns = [name for name in MEANS if name in names]
         self.columns += ["top1_probability", *(f"top{k}_mass" for k in self.tops)] if self.tops else []
 
@@ -93,7 +93,7 @@ class AnalysisOptions:
     layer_choice: bool = False
     choice_tokens: int | None = None
     on_tokens: Callable[[PaddedBatch, Stats], None] | None = None
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
 
 
 def analyze_rollouts(
@@ -148,8 +148,9 @@ def analyze_rollouts(
         counts = {"tokens_used": means.tokens, "tokens_of_responses": sum(sizes)}
         result["sampling"] = {"max_tokens": max_tokens, **counts}
     if options.layer_choice:
-        more: dict[str, Any] = {"tokens": options.choice_tokens, "seed": seed, "progress": options.progress}
-        result["layer_choice"] = choose_layer(model, pairs, result, **more)
+        choice_tokens, progress = options.choice_tokens, options.progress
+        block = choose_layer(model, pairs, result, tokens=choice_tokens, seed=seed, progress=progress)
+        result["layer_choice"] = block
     return result
 
 
@@ -204,7 +205,12 @@ class _Reader:
             states = (before, layers, self.unembedding)
             of_before, stats = residual_group_stats(*states, request, with_before=first_layer == 1)
             first.update(of_before)
-            _check_finite(stats["entropy"], first_layer)
+            if not bool((finite := torch.isfinite(stats["entropy"])).all()):
+                layer, site = (~finite).any(-1).nonzero()[0].tolist()
+                raise InputError(
+                    f"non-finite logits at layer {first_layer + layer}, site {GROUP_SITES[site]}: the weights are "
+                    f"damaged or the dtype is too narrow for this model (try --dtype float32)"
+                )
             groups.append({name: values.cpu() for name, values in stats.items()})
             cosines.extend(_residual_cosines(before, layers))
 
@@ -224,21 +230,21 @@ class _Reader:
 
     def result(self, means: ClusterMeans) -> dict[str, Any]:
         """The content of the result file that follows from the means."""
-        extra = [f"{column}:{site}" for column in self._statistics.columns for site in SITES]
-        names = [*SITES, *(f"change_{c}" for c in CHANGES), *(f"cosine_{c}" for c in COSINES), *extra]
+        columns = self._statistics.columns
+        names = [*SITES, *(f"change_{c}" for c in CHANGES), *(f"cosine_{c}" for c in COSINES)]
+        names += [f"{column}:{site}" for column in columns for site in SITES]
         mean, error = means.statistics()
-        mean_of = dict(zip(names, mean[:-1].view(-1, self._n_layers), strict=True))
-        error_of = dict(zip(names, error[:-1].view(-1, self._n_layers), strict=True))
-        boundary = find_boundary(mean_of["change_ffn"].tolist(), error_of["change_ffn"].tolist())
+        rows = zip(*(part[:-1].view(-1, self._n_layers) for part in (mean, error)), strict=True)
+        row_of = dict(zip(names, rows, strict=True))
+        boundary = find_boundary(*(row.tolist() for row in row_of["change_ffn"]))
         inner, unembedding = unwrap(self.model), self.unembedding
 
-        def pair(key: str, prefix: str, kinds: Sequence[str]) -> dict[str, Any]:
+        def lists(key: str, errors: str, prefix: str, kinds: Iterable[str]) -> dict[str, dict[str, Any]]:
             return {
-                key: {kind: round_list(mean_of[prefix + kind]) for kind in kinds},
-                f"{key}_standard_errors": {kind: round_errors(error_of[prefix + kind]) for kind in kinds},
+                key: {kind: round_list(row_of[prefix + kind][0]) for kind in kinds},
+                errors: {kind: round_errors(row_of[prefix + kind][1]) for kind in kinds},
             }
 
-        sites = pair("sites", "", SITES)
         result: dict[str, Any] = {
             "architecture": type(inner).__name__,
             "layers": self._n_layers,
@@ -257,29 +263,17 @@ class _Reader:
             "standard_error_method": means.method,
             "final_entropy": round_list(mean[-1:])[0],
             "final_entropy_standard_error": round_errors(error[-1:])[0],
-            "sites": sites["sites"],
-            "standard_errors": sites["sites_standard_errors"],
-            **pair("entropy_change", "change_", tuple(CHANGES)),
-            **pair("residual_cosine", "cosine_", COSINES),
+            **lists("sites", "standard_errors", "", SITES),
+            **lists("entropy_change", "entropy_change_standard_errors", "change_", CHANGES),
+            **lists("residual_cosine", "residual_cosine_standard_errors", "cosine_", COSINES),
             "regions": boundary.regions(),
             "boundary_layer": boundary.layer,
             "boundary_reason": boundary.reason,
         }
-        for column in self._statistics.columns:
-            for key, by_site in pair("statistics", f"{column}:", SITES).items():
+        for column in columns:
+            for key, by_site in lists("statistics", "statistics_standard_errors", f"{column}:", SITES).items():
                 result.setdefault(key, {})[column] = by_site
         return result
-
-
-def _check_finite(entropy: Tensor, first_layer: int) -> None:
-    """Raise `InputError` for entropies (G, 5, N) that are not all finite."""
-    finite = torch.isfinite(entropy)
-    if not bool(finite.all()):
-        layer, site = (~finite).any(-1).nonzero()[0].tolist()
-        raise InputError(
-            f"non-finite logits at layer {first_layer + layer}, site {GROUP_SITES[site]}: the weights are "
-            f"damaged or the dtype is too narrow for this model (try --dtype float32)"
-        )
 
 
 def _residual_cosines(before: Tensor, layers: list[LayerStates]) -> list[Tensor]:

@@ -5,30 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bupo.errors import InputError
 from bupo.models.layout import context_length, find_layout, unwrap
 
 
-class TokenPair(Protocol):
+class TokenPair(NamedTuple):
     """A prompt and its response as token ids."""
 
-    @property
-    def prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def response_ids(self) -> Sequence[int]: ...
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A response that was passed as a tuple or a mapping."""
-
-    prompt_ids: Any
-    response_ids: Any
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
     problem_id: str | None = None
 
 
@@ -50,7 +42,7 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
         )
     if not responses:
         raise InputError("there are no responses to analyse")
-    limit = context_length(unwrap(model).config)
+    limit = context_length(unwrap(model).config) or math.inf
     vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
     pairs = [_token_pair(number, response) for number, response in enumerate(responses, start=1)]
     for number, pair in enumerate(pairs, start=1):
@@ -58,13 +50,12 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
             raise InputError(f"response {number} is empty; every row needs at least one response token")
         if not len(pair.prompt_ids):
             raise InputError(f"prompt {number} is empty; the first response token is predicted from its last token")
-        length = len(pair.prompt_ids) + len(pair.response_ids)
-        if limit is not None and length > limit:
+        if (length := len(pair.prompt_ids) + len(pair.response_ids)) > limit:
             raise InputError(
                 f"response {number} with its prompt has {length} tokens, more than the model's context of {limit}; "
                 f"shorten or drop it"
             )
-        for token in (t for ids in (pair.prompt_ids, pair.response_ids) for t in (min(ids), max(ids))):
+        for token in (extreme(ids) for ids in pair[:2] for extreme in (min, max)):
             if not 0 <= token < vocabulary:
                 raise InputError(
                     f"response {number} contains token id {token}, outside this model's vocabulary of {vocabulary}; "
@@ -74,13 +65,12 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
 
 
 def _token_pair(number: int, response: Any) -> TokenPair:
-    pair = response
-    if isinstance(response, Mapping):
-        pair = _Pair(response.get("prompt_ids"), response.get("response_ids"), response.get("problem_id"))
-    elif isinstance(response, tuple | list) and len(response) == 2:
-        pair = _Pair(*response)
-    ids = (getattr(pair, "prompt_ids", None), getattr(pair, "response_ids", None))
-    if all(hasattr(one, "__len__") and not isinstance(one, str) for one in ids):
+    if isinstance(response, tuple | list) and len(response) == 2:
+        pair = TokenPair(*response)
+    else:
+        get = response.get if isinstance(response, Mapping) else partial(getattr, response)
+        pair = TokenPair(*(get(name, None) for name in TokenPair._fields))
+    if all(hasattr(ids, "__len__") and not isinstance(ids, str) for ids in pair[:2]):
         return pair
     raise InputError(
         f"response {number} is a {type(response).__name__} without prompt_ids and response_ids; pass objects or "
@@ -112,24 +102,19 @@ def subsample(lengths: Sequence[int], tokens: int, seed: int, *, max_responses: 
 
 def subsample_evenly(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     """Draw about ``tokens`` tokens, the same share of every response and at least two; returned as by `subsample`."""
-    share = tokens / sum(lengths)
+    share = min(1.0, tokens / sum(lengths))
     drawn = []
     for index, length in enumerate(lengths):
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
-        count = length if share >= 1 else min(length, max(2, math.ceil(share * length)))
-        drawn.append(sorted(order[:count].tolist()))
+        drawn.append(sorted(order[: max(2, math.ceil(share * length))].tolist()))
     return drawn
 
 
-def batches(responses: Sequence[TokenPair], max_tokens: int, indices: Sequence[int] | None = None) -> list[list[int]]:
-    """Group response indices into batches of at most ``max_tokens`` padded tokens, longest first to save padding.
-
-    Args:
-        indices: the responses to group (default: all).
-    """
+def batches(responses: Sequence[TokenPair], max_tokens: int, indices: Sequence[int]) -> list[list[int]]:
+    """Group response indices into batches of at most ``max_tokens`` padded tokens, longest first to save padding."""
     lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in responses]
     grouped: list[list[int]] = []
-    for index in sorted(range(len(responses)) if indices is None else indices, key=lambda i: -lengths[i]):
+    for index in sorted(indices, key=lambda i: -lengths[i]):
         if grouped and lengths[grouped[-1][0]] * (len(grouped[-1]) + 1) <= max_tokens:
             grouped[-1].append(index)
         else:
@@ -171,26 +156,13 @@ class PaddedBatch:
 def pad(
     responses: Sequence[TokenPair], tokens: Sequence[Sequence[int]], indices: Sequence[int], device: torch.device
 ) -> PaddedBatch:
-    """Pad some responses into one batch.
-
-    Args:
-        responses, tokens: all responses, and the ascending indices (from 0) of the tokens to read of each.
-        indices: the responses to pad, counted from 0.
-    """
-    rows = [[*responses[i].prompt_ids, *responses[i].response_ids][:-1] for i in indices]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for number, (row, i) in enumerate(zip(rows, indices, strict=True)):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-        positions[number, torch.tensor(tokens[i], dtype=torch.long) + len(responses[i].prompt_ids) - 1] = True
-    places = [(i, token) for i in indices for token in tokens[i]]
-    targets = torch.tensor([responses[i].response_ids[token] for i, token in places])
-    return PaddedBatch(
-        ids.to(device),
-        mask.to(device),
-        positions.to(device),
-        targets.to(device),
-        torch.tensor(places) + 1,
-        [len(tokens[i]) for i in indices],
-    )
+    """Pad the responses with these indices into one batch, which reads the given ``tokens`` (from 0) of each."""
+    rows = [torch.tensor([*responses[i].prompt_ids, *responses[i].response_ids][:-1]) for i in indices]
+    ids, mask = (pad_sequence(part, batch_first=True) for part in (rows, [torch.ones_like(row) for row in rows]))
+    places = torch.tensor([(row, i, token) for row, i in enumerate(indices) for token in tokens[i]])
+    row, _, token = places.T
+    positions = torch.zeros_like(ids, dtype=torch.bool)
+    positions[row, token + torch.tensor([len(responses[i].prompt_ids) - 1 for i in indices])[row]] = True
+    targets = torch.tensor([responses[i].response_ids[token] for i in indices for token in tokens[i]])
+    ids, mask, positions, targets = (tensor.to(device) for tensor in (ids, mask, positions, targets))
+    return PaddedBatch(ids, mask, positions, targets, places[:, 1:] + 1, [len(tokens[i]) for i in indices])

@@ -9,22 +9,18 @@ pattern have no boundary layer; the reason says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # "About zero" means within this share of the largest positive change, or within two standard errors of zero. The
 # positive changes set the scale: in Llama models they are weak everywhere and still make up the exploration region.
 ABOUT_ZERO = 0.15
-# At most this share of the layers may have another sign than their region's.
-MISFITS = 0.15
-_WHAT = "FFN entropy change"
+MISFITS = 0.15  # at most this share of the layers may have another sign than their region's
 Range = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Boundary:
+class Boundary(NamedTuple):
     """The boundary layer (from 1) or None, the reason in one sentence, and the regions as inclusive ranges or None."""
 
     layer: int | None
@@ -35,24 +31,7 @@ class Boundary:
 
     def regions(self) -> dict[str, list[int] | None]:
         """The regions by name, for the result file."""
-        names = ("exploration", "integration", "convergence")
-        return {name: None if getattr(self, name) is None else list(getattr(self, name)) for name in names}
-
-
-class LayerSigns(NamedTuple):
-    """Whether the change of each layer is positive, about zero, and negative."""
-
-    positive: list[bool]
-    small: list[bool]
-    negative: list[bool]
-
-
-class Split(NamedTuple):
-    """Exploration is layers 1..first, integration first+1..last, convergence last+1..L; misfits do not fit theirs."""
-
-    misfits: int
-    first: int
-    last: int
+        return {name: region and list(region) for name, region in zip(self._fields[2:], self[2:], strict=True)}
 
 
 def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] | None = None) -> Boundary:
@@ -67,88 +46,61 @@ def find_boundary(ffn_change: Sequence[float], standard_errors: Sequence[float] 
         ffn_change: FFN entropy change of layers 1..L, nats.
         standard_errors: of the same, nats; zero where not given or unknown (NaN).
     """
-    change = list(ffn_change)
-    errors = [0.0 if math.isnan(e) else e for e in standard_errors or [0.0] * len(change)]
-    if len(errors) != len(change) or not change:
-        raise ValueError("pass one change and one standard error per layer")
-    signs = classify_layers(change, errors)
-    return _missing_sign(signs) or explain(change, signs, best_split(change, signs))
-
-
-def classify_layers(change: list[float], errors: list[float]) -> LayerSigns:
-    """Tell positive, small and negative changes apart, with two standard errors of noise."""
+    change, n, what = list(ffn_change), len(ffn_change), "FFN entropy change"
+    noise = [0.0 if math.isnan(e) else 2 * e for e in standard_errors or [0.0] * n]
     zero = ABOUT_ZERO * max(0.0, *change)
-    noisy = [(c, 2 * e) for c, e in zip(change, errors, strict=True)]
-    return LayerSigns([c > e for c, e in noisy], [abs(c) <= max(e, zero) for c, e in noisy], [c < -e for c, e in noisy])
+    positive, negative = ([s * c > e for c, e in zip(change, noise, strict=True)] for s in (1, -1))
+    small = [abs(c) <= max(e, zero) for c, e in zip(change, noise, strict=True)]
+    if all(negative):
+        reason = f"the {what} is negative in every layer (1 to {n}): there is no exploration region"
+        return Boundary(None, f"{reason}, so the rule gives no boundary layer", convergence=(1, n))
+    if all(positive):
+        reason = f"the {what} is positive in every layer (1 to {n}): it never shifts to integration or convergence"
+        return Boundary(None, f"{reason}, so the rule would only return the last layer, which is no boundary", (1, n))
+    for present, side, region in ((positive, "above", "exploration"), (negative, "below", "convergence")):
+        if not any(present):
+            return Boundary(None, f"the {what} is {side} zero by two standard errors in no layer: no {region} region")
+    misfits, first, last = _best_split(change, positive, small, negative)
+    allowed = int(MISFITS * n)
+    if misfits > allowed:
+        seen = "only the last layer is positive"
+        if first:
+            seen = f"{misfits} of {n} layers do not fit the best split (at most {allowed} may)"
+        signs = "".join("+" if p else "-" if m else "0" for p, m in zip(positive, negative, strict=True))
+        reason = f"the signs of the {what} do not fall into positive, about zero, negative"
+        return Boundary(None, f"{reason}: {seen}: {signs}")
+    abrupt, after = last == first, first + 1
+    shift = f"the abrupt convergence from {after} on" if abrupt else f"the shift to integration in layer {after}"
+    return Boundary(
+        first,
+        f"layer {first} is the last with a positive {what} ({change[first - 1]:+.3g} nats) before {shift}; "
+        f"{misfits} of {n} layers do not fit their region",
+        exploration=(1, first),
+        integration=None if abrupt else (after, last),
+        convergence=(last + 1, n),
+    )
 
 
-def best_split(change: list[float], signs: LayerSigns) -> Split | None:
-    """The split with the fewest misfits, then the smallest deviations; None if only the last layer is positive."""
-    n = len(change)
-    not_positive, not_small, not_negative = (_cumulative([not fit for fit in fits]) for fits in signs)
-    sums, squares = _cumulative(change), _cumulative([c * c for c in change])
+def _best_split(change: list[float], *fits: list[bool]) -> tuple[int, int, int]:
+    """Number of misfits and the last layers of exploration and integration; (L, 0, 0) if only layer L is positive."""
+    n, positive = len(change), fits[0]
+    not_positive, not_small, not_negative = (_cumulative(not fit for fit in region) for region in fits)
+    sums, squares = _cumulative(change), _cumulative(c * c for c in change)
 
     def spread(start: int, stop: int) -> float:  # squared deviations from the mean of change[start:stop]
         total = sums[stop] - sums[start]
         return max(0.0, squares[stop] - squares[start] - total * total / max(1, stop - start))
 
-    splits = []
-    for first in (layer for layer in range(1, n) if signs.positive[layer - 1]):
+    splits = [(n, math.inf, 0, 0)]
+    for first in (layer for layer in range(1, n) if positive[layer - 1]):
         for last in range(first, n):
             misfits = not_positive[first] + not_small[last] - not_small[first] + not_negative[n] - not_negative[last]
             deviations = spread(0, first) + squares[last] - squares[first] + spread(last, n)
             splits.append((misfits, deviations, first, last))
-    if not splits:
-        return None
     misfits, _, first, last = min(splits)
-    return Split(int(misfits), first, last)
+    return misfits, first, last
 
 
-def explain(change: list[float], signs: LayerSigns, split: Split | None) -> Boundary:
-    """The boundary of a split, or the reason why the signs are too disordered to have one."""
-    n = len(change)
-    allowed = int(MISFITS * n)
-    if split is None or split.misfits > allowed:
-        signs_text = "".join("+" if p else "-" if m else "0" for p, _, m in zip(*signs, strict=True))
-        seen = "only the last layer is positive"
-        if split is not None:
-            seen = f"{split.misfits} of {n} layers do not fit the best split (at most {allowed} may)"
-        return Boundary(
-            None, f"the signs of the {_WHAT} do not fall into positive, about zero, negative: {seen}: {signs_text}"
-        )
-    misfits, first, last = split
-    abrupt = last == first
-    shift = (
-        f"the abrupt convergence from {first + 1} on" if abrupt else f"the shift to integration in layer {first + 1}"
-    )
-    return Boundary(
-        first,
-        f"layer {first} is the last with a positive {_WHAT} ({change[first - 1]:+.3g} nats) before {shift}; "
-        f"{misfits} of {n} layers do not fit their region",
-        exploration=(1, first),
-        integration=None if abrupt else (first + 1, last),
-        convergence=(last + 1, n),
-    )
-
-
-def _missing_sign(signs: LayerSigns) -> Boundary | None:
-    """The reason for no boundary where a sign is missing, and the region that all layers form, if they do."""
-    n = len(signs.positive)
-    if all(signs.negative):
-        reason = (
-            f"the {_WHAT} is negative in every layer (1 to {n}): there is no exploration region, so the rule gives no"
-        )
-        return Boundary(None, f"{reason} boundary layer", convergence=(1, n))
-    if all(signs.positive):
-        reason = f"the {_WHAT} is positive in every layer (1 to {n}): it never shifts to integration or convergence, so"
-        return Boundary(None, f"{reason} the rule would only return the last layer, which is no boundary", (1, n))
-    for present, side, region in ((signs.positive, "above", "exploration"), (signs.negative, "below", "convergence")):
-        if not any(present):
-            reason = f"the {_WHAT} is {side} zero by two standard errors in no layer: no {region} region"
-            return Boundary(None, reason)
-    return None
-
-
-def _cumulative(values: Sequence[float]) -> list[float]:
+def _cumulative(values: Iterable[Any]) -> list[Any]:
     """Sums of the first 0, 1, 2, ... values."""
-    return list(accumulate(values, initial=0.0))
+    return list(accumulate(values, initial=0))

@@ -34,6 +34,14 @@ class ClusterMeans:
     def __init__(self, rows: Iterable[dict[int, ResponseSums]] = ()):
         self.rows = {index: row for part in rows for index, row in part.items()}
 
+    @classmethod
+    def of(cls, values: Tensor, counts: list[int], sizes: list[int] | None = None) -> ClusterMeans:
+        """The means of values (K, N), response by response: ``counts`` tokens of each, which stand for ``sizes``."""
+        means = cls()
+        for index, part in enumerate(values.split(counts, dim=-1)):
+            means.add(part, index, sizes[index] if sizes else None)
+        return means
+
     def add(self, values: Tensor, response: int, size: int | None = None) -> None:
         """Add values (K, n) of tokens of one response, which stand for ``size`` tokens (default: for themselves)."""
         values, n = values.detach().to("cpu", torch.float64), values.shape[-1]
@@ -65,20 +73,9 @@ class ClusterMeans:
         return mean, (variance / (row.read - 1)).sqrt()
 
 
-def clustered_means(values: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Means (K,) of values (K, N), response by response with these counts, and their standard errors."""
-    means = ClusterMeans()
-    for index, part in enumerate(values.split(counts, dim=-1)):
-        means.add(part, index)
-    return means.statistics()
-
-
 def round_list(values: Tensor, digits: int = 6) -> list[float]:
     """Round finite values to a plain list for JSON."""
-    rounded = [round(float(v), digits) for v in values]
-    if not all(math.isfinite(v) for v in rounded):
-        raise ValueError("a statistic is not finite")
-    return rounded
+    return [round(value, digits) for value in values.tolist()]
 
 
 def round_errors(errors: Tensor) -> list[float | None]:

@@ -36,7 +36,7 @@ class LayerMeasurements:
     """One model's values per token.
 
     Attributes:
-        values: (K, N) float64, response by response; see `columns`.
+        values: (K, N) float64, response by response: log-prob, L entropies, L-l+1 divergences, L*L cosines.
         layers, layer: L, and the chosen layer l, from 1.
         counts, sizes: number of tokens read per response, and in all per response.
     """
@@ -46,11 +46,6 @@ class LayerMeasurements:
     layer: int
     counts: list[int]
     sizes: list[int]
-
-    def columns(self) -> list[tuple[str, int]]:
-        """Names and lengths of the groups of rows in ``values``."""
-        later = self.layers - self.layer + 1
-        return [("logprob", 1), ("entropy", self.layers), ("divergence", later), ("cosine", self.layers**2)]
 
 
 def measure_layers(
@@ -65,8 +60,7 @@ def measure_layers(
     """Measure one model on (some tokens of) the responses.
 
     Args:
-        model: a decoder-only causal LM.
-        responses: prompts and responses, as for `bupo.lens.analyze.analyze_rollouts`.
+        model, responses: as for `bupo.lens.analyze.analyze_rollouts`.
         layer: l, from 1: the layer whose policy was trained.
         tokens: number of tokens to draw, about the same share of every response. The draw depends only on ``seed`` and
             the lengths, so that several models are measured on the same tokens.
@@ -84,7 +78,7 @@ def measure_layers(
     counts = [len(part) for part in drawn]
     measured: dict[int, Tensor] = {}
     with eval_mode(unwrap(model)), torch.no_grad():
-        for indices in batches(pairs, _BATCH_TOKENS):
+        for indices in batches(pairs, _BATCH_TOKENS, range(len(pairs))):
             batch = pad(pairs, drawn, indices, unembedding.weight.device)
             states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
             request = StatsRequest(targets=batch.targets, reference=states[layer - 1], kl_from_reference=True)
@@ -122,13 +116,18 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
         InputError: the models do not have the same number of layers.
     """
     first_name, first = measurements[0]
+    models: list[dict[str, Any]] = []
     for name, one in measurements:
         if (one.layers, one.layer) != (first.layers, first.layer):
             raise InputError(
                 f"{first_name} has {first.layers} layers and {name} has {one.layers}; only states of one model "
                 "(before, during and after training) can be compared layer by layer"
             )
-    result: dict[str, Any] = {
+        item = {"name": name, **_summary(first, one.values, "perplexity")}
+        if models:
+            item["change"] = _summary(first, one.values - first.values, "perplexity_ratio")
+        models.append(item)
+    return {
         "schema": 1,
         "kind": "comparison",
         "layer": first.layer,
@@ -136,22 +135,9 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
         "tokens": sum(first.counts),
         "tokens_of_responses": sum(first.sizes),
         "samples": len(first.counts),
-        "standard_error_method": _means(first, first.values).method,
-        "models": [],
+        "standard_error_method": ClusterMeans.of(first.values[:1], first.counts).method,
+        "models": models,
     }
-    for number, (name, one) in enumerate(measurements):
-        item = {"name": name, **_summary(first, one.values, "perplexity")}
-        if number:
-            item["change"] = _summary(first, one.values - first.values, "perplexity_ratio")
-        result["models"].append(item)
-    return result
-
-
-def _means(about: LayerMeasurements, values: Tensor) -> ClusterMeans:
-    means = ClusterMeans()
-    for index, part in enumerate(values.split(about.counts, dim=-1)):
-        means.add(part, index, about.sizes[index])
-    return means
 
 
 def _summary(about: LayerMeasurements, values: Tensor, perplexity: str) -> dict[str, Any]:
@@ -160,18 +146,21 @@ def _summary(about: LayerMeasurements, values: Tensor, perplexity: str) -> dict[
     ``perplexity`` names ``exp(-mean log-prob)``, a ratio of perplexities for a difference; its standard error follows
     from the logarithm's.
     """
-    columns = about.columns()
-    parts = (part.split([width for _, width in columns]) for part in _means(about, values).statistics())
-    by_name = {name: pair for (name, _), *pair in zip(columns, *parts, strict=True)}
-    matrix, errors = (part.view(about.layers, -1) for part in by_name.pop("cosine"))
-    by_name["cosine_of_layer"] = [matrix[about.layer - 1], errors[about.layer - 1]]
+    layers, row = about.layers, about.layer - 1
+    groups = (1, layers, layers - row, layers**2)
+    means, errors = (part.split(groups) for part in ClusterMeans.of(values, about.counts, about.sizes).statistics())
+    matrix, of_matrix = (part[-1].view(layers, layers) for part in (means, errors))
+    columns = {
+        "entropy": (means[1], errors[1]),
+        "divergence": (means[2], errors[2]),
+        "cosine_of_layer": (matrix[row], of_matrix[row]),
+    }
     summary: dict[str, Any] = {
         name: {"mean": round_list(mean), "standard_error": round_errors(error)}
-        for name, (mean, error) in by_name.items()
+        for name, (mean, error) in columns.items()
     }
-    summary["cosine"] = [round_list(row, 4) for row in matrix]
-    logprob = summary.pop("logprob")
-    value, (error,) = math.exp(-logprob["mean"][0]), logprob["standard_error"]
+    summary["cosine"] = [round_list(line, 4) for line in matrix]
+    value = math.exp(-round_list(means[0])[0])
+    (error,) = round_errors(errors[0])
     error = None if error is None else round(value * error, 6)
-    summary[perplexity] = {"value": round(value, 6), "standard_error": error}
-    return summary
+    return summary | {perplexity: {"value": round(value, 6), "standard_error": error}}

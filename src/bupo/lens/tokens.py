@@ -30,35 +30,29 @@ class ParquetTokenWriter:
     requested ones of ``logprob``, ``rank``, ``varentropy``, ``kl``, ``top`` (ids) and ``top_probability``.
 
     Args:
-        near: where the table will be; it has a temporary name beside that path until `close`.
+        near: where the table will be; it lies in a temporary folder beside that path until `close`.
     """
 
     def __init__(self, near: Path):
-        self._folder = next(p for p in (near, *near.absolute().parents) if p.is_dir())
-        self._temporary: str | None = None
+        parent = next(p for p in (near, *near.absolute().parents) if p.is_dir())
+        # an analysis that fails leaves nothing behind: the folder goes with the writer, at the latest at exit
+        self._folder = tempfile.TemporaryDirectory(dir=parent, prefix=".per_token.", ignore_cleanup_errors=True)
+        self._table = Path(self._folder.name) / "table"
         self._writer: pq.ParquetWriter | None = None
 
     def __call__(self, batch: PaddedBatch, stats: Stats) -> None:
         """Append the statistics (6, L, N[, k]) of a batch, sites in the order of `SITES`."""
         table = _parquet_table(batch, stats)
         if self._writer is None:
-            handle, self._temporary = tempfile.mkstemp(dir=self._folder, prefix=".per_token.")
-            os.close(handle)
-            self._writer = pq.ParquetWriter(self._temporary, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._table, table.schema, compression="zstd")
         self._writer.write_table(table)
 
     def close(self, path: Path) -> None:
         """Finish the table and give it its name."""
         assert self._writer is not None
-        assert self._temporary is not None
         self._writer.close()
-        os.chmod(self._temporary, 0o644)
-        os.replace(self._temporary, path)
-        self._temporary = None
-
-    def __del__(self) -> None:  # an analysis that failed leaves nothing behind
-        if self._temporary is not None:
-            Path(self._temporary).unlink(missing_ok=True)
+        os.replace(self._table, path)
+        self._folder.cleanup()
 
 
 def _parquet_table(batch: PaddedBatch, stats: Stats) -> pa.Table:
@@ -94,9 +88,7 @@ def explore_rollouts(
     """Compute statistics of the layer policies at every response token, one response at a time.
 
     Args:
-        model: a decoder-only causal LM.
-        responses: a few responses, as for `bupo.lens.analyze.analyze_rollouts`; each costs L vocabulary products per
-            token.
+        model, responses: as for `bupo.lens.analyze.analyze_rollouts`; each token costs L vocabulary products.
         decode: turns token ids into text.
         progress: called with ("reading single tokens", responses done, responses in all).
 
@@ -118,7 +110,7 @@ def explore_rollouts(
             states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
             request = StatsRequest(targets=batch.targets, rank=True, reference=final, kl=True, top_k=TOP_K)
             sample = {
-                "problem_id": getattr(pair, "problem_id", None),
+                "problem_id": pair.problem_id,
                 "prompt": decode(list(pair.prompt_ids)),
                 "tokens": [decode([token]) for token in pair.response_ids],
                 "layers": len(states),
@@ -132,16 +124,11 @@ def explore_rollouts(
 def _explorer_rows(stats: Stats, decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """Statistics (L, T[, k]) of one response as lists, rounded."""
     text = {token: decode([token]) for token in set(stats["top"].flatten().tolist())}
-
-    def rows(values: Tensor) -> list[list[float]]:
-        return [[round(v, 4) for v in row] for row in values.tolist()]
-
-    def cell(ids: list[int], probabilities: list[float]) -> list[list[Any]]:
-        return [[text[token], round(p, 4)] for token, p in zip(ids, probabilities, strict=True)]
-
-    layers = zip(stats["top"].tolist(), stats["top_probability"].tolist(), strict=True)
-    return {
-        **{name: rows(stats[name]) for name in ("entropy", "logprob", "kl")},
-        "rank": stats["rank"].long().tolist(),
-        "top": [[cell(*at) for at in zip(*layer, strict=True)] for layer in layers],
+    numbers = {
+        name: [[round(v, 4) for v in row] for row in stats[name].tolist()] for name in ("entropy", "logprob", "kl")
     }
+    top = [
+        [[[text[i], round(p, 4)] for i, p in zip(*cell, strict=True)] for cell in zip(*layer, strict=True)]
+        for layer in zip(stats["top"].tolist(), stats["top_probability"].tolist(), strict=True)
+    ]
+    return {**numbers, "rank": stats["rank"].long().tolist(), "top": top}
