@@ -148,37 +148,6 @@ def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
 
 
-def watch_traffic(trainer: Any) -> list[list[int]]:
-    """Gradient elements that this process hands to DDP's all-reduce or FSDP2's reduce-scatter, update by update."""
-    import torch.distributed as dist
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-    from torch.nn.parallel import DistributedDataParallel
-    from transformers import TrainerCallback
-
-    updates: list[list[int]] = [[]]
-    original = dist.reduce_scatter_single
-
-    def counted(**kwargs: Any) -> Any:
-        updates[-1].append(kwargs["input"].numel())
-        return original(**kwargs)
-
-    def hook(state, bucket):  # DDP checks annotations, and takes none but its own
-        updates[-1].append(bucket.buffer().numel())
-        return allreduce_hook(state, bucket)
-
-    class Count(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            dist.reduce_scatter_single = counted
-            if isinstance(trainer.model_wrapped, DistributedDataParallel):
-                trainer.model_wrapped.register_comm_hook(None, hook)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            updates.append([])
-
-    trainer.add_callback(Count())
-    return updates
-
-
 def train(
     folder: str,
     rank: int,
@@ -188,7 +157,7 @@ def train(
     script: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
-    """A whole run; losses, log, gradient traffic and final weights of this process go to the folder.
+    """A whole run; losses, log and final weights of this process go to the folder.
 
     Args:
         sampled: the model samples; else `responses`, the same for one process and for two.
@@ -204,7 +173,6 @@ def train(
     trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
     if script is not None:
         trainer.monitor.guard = ScriptedGuard(script)
-    traffic = watch_traffic(trainer)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if engine == "zero3":
@@ -221,7 +189,6 @@ def train(
         "losses": losses(trainer),
         "kind": str(trainer.accelerator.distributed_type),
         "log": [{k: v for k, v in row.items() if "time" not in k} for row in trainer.state.log_history],
-        "traffic": [sum(update) for update in traffic[:-1]],
         "phase_end": trainer.phase_end,
     }
     Path(folder, f"result-{rank}.json").write_text(json.dumps(told))

@@ -98,8 +98,8 @@ WRONG = [
     ({"internal_steps": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 4}, "inside an update of 4"),
     ({"phases": [{"layer": 2, "rollouts": 1}], "internal_steps": 1}, "not both"),
     ({"phases": [{"layer": 2, "rollouts": 1}], "internal_steps": None, "beta": 0.1}, "beta"),
-    ({"phases": [{"layer": 1, "rollouts": 1, "weight": 0}]}, "weight of a phase must be above 0"),
-    ({"phases": [{"layer": 1, "rollouts": 1, "weight": 1.5}]}, "weight of a phase must be above 0"),
+    ({"phases": [{"layer": 1, "rollouts": 1, "weight": 0}]}, "weight: above 0 to 1"),
+    ({"phases": [{"layer": 1, "rollouts": 1, "weight": 1.5}]}, "weight: above 0 to 1"),
     *[
         ({"phases": value}, "phases must be a list of")
         for value in ([], [3], [{"layer": 1}], [{"layer": 1, "rollouts": 0}], [{"layer": 0, "rollouts": 1}], "1,2")
@@ -113,12 +113,15 @@ WRONG = [
     ({"estimator": "ppo", "gae_gamma": -0.1}, "gae_gamma must be between 0 and 1"),
     ({"estimator": "ppo", "critic_learning_rate": 0.0}, "critic_learning_rate must be above 0"),
     ({"estimator": "ppo", "steps_per_generation": 3, "gradient_accumulation_steps": 2}, "needs whole updates"),
-    ({"frozen_layers": 0}, "frozen_layers must be a layer from 1"),
-    ({"frozen_layers": True}, "frozen_layers must be a layer from 1"),
+    ({"frozen_layers": 0}, "frozen_layers must be a whole number from 1"),
+    ({"frozen_layers": True}, "frozen_layers must be a whole number from 1"),
     ({"frozen_layers": 2}, "frozen_layers 2 freezes every layer of the internal policy of layer 2"),
     ({"upper_learning_rate_scale": 0.1}, "need each other"),
     ({"upper_learning_rate_above": 2}, "need each other"),
-    ({"upper_learning_rate_scale": 0.0, "upper_learning_rate_above": 2}, "must be above 0"),
+    (
+        {"upper_learning_rate_scale": 0.0, "upper_learning_rate_above": 2},
+        "upper_learning_rate_scale must be a number above 0",
+    ),
 ]
 
 

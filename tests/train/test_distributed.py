@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shutil
 
 import pytest
@@ -76,14 +75,6 @@ def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine, step):
     for theirs in found:
         close(weights, theirs)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])  # replicas, or gathered shards
-    internal, full = set(results[0]["traffic"][:4]), set(results[0]["traffic"][4:])
-    # FSDP2 splits the first dimension evenly and sends nothing for what was not used; DDP sends zeros for it
-    sizes = {name: p.numel() for name, p in found[0].items()}
-    if engine == "fsdp2":
-        sizes = {name: p.numel() // p.shape[0] * (p.shape[0] + p.shape[0] % 2) for name, p in found[0].items()}
-    unused = [name for name in sizes if name == "model.norm.weight" or re.search(r"layers\.[23]\.", name)]
-    assert full == {sum(sizes.values())}
-    assert internal == {sum(sizes.values()) - (sum(sizes[n] for n in unused) if engine == "fsdp2" else 0)}
     checkpoint = str(tmp_path / "two" / f"checkpoint-{step}")
     again, resumed = run(warm, tmp_path / "rest", 2, TWO, engine=engine, resume=checkpoint)
     assert again[0]["losses"] == pytest.approx(wanted["losses"], abs=1e-5)

@@ -361,7 +361,7 @@ def test_a_layer_found_by_analysis_that_is_frozen_stops(tmp_path, monkeypatch):
         ({"use_transformers_continuous_batching": True, "fp16": True}, "would turn the trained weights to float16"),
         ({"frozen_layers": 5}, "frozen_layers: layer 5 does not exist: this model has layers 1 to 4"),
         ({"upper_learning_rate_scale": 0.1, "upper_learning_rate_above": 9}, "upper_learning_rate_above: layer 9"),
-        ({"upper_learning_rate_scale": 0.1, "upper_learning_rate_above": 4}, "no layer is above 4; set at most 3"),
+        ({"upper_learning_rate_scale": 0.1, "upper_learning_rate_above": 4}, "no layer is above 4; set a lower one"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, settings, part):

@@ -93,7 +93,9 @@ class Checkpointer:
         """
         trainer, state = self._trainer, read_state(checkpoint)
         saved = Schedule.of(state.get("phases", []))
-        trainer.schedule = trainer.schedule.resolved_from(saved)  # `auto` was decided on the first rollout batch
+        pairs = zip(trainer.schedule.internal, saved.internal, strict=False)
+        for layer in [then.layer for now, then in pairs if now.layer == "auto" and isinstance(then.layer, int)]:
+            trainer.schedule = trainer.schedule.with_layer(layer)  # the layer that `auto` found before
         if trainer.args.guarded and state.get("phase_end"):
             trainer.schedule = saved  # the guard's decision stands
         check_resumable(checkpoint, state, self._settings())

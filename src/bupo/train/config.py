@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from trl import GRPOConfig
 
 from bupo.errors import ConfigError
 from bupo.train.advantages import ESTIMATORS
 from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
-from bupo.train.unsupported import engine, unsupported_settings
+from bupo.train.unsupported import engine, failed, unsupported_settings
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -167,71 +167,56 @@ class BuPOConfig(GRPOConfig):
 
     def _problems(self) -> list[str]:
         """What is wrong with single settings."""
-        problems = []
-        if not self.guarded and self.internal_steps is not None and not is_whole(self.internal_steps, low=0):
-            problems.append(
-                f"internal_steps must be a whole number of rollout batches from 0, or auto, not {self.internal_steps!r}"
-            )
-        elif self.internal_steps and self.phases:
-            problems.append("set either phases or internal_layer and internal_steps, not both")
-        elif self.internal_steps and self.internal_layer is None:
-            problems.append("internal_steps needs internal_layer: a layer from 1 to L, or auto")
-        if self.internal_layer not in (None, "auto") and not is_whole(self.internal_layer):
-            problems.append(f"internal_layer must be a layer from 1 to L, or auto, not {self.internal_layer!r}")
-        limit = None if self.internal_steps == 0 else self.internal_max_steps
-        if limit is not None and not (self.guarded and is_whole(limit)):
-            problems.append("internal_max_steps must be a whole number from 1, and needs internal_steps auto")
-        if self.guarded and self.internal_max_steps is None and self.max_steps <= 0:
-            problems.append("internal_steps auto needs internal_max_steps, or max_steps to take a third of")
-        for name in ("internal_temperature", "temperature", "learning_rate"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
-                problems.append(f"{name} must be a number above 0, not {value!r}")
-        if self.probe_samples is not None and self.probe_samples < 1:
-            problems.append(f"probe_samples must be at least 1, not {self.probe_samples}")
-        if self.save_total_limit == 1:
-            problems.append(
-                "save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2"
-            )
-        return problems + self._layerwise_problems() + self._critic_problems()
-
-    def _layerwise_problems(self) -> list[str]:
-        problems = []
-        for name in ("frozen_layers", "upper_learning_rate_above"):
-            layer = getattr(self, name)
-            if layer is not None and not is_whole(layer):
-                problems.append(f"{name} must be a layer from 1 to L, not {layer!r}")
+        layer, steps, limit = self.internal_layer, self.internal_steps, self.internal_max_steps
+        counted = steps is None or self.guarded or is_whole(steps, low=0)
+        short = counted and steps  # the short form of one phase
         scale, above = self.upper_learning_rate_scale, self.upper_learning_rate_above
-        if (scale is None) != (above is None):
-            problems.append(
-                "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither"
-            )
-        if scale is not None and not scale > 0:
-            problems.append(f"upper_learning_rate_scale must be above 0, not {scale}; use frozen_layers to keep layers")
-        return problems
+        problems = failed({
+            f"internal_steps must be a whole number of rollout batches from 0, or auto, not {steps!r}": not counted,
+            "set either phases or internal_layer and internal_steps, not both": short and self.phases,
+            "internal_steps needs internal_layer: a layer from 1 to L, or auto": short and layer is self.phases is None,
+            f"internal_layer must be a layer from 1 to L, or auto, not {layer!r}": layer not in (None, "auto")
+            and not is_whole(layer),
+            "internal_max_steps must be a whole number from 1, and needs internal_steps auto": steps != 0
+            and limit is not None
+            and not (self.guarded and is_whole(limit)),
+            "internal_steps auto needs internal_max_steps, or max_steps to take a third of": self.guarded
+            and limit is None
+            and self.max_steps <= 0,
+            "save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2": (
+                self.save_total_limit == 1
+            ),
+            "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither": (
+                (scale is None) != (above is None)
+            ),
+        })  # fmt: skip
+        for name in ("internal_temperature", "temperature", "learning_rate", "upper_learning_rate_scale"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and 0.0 < value < math.inf
+            if not number and not (value is None and name == "upper_learning_rate_scale"):
+                problems.append(f"{name} must be a number above 0, not {value!r}")
+        for name in ("frozen_layers", "upper_learning_rate_above", "probe_samples"):
+            if (value := getattr(self, name)) is not None and not is_whole(value):
+                problems.append(f"{name} must be a whole number from 1, not {value!r}")
+        return problems + self._critic_problems()
 
     def _critic_problems(self) -> list[str]:
+        values = [(name, getattr(self, name)) for name in _CRITIC]
         if self.estimator != "ppo":
             default = {f.name: f.default for f in fields(self)}
-            changed = [name for name in _CRITIC if getattr(self, name) != default[name]]
+            changed = [name for name, value in values if value != default[name]]
             return [f"{name} needs estimator ppo, not {self.estimator}" for name in changed]
-        values = [(name, getattr(self, name)) for name in _CRITIC]
-        problems = [f"{name} must be above 0, not {value}" for name, value in values[:2] if not value > 0]
-        problems += [
-            f"{name} must be between 0 and 1, not {value}" for name, value in values[2:] if not 0 <= value <= 1
-        ]
-        if engine(self) not in ("one", "ddp"):
-            problems.append(
-                "estimator ppo keeps a whole critic on every process; it does not run under FSDP or DeepSpeed"
-            )
-        if self.fp16:
-            problems.append("estimator ppo does not scale the critic's loss as fp16 needs; use bfloat16 or float32")
-        if self.generate_every // self.num_iterations % self.gradient_accumulation_steps:
-            problems.append(
-                f"estimator ppo needs whole updates: steps_per_generation {self.steps_per_generation} is not a "
-                f"multiple of gradient_accumulation_steps {self.gradient_accumulation_steps}"
-            )
-        return problems
+        steps, accumulation = cast(int, self.steps_per_generation), self.gradient_accumulation_steps
+        return failed({
+            **{f"{name} must be above 0, not {value}": not value > 0 for name, value in values[:2]},
+            **{f"{name} must be between 0 and 1, not {value}": not 0 <= value <= 1 for name, value in values[2:]},
+            "estimator ppo keeps a whole critic on every process; it does not run under FSDP or DeepSpeed": (
+                engine(self) not in ("one", "ddp")
+            ),
+            "estimator ppo does not scale the critic's loss as fp16 needs; use bfloat16 or float32": self.fp16,
+            f"estimator ppo needs whole updates: steps_per_generation {steps} is not a multiple of "
+            f"gradient_accumulation_steps {accumulation}": steps % accumulation,
+        })  # fmt: skip
 
     def _schedule_problems(self) -> list[str]:
         """What an internal phase does not allow; empty without one."""

@@ -14,25 +14,7 @@ from typing import Any
 from torch import nn
 
 from bupo.errors import ConfigError
-from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout
-
-
-def layerwise_problems(model: nn.Module, args: Any) -> list[str]:
-    """Which of these settings do not fit the model."""
-    if args.upper_learning_rate_above is None and args.frozen_layers is None:
-        return []
-    n_layers = find_layout(model).n_layers
-    problems = []
-    for name in ("frozen_layers", "upper_learning_rate_above"):
-        try:
-            if (layer := getattr(args, name)) is not None:
-                check_layer(n_layers, layer)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    if args.upper_learning_rate_above == n_layers:
-        problems.append(f"upper_learning_rate_above: no layer is above {n_layers}; set at most {n_layers - 1}")
-    return problems
 
 
 def freeze_layers(model: nn.Module, layers: int | None) -> None:
@@ -61,5 +43,4 @@ def scale_upper_learning_rate(optimizer: Any, model: nn.Module, args: Any) -> No
         moved = [p for p in group["params"] if id(p) in upper]
         if moved:
             group["params"] = [p for p in group["params"] if id(p) not in upper]
-            rest = {name: value for name, value in group.items() if name != "params"}
-            optimizer.add_param_group({**rest, "params": moved, "lr": group["lr"] * scale})
+            optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})

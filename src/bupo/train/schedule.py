@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -83,13 +83,6 @@ class Schedule:
         """This schedule with every ``auto`` replaced by a layer."""
         return Schedule(tuple(replace(p, layer=layer) if p.layer == "auto" else p for p in self.internal))
 
-    def resolved_from(self, saved: Schedule) -> Schedule:
-        """This schedule with every ``auto`` replaced by the layer that ``saved`` has in the same phase."""
-        if len(saved.internal) != len(self.internal):
-            return self
-        pairs = zip(self.internal, saved.internal, strict=True)
-        return Schedule(tuple(replace(p, layer=s.layer) if p.layer == "auto" else p for p, s in pairs))
-
     def ended_before(self, rollout: int) -> Schedule:
         """This schedule cut off: the rollout batch with this number is the first of the full policy."""
         starts = (0, *self.ends)
@@ -110,19 +103,17 @@ def alignment_problems(
         epoch: micro-batches in one pass over the data, where known. The last update of a pass is short, and the first
             update of the next pass starts anew.
     """
-    problems = []
+    problems, step = [], accumulation // math.gcd(accumulation, generate_every)
     for end in schedule.ends:
         at = end * generate_every
         offset = at % epoch if epoch else at
-        if offset % accumulation == 0:
-            continue
-        step = accumulation // math.gcd(accumulation, generate_every)
-        within = f" (micro-batch {offset} of a pass over the data, which has {epoch})" if epoch and offset != at else ""
-        problems.append(
-            f"after {end} rollout batches x {generate_every} micro-batches = {at}{within} the phase would switch "
-            f"inside an update of {accumulation} accumulated micro-batches; make internal_steps (or a phase's "
-            f"rollouts) a multiple of {step}, or steps_per_generation a multiple of gradient_accumulation_steps"
-        )
+        within = f" (micro-batch {offset} of a pass over the data, which has {epoch})" if offset != at else ""
+        if offset % accumulation:
+            problems.append(
+                f"after {end} rollout batches x {generate_every} micro-batches = {at}{within} the phase would switch "
+                f"inside an update of {accumulation} accumulated micro-batches; make internal_steps (or a phase's "
+                f"rollouts) a multiple of {step}, or steps_per_generation a multiple of gradient_accumulation_steps"
+            )
     return problems
 
 
@@ -130,27 +121,20 @@ def parse_phases(value: Any) -> tuple[list[dict[str, Any]] | None, list[str]]:
     """The setting ``phases`` as a list of complete mappings, and what is wrong with it."""
     if value is None:
         return None, []
-    problem = [f"phases must be a list of {{layer: from 1 or auto, rollouts: from 1, weight: 0 to 1}}, not {value!r}"]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None, problem
-    if not isinstance(value, list) or not value:
-        return None, problem
-    phases = []
-    for entry in value:
-        if not isinstance(entry, Mapping) or not {"layer", "rollouts"} <= set(entry) <= {"layer", "rollouts", "weight"}:
-            return None, problem
-        phase = {"layer": as_int(entry["layer"]), "rollouts": entry["rollouts"], "weight": entry.get("weight", 1.0)}
-        weight = phase["weight"]
-        valid_weight = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0.0 < weight <= 1.0
-        if not (phase["layer"] == "auto" or is_whole(phase["layer"])) or not is_whole(phase["rollouts"]):
-            return None, problem
-        if not valid_weight:
-            return None, [f"the weight of a phase must be above 0 and at most 1, not {weight!r}"]
-        phases.append(phase)
-    return phases, []
+    problem = (
+        f"phases must be a list of {{layer: from 1 or auto, rollouts: from 1, weight: above 0 to 1}}, not {value!r}"
+    )
+    try:
+        entries = json.loads(value) if isinstance(value, str) else value
+        phases = [asdict(Phase(**entry)) for entry in entries]
+    except (TypeError, ValueError):
+        return None, [problem]
+    for phase in phases:
+        phase["layer"], weight = as_int(phase["layer"]), phase["weight"]
+        share = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0.0 < weight <= 1.0
+        if not (phase["layer"] == "auto" or is_whole(phase["layer"])) or not is_whole(phase["rollouts"]) or not share:
+            return None, [problem]
+    return (phases, []) if phases else (None, [problem])
 
 
 def as_int(value: Any) -> Any:
@@ -162,4 +146,5 @@ def as_int(value: Any) -> Any:
 
 
 def is_whole(value: Any, low: int = 1) -> bool:
+    """Whether a value is an int, not a bool, from ``low``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
