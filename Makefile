@@ -18,7 +18,7 @@ demo: $(STAMP)            ## analyse the shipped model, train GRPO and BuPO, eva
 	$(BIN)/bupo demo --output demo --overwrite
 
 test: $(STAMP)            ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)       ## minutes, and real models where they are (make smollm2)
 	$(BIN)/python -m pytest -m slow
@@ -61,6 +61,7 @@ figures: $(STAMP)         ## the figures and tables of docs/evidence.md and READ
 	$(BIN)/python -m experiments.styles --summary
 	$(BIN)/python -m experiments.figures
 	$(BIN)/python -m experiments.tables
+	$(BIN)/python -m docs.reference
 
 clean:
 	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info

@@ -24,7 +24,7 @@ from experiments.summary import TABLES, read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "evidence.md", REPOSITORY / "docs" / "guard.md")
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "evidence.md")
 NAMES = {
     "grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO (layer 4, 8 batches)",
     "norm": "BuPO through the final norm", "temperature": "BuPO at a fitted temperature",

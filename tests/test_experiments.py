@@ -135,3 +135,9 @@ def test_readings_over_seeds_carry_the_error_of_the_change_over_seeds():
 def test_two_seeds_are_shown_one_by_one():
     assert tables._few(0.5, [0.25, 0.75], [-2.7, 3.7]) == "+0.25, +0.75"
     assert tables._few(0.5, [0.4, 0.5, 0.6], [0.25, 0.75]) == "+0.50 [+0.25, +0.75]"
+
+
+def test_the_reference_is_that_of_the_code():
+    from docs import reference
+
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
