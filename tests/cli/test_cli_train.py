@@ -133,7 +133,7 @@ REFUSED = [
     ({"internal_layer": 0}, "internal_layer must be a layer from 1"),
     ({"max_completion_length": 1000}, "exceed the model's context of 512"),
     ({"max_prompt_length": 2}, "no prompt fits into max_prompt_length 2"),
-    ({"prompts_per_rollout": 8}, "6 prompts, fewer than the 8 of one rollout batch"),
+    ({"prompts_per_rollout": 8}, "6 prompts, fewer than the 8 of a rollout batch"),
     ({"trl": {"epsilon_hihg": 0.3}}, "unknown key trl.epsilon_hihg (did you mean epsilon_high?)"),
     ({"trl": {"beta": 0.1, "entropy_coef": 0.1}}, "beta 0.1"),
     ({"trl": {"loss_type": "vespo"}}, "'vespo' mixes"),
