@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bupo.data.answers import equal_at_sight, extract_answer, is_words, plain_text, strip_answer
 from bupo.data.grading import Grader, default_workers
 from bupo.data.problems import Problem, load_problems
-from bupo.data.same_answer import gold_is_usable, grade_math
+from bupo.data.same_answer import check_gold, grade_math
 from tests.support import hostile
 
 
@@ -77,8 +77,8 @@ def test_a_sentence_in_the_box_is_not_searched_for_numbers(grader):
 def test_gold_that_cannot_be_read_is_said_and_never_counted_as_wrong(grader):
     assert status(grader, "\\frac{", "1", "\\frac{") == ["bad_gold"] * 2
     assert status(grader, "", "1", "no box", boxed=False) == ["bad_gold"] * 2
-    assert not gold_is_usable("%%%")
-    assert gold_is_usable("none of these")
+    assert check_gold("%%%")[1] == "bad_gold"
+    assert check_gold("none of these")[1] == "usable"
 
 
 def test_words():

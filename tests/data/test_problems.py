@@ -143,7 +143,7 @@ def test_reasoning_gym_problems_repeat_and_splits_differ():
     )
 )
 def test_pack_keeps_tuples_and_keys_through_json(value):
-    assert unpack(json.loads(json.dumps(pack(value)))) == value
+    assert json.loads(json.dumps(pack(value)), object_hook=unpack) == value
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,10 @@ def test_shared_responses(shared_data):
     ("row", "message"),
     [
         ({"prompt_ids": [1]}, "needs prompt_ids and response_ids, or prompt and response; columns found: prompt_ids"),
-        ({"prompt_ids": [1], "response_ids": []}, "row 0 has an empty response"),
+        ({"prompt_ids": [1], "response_ids": []}, "row 0: the response is empty"),
         ({"prompt_ids": [1], "response_ids": ["a"]}, "must be a list of token ids"),
-        ({"prompt_ids": [1] * 5, "response_ids": [2] * 6}, "5 prompt and 6 response tokens.*context of 10"),
-        ({"prompt": "a", "response": "b"}, "no tokenizer"),
+        ({"prompt_ids": [1] * 5, "response_ids": [2] * 6}, "row 0: 5 prompt and 6 response tokens.*context of 10"),
+        ({"prompt": "a", "response": "b"}, "there is no tokenizer"),
         ({"prompt_ids": [1], "response_ids": [2], "reward": "n/a"}, "row 0: reward must be a number, not 'n/a'"),
         ({"prompt_ids": [1], "response_ids": [2], "sample": "a"}, "row 0: sample must be a number, not 'a'"),
     ],

@@ -10,8 +10,8 @@ import re
 from fractions import Fraction
 
 _RATIONAL = re.compile(
-    r"(-?)(?:([0-9]{1,18})|([0-9]{0,9}\.[0-9]{1,9})|\\[dt]?frac\{([0-9]{1,18})\}\{([0-9]{1,18})\}"
-    r"|([0-9]{1,18})/([0-9]{1,18}))"
+    r"(-?)(?:\\[dt]?frac\{([0-9]{1,18})\}\{(?!0+\})([0-9]{1,18})\}"
+    r"|([0-9]{0,9}\.[0-9]{1,9}|[0-9]{1,18}(?:/(?!0+$)[0-9]{1,18})?))"
 )
 _WRAPPER = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|textnormal|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[a-z]+(?:[ '-]+[a-z]+)*")
@@ -23,35 +23,30 @@ def last_boxed(text: str) -> str | None:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
-    position = start + (6 if text.startswith("\\boxed", start) else 5)
-    while position < len(text) and text[position].isspace():
-        position += 1
-    if position >= len(text):
-        return None
-    if text[position] != "{":  # "\boxed 5": one token, as TeX reads it
-        token = re.match(r"\\[A-Za-z]+|[^\s$\\]+", text[position : position + 200])
+    text = text[start + (6 if text.startswith("\\boxed", start) else 5) :].lstrip()
+    if not text.startswith("{"):  # "\boxed 5": one token, as TeX reads it
+        token = re.match(r"\\[A-Za-z]+|[^\s$\\]+", text[:200])
         return token.group() if token else None
     depth = 0
-    for match in re.finditer(r"\\.|[{}]", text[position:], re.DOTALL):
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return text[position + 1 : position + match.start()]
+            return text[1 : match.start()]
     return None
 
 
 def extract_answer(response: str, *, tagged: bool = False) -> str | None:
     """Return the answer in a response: the content of its last box, or None.
 
-    Args:
-        tagged: whether the prompt asked for ``<answer>`` tags (reasoning-gym). Without a box, the answer is then the
-            content of the last tag, or else the last line.
+    If the prompt asked for ``<answer>`` tags (reasoning-gym), the answer without a box is the content of the last tag,
+    or else the last line.
     """
     boxed = last_boxed(response)
     if boxed is not None or not tagged:
         return boxed
-    start = response.rfind("<answer>")
-    if start >= 0:
-        return response[start + len("<answer>") :].split("</answer>", 1)[0].strip()
+    _, tag, rest = response.rpartition("<answer>")
+    if tag:
+        return rest.split("</answer>", 1)[0].strip()
     return response.rstrip().rsplit("\n", 1)[-1].strip() or None
 
 
@@ -60,27 +55,18 @@ def rational(text: str) -> tuple[Fraction, bool] | None:
     match = _RATIONAL.fullmatch(text.strip().strip("$").replace(" ", ""))
     if not match:
         return None
-    sign, whole, point, top, bottom, slash_top, slash_bottom = match.groups()
-    denominator = int(bottom or slash_bottom or 1)
-    if denominator == 0:
-        return None
-    value = Fraction(point) if point else Fraction(int(whole or top or slash_top), denominator)
-    return (-value if sign else value), not point
+    sign, top, bottom, plain = match.groups()
+    return Fraction(sign + (plain or f"{top}/{bottom}")), "." not in match.group()
 
 
 def equal_at_sight(gold: str, answer: str) -> bool | None:
-    """Compare two answers where that needs no mathematics; None where it does.
-
-    The same text is equal, and so are equal numbers. Unequal numbers are unequal, except that decimals are left to
-    math-verify, which rounds.
-    """
+    """Compare the same texts, and numbers; None for others, and for unequal decimals, which math-verify rounds."""
     if gold.strip() == answer.strip():
         return True
     first, second = rational(gold), rational(answer)
     if first is None or second is None:
         return None
-    equal = first[0] == second[0]
-    return equal if equal or (first[1] and second[1]) else None
+    return first[0] == second[0] or (False if first[1] and second[1] else None)
 
 
 def strip_answer(answer: str) -> str:

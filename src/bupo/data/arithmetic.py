@@ -32,8 +32,7 @@ class Task:
 
     def response(self, with_steps: bool = True) -> str:
         r"""Return the full response, e.g. ``17+25=42\n42*6=252\n\boxed{252}``."""
-        lines = [*self.steps] if with_steps else []
-        return "\n".join([*lines, f"\\boxed{{{self.answer}}}"])
+        return "\n".join([*(self.steps if with_steps else ()), f"\\boxed{{{self.answer}}}"])
 
 
 def split_of(prompt: str) -> str:
@@ -54,41 +53,31 @@ def draw(generator: random.Random, level: str = "standard") -> Task:
     steps = (f"{first}={inner}", f"{inner}*{c}={product}")
     if level == "standard":
         return Task(f"({first})*{c}=", steps, product)
-    if level == "hard":
-        d = generator.randint(10, 99)
-        return Task(f"({first})*{c}-{d}=", (*steps, f"{product}-{d}={product - d}"), product - d)
-    raise ValueError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+    d = generator.randint(10, 99)
+    return Task(f"({first})*{c}-{d}=", (*steps, f"{product}-{d}={product - d}"), product - d)
 
 
 def draw_from(generator: random.Random, split: str, level: str = "standard") -> Task:
     """Draw a random problem of one split."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    while True:
-        task = draw(generator, level)
-        if split_of(task.prompt) == split:
-            return task
+    while split_of((task := draw(generator, level)).prompt) != split:
+        pass
+    return task
 
 
 def problems(n: int, *, seed: int = 0, split: str = "train", level: str = "standard") -> list[dict[str, Any]]:
     """Draw ``n`` different problems as rows with ``id``, ``prompt`` (ending in a newline) and ``answer``.
 
-    The same seed gives the same list, and a longer list begins with the shorter one.
-
-    Raises:
-        InputError: the split has fewer than ``n`` problems.
+    The same seed gives the same list, and a longer list begins with the shorter one. Raises `InputError` if the split
+    has fewer than ``n`` problems.
     """
-    if n > SIZES.get((level, split), n):
+    if n > (size := SIZES[level, split]):
         raise InputError(
-            f"the {split} split of {level} arithmetic has {SIZES[level, split]:,} problems, fewer than {n:,}; "
-            "lower the number of problems"
+            f"the {split} split of {level} arithmetic has {size:,} problems, fewer than {n:,}; ask for fewer"
         )
     generator = random.Random(f"{seed}/{split}/{level}")
     tasks: dict[str, Task] = {}
     while len(tasks) < n:
         task = draw_from(generator, split, level)
         tasks.setdefault(task.prompt, task)
-    return [
-        {"id": f"arithmetic/{level}/{prompt}", "prompt": f"{prompt}\n", "answer": str(task.answer)}
-        for prompt, task in tasks.items()
-    ]
+    name = f"arithmetic/{level}"
+    return [{"id": f"{name}/{p}", "prompt": f"{p}\n", "answer": str(task.answer)} for p, task in tasks.items()]

@@ -22,19 +22,16 @@ _TEST_SEED_OFFSET = 1_000_003  # generated test problems never share a seed with
 def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]]:
     """Generate ``size`` rows with ``id``, ``prompt``, ``answer`` and, for reasoning-gym, ``metadata``.
 
-    Args:
-        spec: one of `BUILT_IN`, or ``reasoning_gym/NAME`` followed by the task's options as ``/key=value``.
-        split: ``train`` or ``test``; the two never overlap.
-
-    Raises:
-        InputError: unknown split, task or option, or fewer than ``size`` different problems exist.
+    ``spec`` is one of `BUILT_IN`, or ``reasoning_gym/NAME`` followed by the task's options as ``/key=value``. The
+    splits ``train`` and ``test`` never overlap. Raises `InputError` for an unknown split, task or option, or if fewer
+    than ``size`` different problems exist.
     """
     if split not in arithmetic.SPLITS:
         raise InputError(f"generated problems have the splits train and test, not {split!r}")
     if spec in BUILT_IN:
-        level = "hard" if spec.endswith("-hard") else "standard"
-        return arithmetic.problems(size, seed=seed, split=split, level=level)
-    from reasoning_gym.factory import DATASETS  # takes a second, and few runs need it
+        return arithmetic.problems(size, seed=seed, split=split, level="hard" if "hard" in spec else "standard")
+    import reasoning_gym  # takes a second, and few runs need it
+    from reasoning_gym.factory import DATASETS
 
     name, *changes = spec.split("/")[1:]
     names = sorted(set(DATASETS) - {"composite"})
@@ -42,6 +39,16 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
         near = difflib.get_close_matches(name, names, n=3) or names[:3]
         raise InputError(f"reasoning_gym has no task {name!r}; did you mean {', '.join(near)}? ({len(names)} tasks)")
     options = _task_options(name, DATASETS[name][1], changes)
+    task_seed = seed + (_TEST_SEED_OFFSET if split == "test" else 0)
+    state = random.getstate()  # some tasks draw from the global generator
+    random.seed(task_seed)
+    try:
+        task = reasoning_gym.create_dataset(name, size=size, seed=task_seed, **options)
+        entries = [task[index] for index in range(size)]
+    except (AssertionError, ValueError, TypeError) as error:  # the task's own checks
+        raise InputError(f"{spec}: the task refuses these options ({' '.join(str(error).split())})") from error
+    finally:
+        random.setstate(state)
     instruction = {"role": "system", "content": TAGGED_INSTRUCTION}
     return [
         {
@@ -50,28 +57,12 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
             "answer": "" if entry["answer"] is None else str(entry["answer"]),
             "metadata": {"reasoning_gym": {"task": name, "entry": pack(entry)}},
         }
-        for index, entry in enumerate(
-            _entries(spec, name, size, seed + (_TEST_SEED_OFFSET if split == "test" else 0), options)
-        )
+        for index, entry in enumerate(entries)
     ]
 
 
-def _entries(spec: str, name: str, size: int, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    import reasoning_gym
-
-    state = random.getstate()  # some tasks draw from the global generator
-    random.seed(seed)
-    try:
-        task = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
-        return [task[index] for index in range(size)]
-    except (AssertionError, ValueError, TypeError) as error:  # the task's own checks
-        raise InputError(f"{spec}: the task refuses these options ({' '.join(str(error).split())})") from error
-    finally:
-        random.setstate(state)
-
-
 def _task_options(name: str, settings: Any, changes: Sequence[str]) -> dict[str, Any]:
-    """Parse the ``key=value`` parts of a spec into options of a reasoning-gym task; values are YAML."""
+    """Parse the ``key=value`` parts of a spec; values are YAML."""
     valid = {option.name for option in dataclasses.fields(settings)} - {"size", "seed"}
     options = {}
     for change in changes:
@@ -99,14 +90,8 @@ def pack(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
-def unpack(value: Any) -> Any:
-    """Invert `pack`."""
-    if isinstance(value, list):
-        return [unpack(item) for item in value]
-    if isinstance(value, dict):
-        if "__tuple__" in value:
-            return tuple(unpack(item) for item in value["__tuple__"])
-        if "__items__" in value:
-            return {unpack(key): unpack(item) for key, item in value["__items__"]}
-        return {key: unpack(item) for key, item in value.items()}
-    return value
+def unpack(packed: dict[str, Any]) -> Any:
+    """Invert `pack`, as the ``object_hook`` of a JSON decoder."""
+    if "__tuple__" in packed:
+        return tuple(packed["__tuple__"])
+    return dict(packed["__items__"]) if "__items__" in packed else packed

@@ -8,15 +8,18 @@ that are killed and replaced (`bupo.data.grading_worker`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from bupo.data.answers import equal_at_sight, extract_answer, rational
@@ -55,8 +58,10 @@ class Grader:
     """
 
     def __init__(self, *, workers: int | None = None, seconds: float = 1.6, memory: int = 1024):
-        self._arguments = [str(workers or default_workers()), str(seconds), str(memory)]
-        self._server: subprocess.Popen[bytes] | None = None
+        self._workers, self._seconds = workers or default_workers(), seconds
+        self._arguments = [str(seconds), str(memory)]
+        self._server: subprocess.Popen[bytes] | None = None  # forks the workers
+        self._idle: list[Connection | None] = []  # to workers; None is one that still has to be forked
         self._usable: dict[str, bool] = {}
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -74,85 +79,114 @@ class Grader:
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
         """Grade ``responses[i]`` as an answer to ``problems[i]``."""
-        if len(responses) != len(problems):
-            raise ValueError(f"{len(responses)} responses for {len(problems)} problems")
         with self._lock:
-            if self._owner != os.getpid():  # this process was forked: the server belongs to its parent
+            if self._owner != os.getpid():  # this process was forked: the workers belong to its parent
                 self._server, self._owner = None, os.getpid()
-            return self._grade(responses, problems)
+            self._check_gold({problem.answer for problem in problems if "reasoning_gym" not in problem.metadata})
+            answers, known = [], []
+            for response, problem in zip(responses, problems, strict=True):
+                answers.append(extract_answer(response, tagged="reasoning_gym" in problem.metadata))
+                known.append(self._without_worker(problem, answers[-1]))
+            asked = self._ask({one for one in known if isinstance(one, str)})
+        grades = [asked[one] if isinstance(one, str) else one for one in known]
+        return [
+            Grade(reward, status, answer and answer[:_MAX_SENT])
+            for (reward, status), answer in zip(grades, answers, strict=True)
+        ]
 
-    def _grade(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
-        self._check_gold({p.answer for p in problems if "reasoning_gym" not in p.metadata} - set(self._usable))
-        grades: dict[int, Grade] = {}
-        requests: dict[tuple[str, str], tuple[dict[str, Any], list[int]]] = {}  # equal requests are sent once
-        extracted = []
-        for index, (response, problem) in enumerate(zip(responses, problems, strict=True)):
-            gym = problem.metadata.get("reasoning_gym")
-            answer = extract_answer(response, tagged=gym is not None)
-            extracted.append(answer)
-            if gym is None and not self._usable[problem.answer]:
-                grades[index] = Grade(0.0, "bad_gold", answer)
-            elif answer is None or len(answer) > _MAX_SENT:
-                grades[index] = Grade(0.0, "unparsable", None if answer is None else answer[:_MAX_SENT])
-            elif gym is not None:
-                request = {"kind": "reasoning_gym", "task": gym["task"], "entry": gym["entry"], "answer": answer}
-                requests.setdefault((problem.id, answer), (request, []))[1].append(index)
-            elif (equal := equal_at_sight(problem.answer, answer)) is not None:
-                grades[index] = Grade(1.0, "correct", answer) if equal else Grade(0.0, "wrong", answer)
-            else:
-                request = {"kind": "math", "gold": problem.answer, "answer": answer}
-                requests.setdefault((problem.answer, answer), (request, []))[1].append(index)
-        results = self._ask([request for request, _ in requests.values()])
-        for (_, indices), result in zip(requests.values(), results, strict=True):
-            for index in indices:
-                grades[index] = Grade(float(result["reward"]), result["status"], extracted[index])
-        return [grades[index] for index in range(len(responses))]
+    def _without_worker(self, problem: Problem, answer: str | None) -> tuple[float, Status] | str:
+        """Return reward and status where they are clear, or else the request to a worker."""
+        gym = problem.metadata.get("reasoning_gym")
+        if gym is None and not self._usable[problem.answer]:
+            return 0.0, "bad_gold"
+        if answer is None or len(answer) > _MAX_SENT:
+            return 0.0, "unparsable"
+        if gym is not None:
+            return json.dumps(["gym", gym["task"], gym["entry"], answer])
+        equal = equal_at_sight(problem.answer, answer)
+        if equal is None:
+            return json.dumps(["math", problem.answer, answer])
+        return (1.0, "correct") if equal else (0.0, "wrong")
 
     def _check_gold(self, golds: set[str]) -> None:
         self._usable.update({gold: True for gold in golds if rational(gold)})
-        rest = sorted(golds - set(self._usable))
-        results = self._ask([{"kind": "gold", "gold": gold} for gold in rest])
-        self._usable.update({gold: bool(result["usable"]) for gold, result in zip(rest, results, strict=True)})
+        requests = {json.dumps(["gold", gold]): gold for gold in golds - set(self._usable)}
+        found = self._ask(requests)
+        self._usable.update({gold: found[request][1] == "usable" for request, gold in requests.items()})
 
-    def _ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if not requests:
-            return []
+    def _ask(self, requests: Iterable[str]) -> dict[str, tuple[float, Any]]:
+        """Ask the workers; return reward and status of each request."""
+        if not (texts := sorted(requests)):
+            return {}
+        if any(text.startswith('["gym"') for text in texts) and "reasoning_gym" not in self._arguments:
+            self._stop()
+            self._arguments.append("reasoning_gym")  # imported from now on; that takes a second
+        message = ""
         for _ in range(2):  # the server may have been killed from outside: try once more with a new one
-            server = self._server or self._start()
-            assert server.stdin is not None
-            assert server.stdout is not None
-            with contextlib.suppress(OSError):
-                server.stdin.write(json.dumps(requests).encode() + b"\n")
-                server.stdin.flush()
-                if line := server.stdout.readline():
-                    return json.loads(line)
-            message = self._stop()
+            try:
+                self._start()
+                with ThreadPoolExecutor(self._workers) as threads:
+                    return dict(zip(texts, threads.map(self._ask_worker, texts), strict=True))
+            except OSError:
+                message = self._stop()
         raise RuntimeError(f"the grading process does not start: {message or 'it printed no reason'}")
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
+    def _ask_worker(self, request: str) -> tuple[float, Any]:
+        """Ask one worker. If something else than its limits ended it, ask another one, once."""
+        worker = self._idle.pop()
+        try:
+            for _ in range(2):
+                worker = worker or self._fork()
+                start = time.monotonic()
+                try:
+                    worker.send_bytes(request.encode())
+                    return tuple(json.loads(worker.recv_bytes(1 << 20)))
+                except (EOFError, OSError, ValueError):
+                    worker.close()
+                    worker = None
+                if time.monotonic() - start > 0.7 * self._seconds:
+                    break
+            return 0.0, "timeout"
+        finally:
+            self._idle.append(worker)
+
+    def _fork(self) -> Connection:
+        mine, its = Pipe()
+        socket.send_fds(self._control, [b"fork"], [its.fileno()])
+        its.close()
+        return mine
+
+    def _start(self) -> None:
+        if self._server is not None:
+            return
+        self._control, its = socket.socketpair()
+        self._idle = [None] * self._workers
         self._server = subprocess.Popen(
             [sys.executable, "-P", "-m", "bupo.data.grading_worker", *self._arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stdin=its,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             env={**os.environ, **_ONE_THREAD},
             start_new_session=True,  # an interrupt from the keyboard is for this process alone
         )
-        return self._server
+        its.close()
+        if not self._control.recv(16):
+            raise ConnectionError
 
     def _stop(self) -> str:
-        """End the server, and return the last line that it printed."""
+        """End the processes, and return the last line that the server printed."""
         if self._server is None:
             return ""
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            self._server.communicate(timeout=5)  # closing its standard input ends it
-        self._server.kill()
-        self._server.wait()
+        self._control.close()  # which ends the server
+        for worker in filter(None, self._idle):
+            worker.close()
+        try:
+            _, errors = self._server.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            _, errors = self._server.communicate()
         self._server = None
-        with self._errors as errors:
-            errors.seek(0)
-            return (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        return (errors.decode(errors="replace").strip().splitlines() or [""])[-1]
 
 
 def default_workers() -> int:

@@ -26,9 +26,8 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 
 GENERATED_SIZE = 200  # problems drawn from a generator when no limit is set
 SUFFIXES = (".jsonl", ".json", ".parquet")
-_PROMPT_COLUMNS = ("prompt", "messages")  # used unchanged
-_QUESTION_COLUMNS = ("problem", "question")  # turned into a chat that asks for a boxed answer
-_ANSWER_COLUMNS = ("answer", "final_answer", "ground_truth", "solution")
+_PROMPTS_ARE = "a prompt column (prompt, messages, problem, question)"
+_ANSWERS_ARE = "an answer column (answer, final_answer, ground_truth, solution or reward_model.ground_truth)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Problem:
 
 
 def load_problems(spec: str, *, split: str | None = None, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """Load problems by name.
+    """Load problems by name; raises `InputError` if they do not exist, lack columns, or are empty.
 
     Args:
         spec: ``arithmetic`` or ``arithmetic-hard`` (built in), ``reasoning_gym/NAME`` (followed by the task's options
@@ -54,9 +53,6 @@ def load_problems(spec: str, *, split: str | None = None, limit: int | None = No
         limit: maximum number of problems: the first rows of a file or hub split, or the number to generate
             (default `GENERATED_SIZE`).
         seed: seed of generated problems; files are never shuffled.
-
-    Raises:
-        InputError: the file, dataset or task does not exist, lacks columns, or has no rows.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
@@ -66,31 +62,27 @@ def load_problems(spec: str, *, split: str | None = None, limit: int | None = No
     path = Path(spec).expanduser()
     if path.suffix.lower() in SUFFIXES or path.exists():
         return load_file(path, limit=limit)
-    return _hub(spec, split, limit)
+    name = spec.partition(":")[0].rsplit("/", 1)[-1].lower()
+    return _problems(_hub_rows(spec, split, limit), name=name, source=spec)
 
 
 def load_file(path: Path, *, name: str | None = None, limit: int | None = None) -> list[Problem]:
     """Load the problems of a local file; ids are ``name/row`` (default name: the file's stem)."""
-    return problems_from_rows(read_rows(path)[:limit], name=name or path.stem, source=str(path))
+    return _problems(read_rows(path)[:limit], name=name or path.stem, source=str(path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file.
+    """Read the rows of a ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file, or raise `InputError`.
 
     JSON is read with the standard library: Arrow's reader, which `datasets` uses, turns texts that look like dates into
     timestamps and long whole numbers into floats, and so would change gold answers.
-
-    Raises:
-        InputError: the file does not exist, is a folder, has another suffix, cannot be parsed, or is empty.
     """
-    if not path.exists():
-        raise InputError(f"no such file: {path}")
     if not path.is_file():
-        raise InputError(f"{path} is a folder; name a {', '.join(SUFFIXES)} file")
+        raise InputError(f"{path} is a folder; name a file in it" if path.exists() else f"no such file: {path}")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: files must end in {', '.join(SUFFIXES)}")
-    number = 0
+    where = ""
     try:
         if suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -98,11 +90,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         else:
             rows = []
-            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):  # noqa: B007
-                if line.strip():
-                    rows.append(json.loads(line))
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+                where = f" in line {number}"
+                rows += [json.loads(line)] if line.strip() else []
     except (ValueError, OSError) as error:
-        where = f" in line {number}" if number else ""
         raise InputError(f"{path} cannot be read as {suffix[1:]}{where}: {str(error).splitlines()[0]}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} must hold a list of objects, one per row")
@@ -111,27 +102,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def problems_from_rows(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> list[Problem]:
-    """Turn rows with any of the usual column names into problems.
-
-    The prompt is ``prompt`` or ``messages`` (used unchanged), or ``problem`` or ``question`` (asked as a chat whose
-    system message asks for a boxed answer). The answer is ``answer``, ``final_answer``, ``ground_truth``,
-    ``reward_model.ground_truth`` or ``solution`` (its last ``\\boxed{}``, or the text after ``####``). Several
-    answers in a list are joined by commas.
-
-    Raises:
-        InputError: a row lacks a prompt or an answer, two rows have the same id, or there are no rows.
-    """
+def _problems(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> list[Problem]:
     problems: dict[str, Problem] = {}
     for index, row in enumerate(rows):
         prompt, answer = _prompt(row), _answer(row)
         if prompt is None or answer is None:
-            lacking = {
-                f"a prompt column ({', '.join(_PROMPT_COLUMNS + _QUESTION_COLUMNS)})": prompt,
-                f"an answer column ({', '.join(_ANSWER_COLUMNS)} or reward_model.ground_truth)": answer,
-            }
-            missing = " and ".join(text for text, value in lacking.items() if value is None)
-            raise InputError(f"{source}: row {index} lacks {missing}; columns found: {', '.join(map(str, row))}")
+            lacking = [_PROMPTS_ARE] * (prompt is None) + [_ANSWERS_ARE] * (answer is None)
+            columns = ", ".join(map(str, row))
+            raise InputError(f"{source}: row {index} lacks {' and '.join(lacking)}; columns found: {columns}")
         identity = row.get("id", row.get("unique_id"))
         problem = Problem(f"{name}/{index if identity is None else identity}", prompt, answer, source)
         if problem.id in problems:
@@ -143,31 +121,31 @@ def problems_from_rows(rows: Iterable[Mapping[str, Any]], *, name: str, source: 
 
 
 def _prompt(row: Mapping[str, Any]) -> Prompt | None:
-    for column in _PROMPT_COLUMNS:
-        value = row.get(column)
-        if isinstance(value, str) and value:
+    """Return ``prompt`` or ``messages`` unchanged, or ask ``problem`` or ``question`` for a boxed answer."""
+    for value in filter(None, map(row.get, ("prompt", "messages"))):
+        if isinstance(value, str):
             return value
-        if isinstance(value, list) and value and all(isinstance(m, Mapping) and "content" in m for m in value):
-            return [{"role": str(m.get("role", "user")), "content": str(m["content"])} for m in value]
-    for column in _QUESTION_COLUMNS:
-        value = row.get(column)
-        if isinstance(value, str) and value:
+        if isinstance(value, list) and all(isinstance(turn, Mapping) and "content" in turn for turn in value):
+            return [{"role": str(turn.get("role", "user")), "content": str(turn["content"])} for turn in value]
+    for value in filter(None, map(row.get, ("problem", "question"))):
+        if isinstance(value, str):
             return [{"role": "system", "content": BOXED_INSTRUCTION}, {"role": "user", "content": value}]
     return None
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
+    """Return the first answer there is; of a text, what follows ``####`` (GSM8K) or its last box."""
     nested = row.get("reward_model")
     if isinstance(nested, Mapping) and nested.get("ground_truth") is not None:
         return str(nested["ground_truth"])
-    for column in _ANSWER_COLUMNS:
+    for column in ("answer", "final_answer", "ground_truth", "solution"):
         value = row.get(column)
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             value = ", ".join(value)  # OlympiadBench keeps its answers in lists, most of length one
         if value is None or isinstance(value, list | Mapping):
             continue
         text = str(value)
-        if "####" in text:  # GSM8K
+        if "####" in text:
             return text.rsplit("####", 1)[1].strip()
         boxed = last_boxed(text)
         if boxed is not None or column != "solution":
@@ -175,7 +153,7 @@ def _answer(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _hub(spec: str, split: str | None, limit: int | None) -> list[Problem]:
+def _hub_rows(spec: str, split: str | None, limit: int | None) -> datasets.Dataset:
     """Load a hub dataset; a dataset in the local cache loads offline too."""
     name, _, config = spec.partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -186,16 +164,13 @@ def _hub(spec: str, split: str | None, limit: int | None) -> list[Problem]:
     try:
         splits = [str(name) for name in datasets.get_dataset_split_names(name, config or None)]
         chosen = split or next((usual for usual in ("test", "train") if usual in splits), splits[0])
-        if chosen not in splits:
-            raise InputError(f"{name} has the splits {', '.join(splits)}, not {chosen!r}")
-        data = datasets.load_dataset(name, config or None, split=chosen)
-    except InputError:
-        raise
+        if chosen in splits:
+            data = datasets.load_dataset(name, config or None, split=chosen)
+            return data if limit is None else data.select(range(min(limit, len(data))))
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, wrong configuration
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"dataset {spec!r} cannot be loaded from the hub ({reason}); check the name and the connection, "
             "or download it and pass a local file"
         ) from error
-    rows = data.select(range(min(limit, len(data)))) if limit is not None else data
-    return problems_from_rows(rows, name=name.rsplit("/", 1)[-1].lower(), source=spec)
+    raise InputError(f"{name} has the splits {', '.join(splits)}, not {chosen!r}")

@@ -30,54 +30,42 @@ def read_responses(
     """Read a ``.jsonl``, ``.json`` or ``.parquet`` responses file.
 
     A row has ``prompt_ids`` and ``response_ids``, or ``prompt`` and ``response``, which are tokenized here (without
-    special tokens after a response).
-
-    Args:
-        max_length: the model's context. A longer prompt with its response is an error, as truncating it would change
-            the result.
-
-    Raises:
-        InputError: the file cannot be read, or a row lacks columns, is empty, too long, or of the wrong type.
+    special tokens after a response). With more than ``max_length`` tokens (the model's context) it is an error, as
+    truncating it would change the result. Raises `InputError` that names the row.
     """
     rollouts = []
     for index, row in enumerate(read_rows(Path(path))):
-        where = f"{path}: row {index}"
-        rollout = _rollout(where, row, tokenizer, template)
-        prompt, response = len(rollout.prompt_ids), len(rollout.response_ids)
-        if not prompt or not response:
-            raise InputError(f"{where} has an empty {'response' if prompt else 'prompt'}; remove the row")
-        if max_length is not None and prompt + response > max_length:
-            raise InputError(
-                f"{where} has {prompt} prompt and {response} response tokens, more than the model's context of "
-                f"{max_length}; remove or shorten it"
-            )
-        rollouts.append(rollout)
+        try:
+            rollouts.append(_rollout(row, tokenizer, template, max_length))
+        except InputError as error:
+            raise InputError(f"{path}: row {index}: {error}") from error
     return rollouts
 
 
-def _rollout(where: str, row: dict[str, Any], tokenizer: Any, template: str) -> Rollout:
-    values: dict[str, Any] = {
-        name: row.get(name) for name in ("prompt_ids", "response_ids", "prompt", "response", "reward", "sample")
-    }
-    if values["prompt_ids"] is not None and values["response_ids"] is not None:
-        for name in ("prompt_ids", "response_ids"):
-            ids = values[name]
-            if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
-                raise InputError(f"{where}: {name} must be a list of token ids (integers from 0)")
-    elif values["prompt"] is None or values["response"] is None:
-        raise InputError(
-            f"{where} needs prompt_ids and response_ids, or prompt and response; "
-            f"columns found: {', '.join(map(str, row))}"
-        )
-    elif tokenizer is None:
-        raise InputError(f"{where} has text but no token ids, and there is no tokenizer")
-    else:
+def _rollout(row: dict[str, Any], tokenizer: Any, template: str, max_length: int | None) -> Rollout:
+    values: dict[str, Any] = {name: row.get(name) for name in Rollout.__dataclass_fields__}
+    if values["prompt_ids"] is None or values["response_ids"] is None:
+        if values["prompt"] is None or values["response"] is None:
+            columns = ", ".join(map(str, row))
+            raise InputError(f"needs prompt_ids and response_ids, or prompt and response; columns found: {columns}")
+        if tokenizer is None:
+            raise InputError("text without token ids, and there is no tokenizer")
         values["prompt_ids"] = tokenize_prompt(values["prompt"], tokenizer, template)
         values["response_ids"] = list(tokenizer(values["response"], add_special_tokens=False)["input_ids"])
-    for name, kind in (("reward", float), ("sample", int)):
+    for name in ("prompt_ids", "response_ids"):
+        ids = values[name]
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise InputError(f"{name} must be a list of token ids (integers from 0)")
+        if not ids:
+            raise InputError(f"the {name.removesuffix('_ids')} is empty; remove the row")
+    prompt, response = len(values["prompt_ids"]), len(values["response_ids"])
+    if max_length is not None and prompt + response > max_length:
+        raise InputError(
+            f"{prompt} prompt and {response} response tokens exceed the model's context of {max_length}; shorten them"
+        )
+    for name, kind in (("reward", float), ("sample", int), ("problem_id", str)):
         try:
             values[name] = None if values[name] is None else kind(values[name])
         except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: {name} must be a number, not {values[name]!r}") from error
-    identity = row.get("problem_id")
-    return Rollout(**values, problem_id=None if identity is None else str(identity))
+            raise InputError(f"{name} must be a number, not {values[name]!r}") from error
+    return Rollout(**values)

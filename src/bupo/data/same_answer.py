@@ -12,7 +12,6 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 
 from bupo.data.answers import in_different_bases, is_words, plain_text, strip_answer
-from bupo.data.generators import unpack
 
 CORRECT_SCORE = 0.99  # reasoning-gym scores from here on count as solved
 MAX_MATH_CHARS = 1_000  # longer answers are not parsed; those of benchmarks are far shorter
@@ -30,11 +29,10 @@ def parse_math(answer: str) -> tuple[Any, ...]:
     return tuple(part for part in parts if not isinstance(part, str))
 
 
-def gold_is_usable(gold: str) -> bool:
-    """Whether answers can be compared with this gold answer: it is words, or mathematics that can be parsed."""
-    if not gold.strip() or len(gold) > MAX_MATH_CHARS:
-        return False
-    return is_words(gold) or bool(parse_math(gold))
+def check_gold(gold: str) -> tuple[float, str]:
+    """Return status ``usable`` for a gold answer of words, or mathematics that can be parsed; else ``bad_gold``."""
+    usable = gold.strip() and len(gold) <= MAX_MATH_CHARS and (is_words(gold) or parse_math(gold))
+    return 0.0, "usable" if usable else "bad_gold"
 
 
 def grade_math(gold: str, answer: str) -> tuple[float, str]:
@@ -65,8 +63,5 @@ def grade_reasoning_gym(task: str, entry: Any, answer: str) -> tuple[float, str]
     """Return the task's own score and the status that follows from it."""
     if len(answer) > MAX_TEXT_CHARS or re.search(r"__\w+__", answer):  # some scorers evaluate expressions
         return 0.0, "unparsable"
-    try:
-        score = float(gym_task(task).score_answer(answer=answer, entry=unpack(entry)))
-    except Exception:
-        return 0.0, "unparsable"
+    score = float(gym_task(task).score_answer(answer=answer, entry=entry))
     return score, "correct" if score >= CORRECT_SCORE else "wrong"
