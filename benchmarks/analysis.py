@@ -40,7 +40,7 @@ from benchmarks.common import Pair
 from bupo.lens.analyze import SITES, analyze_rollouts
 from bupo.lens.softmax_stats import Tiling
 from bupo.models.layout import find_layout
-from bupo.models.processes import join_processes
+from bupo.models.load import join_processes
 from bupo.models.unembed import get_unembedding, matmul_fp32_
 from bupo.run_folder import describe_run, write_json
 

@@ -19,13 +19,14 @@ import torch
 import transformers
 
 from bupo import analyze_rollouts, internal_policy
+from bupo.data.rollouts import Rollout
 from bupo.errors import InputError
 from bupo.models.layout import find_layout
 from bupo.models.residual import find_residual_writes
 from bupo.run_folder import write_json, write_text
 from tests.support.tiny import tokens
 from tests.support.zoo import BY_NAME, ZOO, zoo_model
-from tests.support.zoo_checks import Rollout, generated, greedy, read_all
+from tests.support.zoo_checks import decodes_alike, read_all
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python -m experiments.verify_architectures"
@@ -81,18 +82,17 @@ def check(name: str) -> dict[str, Any]:
     except InputError as error:
         row["refused"], components = str(error), ("layer",)
     try:
-        logits = read_all(model, ids, components) if not entry.unreadable else None
-        if logits is None:
+        if entry.unreadable:
             with internal_policy(model, 2):
                 model(input_ids=ids, use_cache=False)
             raise AssertionError("this family should be refused")
-        row["reading"], row["wrong_layers"] = logits.deviation, logits.wrong_layers
+        row["reading"], row["wrong_layers"] = read_all(model, ids, components)
         row["decoding"] = None
         if entry.generates:
             same = []
             for layer in (1, 2, 3):
                 with internal_policy(model, layer):
-                    same.append(torch.equal(generated(model, ids[:, :5], 4), greedy(model, ids[:, :5], 4)))
+                    same.append(decodes_alike(model, ids[:, :5], 4))
             row["decoding"] = all(same)
     except InputError as error:
         row["unreadable"] = str(error)

@@ -199,7 +199,7 @@ def test_the_command(capsys, folder):
         ("--device tpu", "unknown device 'tpu'; choose one of cpu, a100"),
         ("--sharding fsdp2", "--sharding needs --processes 2 or more"),
         ("--processes 2 --sharding fsdp", "unknown sharding 'fsdp'"),
-        ("--processes 3", "do not split over 3 processes"),
+        ("--processes 3", "samples do not split evenly"),
         ("--flops 0", "--flops must be a finite number above 0"),
         ("--response-length 1000000000", "above the recipe's maximum of 11 tokens"),
         ("--set max_completion_length=600", "more than the model's context of 128"),

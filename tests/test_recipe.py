@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,21 +54,10 @@ def test_shipped_recipes_survive_their_record(path):
 
 def test_the_defaults_are_the_papers():
     recipe = check_recipe(SMALLEST)
-    expected = {
-        "num_generations": 8,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 32,
-        "updates_per_rollout": 4,
-        "max_steps": 1200,
-        "max_completion_length": 7168,
-        "temperature": 1.0,
-        "learning_rate": 1e-6,
-        "internal_steps": 0,
-        "seed": 0,
-        "gradient_checkpointing": True,
-    }
-    settings = recipe.trainer_settings(1)
-    assert {name: settings[name] for name in expected} == expected
+    expected = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 32,
+                "updates_per_rollout": 4, "max_steps": 1200, "max_completion_length": 7168, "temperature": 1.0,
+                "learning_rate": 1e-6, "internal_steps": 0, "seed": 0, "gradient_checkpointing": True}  # fmt: skip
+    assert recipe.trainer_settings(1).items() >= expected.items()
     assert recipe.max_prompt_length == 1024
 
 
@@ -81,38 +71,32 @@ def test_settings_of_the_trainer_pass_through():
     assert check_recipe({**SMALLEST, "fsdp": True}).trainer_settings(1)["fsdp"] is True
 
 
-@pytest.mark.parametrize(
-    "phase",
-    [
+def test_no_internal_steps_is_plain_grpo_whatever_else_is_set():
+    """`--internal-steps 0` is how a recipe becomes its own baseline."""
+    for phase in (
         {"internal_layer": 2, "internal_temperature": 2.0, "internal_norm": True},
         {"internal_layer": "auto", "internal_max_steps": 3},
         {"phases": [{"layer": 2, "rollouts": 3}]},
-    ],
-    ids=str,
-)
-def test_no_internal_steps_is_plain_grpo_whatever_else_is_set(phase):
-    """`--internal-steps 0` is how a recipe becomes its own baseline."""
-    recipe = check_recipe({**SMALLEST, **phase, "internal_steps": 0})
-    assert not trainer_config(recipe, Path()).schedule().internal
-    assert recipe.internal_steps == 0
+    ):
+        recipe = check_recipe({**SMALLEST, **phase, "internal_steps": 0})
+        assert not trainer_config(recipe, Path()).schedule().internal
+        assert recipe.internal_steps == 0
 
 
 def test_every_key_has_a_description():
     for model in (Recipe, *(Recipe.model_fields[name].annotation.__args__[0] for name in ("lora", "eval"))):
         for name, field in model.model_fields.items():
-            assert field.description, name
             assert field.description.rstrip(")").endswith((".", "none")), name
 
 
 def test_batch_arithmetic_over_many_settings():
     good = 0
-    for prompts, samples, updates, micro, processes in itertools.product(
-        (3, 4, 16), (2, 8), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4)
-    ):
+    sizes = ((3, 4, 16), (2, 8), (1, 2, 3, 4), (1, 2, 4, 8), (1, 2, 4))
+    for prompts, samples, updates, micro, processes in itertools.product(*sizes):
         batch = {"prompts_per_rollout": prompts, "samples_per_prompt": samples, "updates_per_rollout": updates}
         recipe = Recipe(**SMALLEST, **batch, micro_batch=micro, rollouts=5)
         if (prompts * samples) % (updates * micro * processes):
-            with pytest.raises(ConfigError):
+            with pytest.raises(ConfigError, match=r"not split evenly|not a multiple of micro_batch"):
                 recipe.trainer_settings(processes)
             continue
         good += 1
@@ -122,45 +106,29 @@ def test_batch_arithmetic_over_many_settings():
     assert good > 50
 
 
-def test_uneven_batches_say_what_would_fit():
-    (problem,) = problems(**SMALLEST, prompts_per_rollout=16, updates_per_rollout=2, micro_batch=5)
-    assert "prompts_per_rollout 16 x samples_per_prompt 8 / updates_per_rollout 2 = 64" in problem
-    assert "not a multiple of micro_batch 5; it could be 1, 2, 4 or 8" in problem
-    (problem,) = problems(**SMALLEST, prompts_per_rollout=5, updates_per_rollout=3)
-    assert "40 samples do not split into updates_per_rollout 3" in problem
-    with pytest.raises(ConfigError, match="do not split over 3 processes"):
-        check_recipe(SMALLEST, processes=3)
-
-
 def test_more_passes_and_evaluations_are_counted_in_updates():
     recipe = check_recipe({**SMALLEST, "rollouts": 10, "save_every": 5, "trl": {"num_iterations": 2}})
-    settings = recipe.trainer_settings(1)
-    assert (settings["max_steps"], settings["save_steps"], settings["num_iterations"]) == (80, 40, 2)
+    expected = {"max_steps": 80, "save_steps": 40, "num_iterations": 2}
+    assert recipe.trainer_settings(1).items() >= expected.items()
     evaluation = {"dataset": "arithmetic", "samples": 3, "every": 5}
-    settings = check_recipe({**SMALLEST, "micro_batch": 8, "eval": evaluation}).trainer_settings(1)
-    assert (settings["eval_steps"], settings["num_generations_eval"]) == (20, 3)
-    assert settings["per_device_eval_batch_size"] == 9  # whole groups of 3
+    recipe = check_recipe({**SMALLEST, "micro_batch": 8, "eval": evaluation})
+    expected = {"eval_steps": 20, "num_generations_eval": 3, "per_device_eval_batch_size": 9}  # whole groups of 3
+    assert recipe.trainer_settings(1).items() >= expected.items()
 
 
 WRONG = [
-    ({"modl": "x"}, "unknown key modl (did you mean model?)"),
     ({"learning_rat": 1}, "unknown key learning_rat (did you mean learning_rate?)"),
     ({"trl": {"epsilon_hihg": 1}}, "unknown key trl.epsilon_hihg (did you mean epsilon_high?)"),
     ({"lora": {"rank": 4}}, "unknown key lora.rank (valid: r, alpha, dropout, target_modules, four_bit)"),
     ({"lora": {"target_modules": 4}}, "lora.target_modules must be text or a list, not 4"),
     ({"rollouts": "many"}, "rollouts must be a whole number, not 'many'"),
     ({"rollouts": True}, "rollouts must be a whole number, not True"),
-    ({"rollouts": 2.5}, "rollouts must be a whole number, not 2.5"),
     ({"rollouts": 0}, "rollouts must be at least 1, not 0"),
     ({"rollouts": 99999999999999999999}, "rollouts must be at most 10000000, not 99999999999999999999"),
-    ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
     ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
     ({"learning_rate": 0.0}, "learning_rate must be a number above 0, not 0.0"),
     ({"temperature": -1}, "temperature must be a number above 0, not -1"),
-    (
-        {"trl": {"generation_kwargs": {"x": float("inf")}}},
-        "trl.generation_kwargs holds a value that run.json cannot hold",
-    ),
+    ({"trl": {"generation_kwargs": {"x": float("inf")}}}, "trl.generation_kwargs holds a value that run.json cannot"),
     ({"trl": {"epsilon": "wide"}}, "trl.epsilon must be a number, not 'wide'"),
     ({"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, not 1"),
     ({"seed": 2**32}, "seed must be below 4294967296, not 4294967296"),
@@ -169,16 +137,9 @@ WRONG = [
     ({"lora": 4}, "lora must be a mapping with r, alpha, dropout, target_modules, four_bit, not 4"),
     ({"trl": [1]}, "trl must be a mapping, not [1]"),
     ({"keep_checkpoints": 1}, "keep_checkpoints must be at least 2, not 1"),
-    ({"internal_steps": 3}, "internal_steps needs internal_layer: a layer from 1 to L, or auto"),
     ({"internal_layer": "top"}, "internal_layer must be a layer from 1 to L"),
-    ({"internal_layer": 0}, "internal_layer must be a layer from 1 to L"),
-    (
-        {"internal_layer": 2, "internal_steps": 301},
-        "the internal phases take 301 rollout batches, more than the 300",
-    ),
+    ({"internal_layer": 2, "internal_steps": 301}, "internal phases take 301 rollout batches, more than the 300"),
     ({"max_steps": 3}, "max_steps is set by the recipe's own key: rollouts"),
-    ({"trl": {"max_steps": 3}}, "trl.max_steps is set by the recipe's own key: rollouts"),
-    ({"trl": {"seed": 3}}, "trl.seed is set by the recipe's own key: seed"),
     ({"beta": 0, "trl": {"beta": 0}}, "beta is given twice, as a key of the recipe and under trl"),
     ({"trl": {"num_iterations": 0}}, "trl.num_iterations must be a whole number from 1, not 0"),
     ({"trl": {"remove_unused_columns": True}}, "trl.remove_unused_columns would drop the column"),
@@ -188,6 +149,7 @@ WRONG = [
     ({"eval": {"every": 3}}, "eval.dataset is missing"),
     ({"model": ""}, "model is missing"),
     ({"estimator": "ppo2"}, "estimator must be one of grpo"),
+    ({"prompts_per_rollout": 5, "updates_per_rollout": 3}, "updates_per_rollout 3: 40 samples do not split evenly"),
     ({"inside_layer": 2}, "inside_layer and inside_responses need inside_every"),
     ({"inside_every": 2}, "inside_every needs a layer to compare with the others"),
     ({"internal_ladder": [[6, 20]]}, "internal_ladder was removed; write phases: [{layer: 6, rollouts: 30}"),
@@ -207,9 +169,8 @@ def test_wrong_recipes(change, part):
 
 def test_all_problems_come_together():
     """The recipe's own, unknown keys, wrong types, the batch arithmetic, and what BuPOConfig finds."""
-    assert problems(
-        internal_steps=3, trl={"seed": 1}, learning_rate="fast", modl="x", micro_batch=7, lora={"r": 0}
-    ) == [
+    wrong = {"internal_steps": 3, "trl": {"seed": 1}, "learning_rate": "fast", "modl": "x", "lora": {"r": 0}}
+    assert problems(**wrong, micro_batch=7) == [
         "model is missing",
         "dataset is missing",
         "lora.r must be at least 1, not 0",
@@ -224,22 +185,11 @@ def test_all_problems_come_together():
 
 def test_changes():
     raw = {"lora": {"r": 4}, "eval": None}
-    changes = [
-        "learning_rate=1e-5",
-        "lora.r=8",
-        "eval.dataset=arithmetic",
-        "internal_layer = auto",
-        "trl={a: [1]}",
-        "x=",
-    ]
-    assert override(raw, changes) == {
-        "lora": {"r": 8},
-        "eval": {"dataset": "arithmetic"},
-        "learning_rate": 1e-5,
-        "internal_layer": "auto",
-        "trl": {"a": [1]},
-        "x": None,
-    }
+    changes = ["learning_rate=1e-5", "lora.r=8", "eval.dataset=arithmetic", "internal_layer = auto", "trl={a: [1]}"]
+    assert override(raw, [*changes, "x="]) == {
+        "lora": {"r": 8}, "eval": {"dataset": "arithmetic"}, "learning_rate": 1e-5, "internal_layer": "auto",
+        "trl": {"a": [1]}, "x": None,
+    }  # fmt: skip
     assert raw == {"lora": {"r": 4}, "eval": None}
     with pytest.raises(ConfigError) as error:
         override({"model": "small"}, ["seed", "=3", "model.size=2"])
@@ -272,11 +222,9 @@ BROKEN = [
 
 @pytest.mark.parametrize(("content", "part"), BROKEN, ids=[str(c[:20]) for c, _ in BROKEN])
 def test_broken_files_give_one_line(tmp_path, content, part):
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        read_recipe(path)
-    assert part in str(error.value)
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(part)):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_reading(tmp_path, monkeypatch):

@@ -1,15 +1,9 @@
 """Recipes: the settings of a training run, read from YAML and checked without importing torch.
 
 The keys are the fields of `Recipe` and every other field of `BuPOConfig`, which checks those itself
-(`bupo.train.build.check_recipe` reports both). The batch arithmetic, for W processes::
-
-    samples per rollout batch   S = prompts_per_rollout * samples_per_prompt
-    samples per update          S / updates_per_rollout
-    accumulation                S / (updates_per_rollout * micro_batch * W)     micro-batches per update and process
-    total updates               rollouts * updates_per_rollout
-
-Every division must be even. In the paper (arXiv 2512.19673) 128 prompts x 8 samples = 1,024 samples per rollout batch
-make 4 updates of 256 samples (32 prompts). ``micro_batch`` changes memory and speed only.
+(`bupo.train.build.check_recipe` reports both). A rollout batch has prompts_per_rollout * samples_per_prompt samples, in
+the paper 128 * 8 = 1,024. They split evenly into updates_per_rollout updates (4 of 256 samples), these into processes
+and micro-batches of micro_batch samples, whose gradients are accumulated; micro_batch changes memory and speed only.
 """
 
 from __future__ import annotations
@@ -30,6 +24,7 @@ from bupo.errors import ConfigError, InputError, describe, either
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
 Reward = Annotated[str, Field(pattern=r"^(answer|[\w.]+:\w+)$")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -85,9 +80,7 @@ class Recipe(BaseModel):
     save_every: Count = Field(10, description="Number of rollout batches between two checkpoints.")
     keep_checkpoints: int | None = Field(2, ge=2, description="Number of newest checkpoints kept. null keeps all.")
     eval: Evaluation | None = Field(None, description="Evaluate on held-out problems during training.")
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="Trackers that get all metrics."
-    )
+    report_to: list[Tracker] = Field([], description="Trackers that get all metrics.")
     flow_every: Interval = Field(0, description="Number of rollout batches between two entropy-flow figures; 0: none.")
     inside_every: Interval = Field(0, description="Rollout batches between two `bupo compare` measurements; 0: none.")
     inside_layer: Count | None = Field(None, description="Layer compared with the others. Default: the phase's.")
@@ -117,13 +110,10 @@ class Recipe(BaseModel):
         Raises `ConfigError` if the samples do not split evenly over ``processes`` (default: the launcher's WORLD_SIZE).
         """
         processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
-        if problem := batch_problem(self, processes):
-            raise ConfigError(problem)
-        micro, evaluation = self.micro_batch, self.eval
         settings: dict[str, Any] = {
             "num_generations": self.samples_per_prompt,
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": self.samples_per_rollout() // (self.updates_per_rollout * micro * processes),
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": self._accumulation(processes),
             "updates_per_rollout": self.updates_per_rollout,
             "max_steps": self.updates(self.rollouts),
             "max_completion_length": self.max_completion_length,
@@ -133,31 +123,28 @@ class Recipe(BaseModel):
             "save_total_limit": self.keep_checkpoints,
             "report_to": list(self.report_to),
         }
-        if evaluation is not None:
+        if (evaluation := self.eval) is not None:
             settings |= {
                 "eval_strategy": "steps",
                 "eval_steps": self.updates(evaluation.every),
                 "num_generations_eval": evaluation.samples,
-                "per_device_eval_batch_size": math.ceil(micro / evaluation.samples) * evaluation.samples,
+                "per_device_eval_batch_size": math.ceil(self.micro_batch / evaluation.samples) * evaluation.samples,
             }
         return {**settings, **self.trainer}
 
-
-def batch_problem(recipe: Recipe, processes: int) -> str | None:
-    """Why a rollout batch does not split evenly into updates, processes and micro-batches, or None if it does."""
-    samples, updates, micro = recipe.samples_per_rollout(), recipe.updates_per_rollout, recipe.micro_batch
-    product = f"prompts_per_rollout {recipe.prompts_per_rollout} x samples_per_prompt {recipe.samples_per_prompt}"
-    if samples % updates:
-        return f"{product} = {samples} samples do not split into updates_per_rollout {updates} equal updates"
-    share, left = divmod(samples // updates, processes)
-    quotient = f"{product} / updates_per_rollout {updates}" + (f" / {processes} processes" if processes > 1 else "")
-    if left:
-        return f"{quotient}: {samples // updates} samples per update do not split over {processes} processes"
-    if share % micro:
-        near = sorted((n for n in range(1, 2 * micro) if share % n == 0), key=lambda n: abs(n - micro))
-        fits = either(sorted(near[:4]))
-        return f"{quotient} = {share} samples, not a multiple of micro_batch {micro}; it could be {fits}"
-    return None
+    def _accumulation(self, processes: int) -> int:
+        """Number of micro-batches per update and process, or `ConfigError` if a rollout batch does not split evenly."""
+        samples, updates, micro = self.samples_per_rollout(), self.updates_per_rollout, self.micro_batch
+        share, left = divmod(samples, updates * processes)
+        product = f"prompts_per_rollout {self.prompts_per_rollout} x samples_per_prompt {self.samples_per_prompt}"
+        product += f" / updates_per_rollout {updates}" + (f" / {processes} processes" if processes > 1 else "")
+        if left:
+            raise ConfigError(f"{product}: {samples} samples do not split evenly")
+        if share % micro:
+            near = sorted((n for n in range(1, 2 * micro) if share % n == 0), key=lambda n: abs(n - micro))
+            fits = either(sorted(near[:4]))
+            raise ConfigError(f"{product} = {share} samples, not a multiple of micro_batch {micro}; it could be {fits}")
+        return share // micro
 
 
 def validate(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
@@ -171,8 +158,7 @@ def validate(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
             depth = 2 if item["loc"][0] in nested else 1
             errors.setdefault(".".join(map(str, item["loc"][:depth])), []).append(item)
         wrong = {name.split(".")[0] for name in errors}
-        rest = {key: value for key, value in raw.items() if str(key) not in wrong}
-        recipe = Recipe.model_validate({"model": "?", "dataset": "?", **rest})
+        recipe = Recipe.model_validate({"model": "?", "dataset": "?"} | {k: raw[k] for k in raw if str(k) not in wrong})
     fields = {name: nested.get(name.split(".")[0], Recipe).model_fields for name in errors}
     problems = [describe(name, items, fields[name]) for name, items in errors.items()]
     if not recipe.inside_every and (recipe.inside_layer is not None or recipe.inside_responses is not None):
@@ -200,7 +186,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Parse YAML safely, or raise `InputError`, which names the line of the mistake."""
+    """Parse YAML safely; `InputError` names the line of a mistake."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

@@ -1,7 +1,4 @@
-"""Output folders: checked before work starts, written atomically, with a record of how to repeat the run.
-
-It loads no torch, because the command line imports it before it knows whether that is needed.
-"""
+"""Output folders: checked before work starts, written atomically, with a record of how to repeat the run."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +22,20 @@ _PACKAGES = ("bupo", "torch", "transformers", "trl", "accelerate", "peft", "data
 
 
 def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Make ``folder`` ready to be written by one run; nothing is written into it yet.
+    """Check that ``folder`` can be written by one run; nothing is written into it yet.
 
-    Raises:
-        InputError: it is a file, it holds another run (any file at all) and neither ``overwrite`` nor ``resume``
-            was asked for, or it cannot be created.
+    Raises `InputError` if it is a file, cannot be written, or holds any file at all and neither ``overwrite`` nor
+    ``resume`` was asked for.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not (overwrite or resume):
         raise InputError(f"output folder {path} already holds a run; choose another or pass --overwrite")
-    parent = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise InputError(f"output folder {path} cannot be written: no permission in {parent}")
     return path
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file (UTF-8) whole or not at all."""
-    return write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -64,8 +56,13 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file (UTF-8) whole or not at all."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write strict JSON (no NaN, so that any reader can parse it) atomically."""
+    """Write strict JSON (no NaN, so that any reader can parse it) whole or not at all."""
     return write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -73,10 +70,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on (absent ones left out)."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -92,26 +87,14 @@ def machine() -> dict[str, Any]:
 
 def describe_run(command: str, config: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The content of ``run.json``: command, resolved configuration, versions, machine and the command line."""
-    return {
-        "schema": 1,
-        "command": command,
-        "argv": sys.argv[1:],
-        "config": config,
-        "versions": versions(),
-        "machine": machine(),
-        **more,
-    }
+    about = {"schema": 1, "command": command, "argv": sys.argv[1:], "config": config}
+    return {**about, "versions": versions(), "machine": machine(), **more}
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """The content of a training run's ``run.json``.
-
-    Raises:
-        InputError: the folder holds no training run.
-    """
-    path = Path(folder) / RUN_FILE
+    """The content of a training run's ``run.json``, or `InputError` if the folder holds no training run."""
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8"))
         if isinstance(run["config"], dict):
             return run
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from bupo import internal_policy
+from bupo.data.rollouts import Rollout
 from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 from bupo.models.residual import find_residual_writes
 from tests.support.tiny import tokens
 from tests.support.zoo import BY_NAME, ZOO, zoo_model
-from tests.support.zoo_checks import Rollout, generated, greedy, read, read_all, stream
+from tests.support.zoo_checks import decodes_alike, read, read_all, stream
 
 WHOLE = [m.name for m in ZOO if m.refused is None]
 LAYER_ONLY = [m.name for m in ZOO if m.refused is not None and not m.unreadable]
@@ -23,11 +24,7 @@ ROLLOUTS = [Rollout([5, 6, 7], [8, 9, 10, 11]), Rollout([5, 6], [8, 90, 10])]
 # a norm used twice, the sum computed inside a submodule, a logit multiplier
 RECOMPUTED = ["qwen3_next", "gemma2", "cohere2", "granitemoehybrid", "phi", "falcon", "falcon_h1", "nanochat", "bloom"]
 RECOMPUTED += ["hyperclovax"]
-
-
-@functools.cache
-def model_of(name: str):
-    return zoo_model(name)
+model_of = functools.cache(zoo_model)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -41,24 +38,24 @@ def test_layers_add_what_the_probe_finds(name):
 @pytest.mark.parametrize("name", WHOLE + LAYER_ONLY)
 def test_internal_policies_equal_an_independent_reading(name):
     model, ids = model_of(name), tokens(2, 7)
+
+    def condition():
+        return [(set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
     with torch.no_grad():
-        before = model(input_ids=ids, use_cache=False).logits
-    dictionaries = [(set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    reading = read_all(model, ids, ("layer", "attn", "ffn") if name in WHOLE else ("layer",))
-    assert reading.deviation < 1e-5
-    assert reading.wrong_layers == []
-    after = [(set(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    assert after == dictionaries
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+        before, logits = condition(), model(input_ids=ids, use_cache=False).logits
+        deviation, wrong_layers = read_all(model, ids, ("layer", "attn", "ffn") if name in WHOLE else ("layer",))
+        assert deviation < 1e-5
+        assert wrong_layers == []
+        assert condition() == before
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE + LAYER_ONLY if BY_NAME[name].generates])
 @pytest.mark.parametrize("layer", [1, 3])
 def test_decoding_with_a_cache_equals_decoding_without(name, layer):
-    model, ids = model_of(name), tokens(2, 5)
-    with internal_policy(model, layer):
-        assert torch.equal(generated(model, ids, 4), greedy(model, ids, 4))
+    with internal_policy(model_of(name), layer) as model:
+        assert decodes_alike(model, tokens(2, 5), 4)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -94,14 +91,12 @@ def test_layouts_without_two_contributions_are_refused(name):
         pass
     with pytest.raises(InputError, match=words if name in LAYER_ONLY else "cannot be read"):
         analyze_rollouts(model, ROLLOUTS)
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_stream_changed_on_its_way_to_the_unembedding_is_refused(name, norm):
-    model = model_of(name)
-    with pytest.raises(InputError, match="what layer 2 returns does not reach"), internal_policy(model, 2, norm=norm):
-        model(input_ids=tokens(), use_cache=False)
+    for norm in (False, True) if name in UNREADABLE else ():
+        with (
+            pytest.raises(InputError, match="what layer 2 returns does not reach"),
+            internal_policy(model, 2, norm=norm),
+        ):
+            model(input_ids=tokens(), use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "granitemoeshared", "falcon"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -18,13 +19,29 @@ from tests.support.zoo_checks import stream
 
 L = 4
 EVERY = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]
+POLICIES = [{"layer": 1}, {"layer": 3}, {"layer": L}, {"layer": 2, "component": "attn"},
+            {"layer": 2, "component": "ffn"}, {"layer": 3, "temperature": 0.3},
+            {"layer": 3, "norm": True, "temperature": 7.0}]  # fmt: skip
+
+
+@torch.no_grad()
+def logits(model, *arguments, **more):
+    with internal_policy(model, *arguments, **more):
+        return model(tokens()).logits
 
 
 def test_last_layer_with_norm_is_the_model_itself():
-    model, ids = tiny_model(), tokens()
-    with torch.no_grad(), internal_policy(model, L, norm=True):
-        inside = model(ids).logits
-    assert torch.equal(inside, model(ids).logits)
+    model = tiny_model()
+    assert torch.equal(logits(model, L, norm=True), model(tokens()).logits)
+
+
+@pytest.mark.parametrize(("layout", "tied"), EVERY)
+def test_logits_are_divided_by_the_temperature(layout, tied):
+    model = tiny_model(layout, tie_word_embeddings=tied)
+    for norm in (False, True):
+        for component in ("layer", "attn", "ffn"):
+            plain, warm = (logits(model, 2, component, norm=norm, temperature=t) for t in (1.0, 2.5))
+            torch.testing.assert_close(warm, plain / 2.5, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
 def surrogate(logits, ids):
@@ -34,47 +51,23 @@ def surrogate(logits, ids):
 
 @pytest.mark.parametrize(("layout", "tied"), EVERY)
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
-def test_gradients_equal_the_full_forward_and_vanish_above(layout, tied, checkpointing):
-    ids = tokens()
-    for layer in (1, 3, L):
-        reference = tiny_model(layout, tie_word_embeddings=tied)
-        surrogate(reference.lm_head(stream(reference, ids)["layer"][layer - 1]), ids).backward()
-        expected = {name: p.grad for name, p in reference.named_parameters()}
-
-        model = tiny_model(layout, tie_word_embeddings=tied).train()
-        if checkpointing is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-            model.enable_input_require_grads()
-        with internal_policy(model, layer):
-            loss = surrogate(model(ids, use_cache=False).logits, ids)
-        loss.backward()  # outside the context
-        for name, parameter in model.named_parameters():
-            above = any(name.startswith(f"model.layers.{k}.") for k in range(layer, L)) or name == "model.norm.weight"
-            if above:
-                assert parameter.grad is None, name
-                assert expected[name] is None or not expected[name].any(), name
-            else:
-                scale = expected[name].abs().max().item()
-                torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
-
-
-@pytest.mark.parametrize("component", ["attn", "ffn"])
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
-def test_gradients_of_components(component, checkpointing):
-    ids, layer = tokens(), 2
-    reference = tiny_model("qwen3")
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_gradients_are_those_of_the_definition_and_vanish_above(layout, tied, checkpointing, policy):
+    ids, reference = tokens(), tiny_model(layout, tie_word_embeddings=tied)
     states = stream(reference, ids, find_residual_writes(reference))
-    surrogate(reference.lm_head(states[component][layer - 1]), ids).backward()
-    model = tiny_model("qwen3").train()
+    state = states[policy.get("component", "layer")][policy["layer"] - 1]
+    state = reference.model.norm(state) if policy.get("norm") else state
+    surrogate(reference.lm_head(state) / policy.get("temperature", 1.0), ids).backward()
+    model = tiny_model(layout, tie_word_embeddings=tied).train()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
-    with internal_policy(model, layer, component):
+    with internal_policy(model, **policy):
         loss = surrogate(model(ids, use_cache=False).logits, ids)
-    loss.backward()
+    loss.backward()  # outside the context
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
-        if q.grad is None or not q.grad.any():
-            assert p.grad is None or not p.grad.any(), name
+        if q.grad is None:
+            assert p.grad is None, name
         else:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5 * q.grad.abs().max().item(), msg=name)
 
@@ -97,6 +90,7 @@ def test_lora_model_is_its_internal_policy():
         expected = base.lm_head(stream(model, ids)["layer"][1])
         with internal_policy(model, 2):
             torch.testing.assert_close(model(ids).logits, expected)
+    assert torch.equal(logits(model, 2, temperature=4.0), logits(model, 2) / 4.0)
     model.train()
     with internal_policy(model, 2):
         surrogate(model(ids).logits, ids).backward()
@@ -124,30 +118,27 @@ def test_leaving_restores_exactly(component):
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
-def test_hidden_state_capture_first_used_inside_stays_whole_outside():
-    model = tiny_model()
-    with internal_policy(model, 2):
-        model(tokens(), output_hidden_states=True)
-    assert len(model(tokens(), output_hidden_states=True).hidden_states) == L + 1
-
-
-def test_a_forward_patched_by_another_library_comes_back():
+def test_hidden_state_capture_first_used_inside_and_a_patched_forward_stay_whole():
     model = tiny_model()
     patched = model.model.norm.forward
     model.model.norm.forward = patched  # as accelerate's device hooks do
-    with internal_policy(model, 1):
-        pass
+    with internal_policy(model, 2):
+        model(tokens(), output_hidden_states=True)
+    assert len(model(tokens(), output_hidden_states=True).hidden_states) == L + 1
     assert model.model.norm.__dict__["forward"] is patched
 
 
-@pytest.mark.parametrize("layer", [0, -1, L + 1, 2.0, True, "2"])
-def test_wrong_layer_names_the_range(layer):
-    with pytest.raises(InputError, match=r"1 to 4"), internal_policy(tiny_model(), layer):
-        pass
-
-
-def test_unknown_component_names_the_choices():
-    with pytest.raises(ValueError, match="layer, attn, ffn"), internal_policy(tiny_model(), 1, "mlp"):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *(({"layer": layer}, "1 to 4") for layer in (0, -1, L + 1, 2.0, True, "2")),
+        ({"layer": 1, "component": "mlp"}, "layer, attn, ffn"),
+        *(({"layer": 1, "temperature": t}, "number above 0") for t in (0.0, -1.0, math.inf, math.nan)),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_name_the_valid_ones(arguments, words):
+    with pytest.raises(InputError, match=words), internal_policy(tiny_model(), **arguments):
         pass
 
 

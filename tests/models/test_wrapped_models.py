@@ -4,66 +4,57 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
-from bupo import internal_policy
+from bupo import internal_policy, load_model
+from bupo.data.rollouts import Rollout
 from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 from bupo.models.layout import find_layout
 from tests.support.tiny import COMMON, tiny_model, tokens
-from tests.support.zoo_checks import Rollout, generated, greedy, read_all
+from tests.support.zoo_checks import decodes_alike, read_all
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 4,  # as many as the text model: the tower must not be taken for it
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+# A table, packed by hand.
+# fmt: off
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+    "num_hidden_layers": 4}  # as many as the text model: the tower must not be taken for it
 QWEN_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-ROLLOUTS = [Rollout([5, 6, 7], [8, 9, 10, 11])]
-MULTIMODAL = {
-    "gemma3": {
-        "text_config": {**COMMON, "model_type": "gemma3_text", "sliding_window": 4},
-        "vision_config": {**VISION, "model_type": "siglip_vision_model"},
-        "mm_tokens_per_image": 4,
-    },
-    "llava": {
-        "text_config": {**COMMON, "model_type": "qwen2"},
-        "vision_config": {**VISION, "model_type": "clip_vision_model"},
-    },
-    "mistral3": {
-        "text_config": {**COMMON, "model_type": "mistral"},
-        "vision_config": {**VISION, "model_type": "pixtral"},
-    },
-    "paligemma": {
-        "text_config": {**COMMON, "model_type": "gemma2"},
-        "vision_config": {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-        "projection_dim": 32,
-    },
-    "qwen2_vl": {
-        "text_config": {**COMMON, **MROPE, "model_type": "qwen2_vl_text"},
-        "vision_config": QWEN_VISION,
-    },
+MULTIMODAL = {  # by family: text_config, vision_config, other settings
+    "gemma3": ({"model_type": "gemma3_text", "sliding_window": 4}, {**VISION, "model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 4}),
+    "llava": ({"model_type": "qwen2"}, {**VISION, "model_type": "clip_vision_model"}, {}),
+    "mistral3": ({"model_type": "mistral"}, {**VISION, "model_type": "pixtral"}, {}),
+    "paligemma": ({"model_type": "gemma2"}, {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        {"projection_dim": 32}),
+    "qwen2_vl": ({**MROPE, "model_type": "qwen2_vl_text"}, QWEN_VISION, {}),
 }
+# fmt: on
+ROLLOUTS = [Rollout([5, 6, 7], [8, 9, 10, 11])]
 
 
-def multimodal_model(family: str, **changes):
+def multimodal_model(family: str):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**MULTIMODAL[family], **changes})
+    text, vision, more = MULTIMODAL[family]
+    config = AutoConfig.for_model(family, text_config={**COMMON, **text}, vision_config=vision, **more)
     return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 
 
 def assert_reads(model):
-    ids = tokens(2, 6)
-    reading = read_all(model, ids)
-    assert reading.deviation < 1e-5
-    assert reading.wrong_layers == []
+    deviation, wrong_layers = read_all(model, tokens(2, 6))
+    assert deviation < 1e-5
+    assert wrong_layers == []
     with internal_policy(model, 2):
-        assert torch.equal(generated(model, ids, 3), greedy(model, ids, 3))
+        assert decodes_alike(model, tokens(2, 6), 3)
     assert analyze_rollouts(model, ROLLOUTS)["layers"] == 4
 
 
@@ -88,15 +79,9 @@ def test_layers_that_text_alone_skips_are_refused():
 
 
 def test_a_saved_multimodal_model_loads(tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    from bupo.models.load import load_model
-
     multimodal_model("llava").save_pretrained(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), eos_token="a").save_pretrained(
-        tmp_path
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), eos_token="a")
+    tokenizer.save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path))
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert find_layout(model).n_layers == 4
@@ -105,8 +90,6 @@ def test_a_saved_multimodal_model_loads(tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_weights_are_read_where_the_unembedding_is_not_packed(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=64, spread=3.0).save_pretrained(tmp_path)
 
     def load(**options):
@@ -141,21 +124,19 @@ MAP = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb",
 MAP["lm_head"] = "cpu"
 
 
+def spread(folder, away=()):
+    """A model with accelerate's hooks, and some of its modules on disk."""
+    places = {**MAP, **dict.fromkeys(away, "disk")}
+    return dispatch_model(tiny_model("llama"), places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
 @pytest.mark.parametrize("away", [(), ("model.layers.1", "model.layers.3"), ("model.embed_tokens", "model.norm")])
 def test_a_model_spread_by_a_device_map_is_read(tmp_path, away):
-    from accelerate import dispatch_model
-
-    places = {**MAP, **dict.fromkeys(away, "disk")}
-    model = dispatch_model(tiny_model("llama"), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    model = spread(tmp_path, away)
     assert_reads(model)
-    expected = analyze_rollouts(tiny_model("llama"), ROLLOUTS)
-    assert analyze_rollouts(model, ROLLOUTS)["sites"] == expected["sites"]
+    assert analyze_rollouts(model, ROLLOUTS)["sites"] == analyze_rollouts(tiny_model("llama"), ROLLOUTS)["sites"]
 
 
 def test_an_offloaded_unembedding_is_refused(tmp_path):
-    from accelerate import dispatch_model
-
-    places = {**MAP, "lm_head": "disk"}
-    model = dispatch_model(tiny_model("llama"), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     with pytest.raises(InputError, match="unembedding is offloaded"):
-        analyze_rollouts(model, ROLLOUTS)
+        analyze_rollouts(spread(tmp_path, ["lm_head"]), ROLLOUTS)

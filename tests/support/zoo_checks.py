@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,6 @@ from torch import Tensor, nn
 from bupo import internal_policy
 from bupo.models.layout import find_layout
 from bupo.models.residual import LayerWrites, find_residual_writes
-
-
-@dataclass
-class Rollout:
-    """A prompt and its response as token ids."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
 
 
 def layer_list(model: nn.Module, n_layers: int = 4) -> nn.ModuleList:
@@ -45,89 +36,64 @@ def stream(model: nn.Module, ids: Tensor, writes: tuple[LayerWrites, ...] | None
         for kind in () if writes is None else ("attn", "ffn"):
             for name, scale in getattr(writes[index], kind).terms:
                 hooks.append(layer.get_submodule(name).register_forward_hook(partial(add, kind, index, scale)))
-    try:
-        model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     return states
 
 
 @torch.no_grad()
 def read(model: nn.Module, ids: Tensor, states: list[Tensor], norm: bool = False) -> list[Tensor]:
     """Logits (B, T, V) that the model's own code after its final norm returns for each state; all layers run."""
-    module, calls, total = find_layout(model).final_norm, 0, 0
-
-    def count(*_: Any) -> None:
-        nonlocal total
-        total += 1
+    module, calls = find_layout(model).final_norm, []
+    with module.register_forward_hook(lambda *_: calls.append(None)):
+        model(input_ids=ids, use_cache=False)  # some models use this module for the embedding too: the last call counts
 
     def replace(m: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal calls
-        calls += 1
+        calls.pop()
         stacked = torch.cat(states).to(output.dtype)
-        return (m.forward(stacked) if norm else stacked) if calls == total else output
+        return output if calls else m.forward(stacked) if norm else stacked
 
-    handle = module.register_forward_hook(count)
-    model(input_ids=ids, use_cache=False)  # some models use this module for the embedding too: the last call counts
-    handle.remove()
-    handle = module.register_forward_hook(replace)
-    try:
+    with module.register_forward_hook(replace):
         logits = model(input_ids=ids.repeat(len(states), 1), use_cache=False).logits
-    finally:
-        handle.remove()
     return list(logits.chunk(len(states)))
-
-
-@dataclass
-class Reading:
-    """The largest relative deviation of logits, and the internal policies for which other layers ran."""
-
-    deviation: float
-    wrong_layers: list[str]
 
 
 @torch.no_grad()
 def read_all(
-    model: nn.Module, ids: Tensor, components: Sequence[str] = ("layer", "attn", "ffn"), norm: bool = True
-) -> Reading:
-    """Compare the internal policies of every layer and component with :func:`read`."""
+    model: nn.Module, ids: Tensor, components: Sequence[str] = ("layer", "attn", "ffn")
+) -> tuple[float, list[str]]:
+    """Compare the internal policies of every layer and component with `read`.
+
+    Returns the largest relative deviation of logits, and the policies for which not exactly the layers below ran.
+    """
     writes = find_residual_writes(model) if len(components) > 1 else None
     states, worst, wrong = stream(model, ids, writes), 0.0, []
     sites = [(c, layer, False) for c in components for layer in range(1, len(states["layer"]) + 1)]
     expected = read(model, ids, [states[c][layer - 1] for c, layer, _ in sites])
-    if norm:
-        sites.append(("layer", 2, True))
-        expected += read(model, ids, [states["layer"][1]], norm=True)
-    ran: list[int] = []
-    hooks = [
-        module.register_forward_hook(lambda m, i, o, number=number: ran.append(number))
-        for number, module in enumerate(layer_list(model), start=1)
-    ]
-    try:
-        for (component, layer, normed), logits in zip(sites, expected, strict=True):
-            ran.clear()
-            with internal_policy(model, layer, component, norm=normed):
-                got = model(input_ids=ids, use_cache=False).logits
-            worst = max(worst, ((got - logits).abs().max() / logits.abs().max()).item())
-            if ran != list(range(1, layer + 1)):
-                wrong.append(f"{component} {layer}: layers {ran} ran")
-    finally:
+    sites.append(("layer", 2, True))
+    expected += read(model, ids, [states["layer"][1]], norm=True)
+    for (component, layer, norm), logits in zip(sites, expected, strict=True):
+        ran: list[int] = []
+        hooks = [
+            module.register_forward_hook(lambda *_, number=number, ran=ran: ran.append(number))
+            for number, module in enumerate(layer_list(model), start=1)
+        ]
+        with internal_policy(model, layer, component, norm=norm):
+            got = model(input_ids=ids, use_cache=False).logits
         for hook in hooks:
             hook.remove()
-    return Reading(worst, wrong)
+        worst = max(worst, ((got - logits).abs().max() / logits.abs().max()).item())
+        if ran != list(range(1, layer + 1)):
+            wrong.append(f"{component} {layer}: layers {ran} ran")
+    return worst, wrong
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, ids: Tensor, steps: int) -> Tensor:
-    """Greedy decoding by whole forwards without a cache."""
+def decodes_alike(model: Any, ids: Tensor, steps: int) -> bool:
+    """Whether greedy decoding by the library, with its cache, equals greedy decoding by whole forwards without one."""
+    model.generation_config.eos_token_id = None
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False)
     for _ in range(steps):
         ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return ids
-
-
-@torch.no_grad()
-def generated(model: Any, ids: Tensor, steps: int) -> Tensor:
-    """Greedy decoding by the library, with its cache."""
-    model.generation_config.eos_token_id = None
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False)
+    return torch.equal(generated, ids)

@@ -157,7 +157,7 @@ def _device(device: str | None, processes: int) -> str | None:
     """The device of this process: with a launcher each process has its own, of the type that was asked for."""
     if processes == 1:
         return device
-    from bupo.models.processes import join_processes
+    from bupo.models.load import join_processes
 
     if device is not None and ":" in device:
         raise InputError(f"--device {device} names one device for {processes} processes; write {device.split(':')[0]}")

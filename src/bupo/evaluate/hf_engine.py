@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from bupo.errors import InputError
 from bupo.evaluate.engines import Batch, Engine, Sampling, chunks, cut_at_end, end_tokens
 from bupo.models.internal_policy import check_layer, internal_policy
-from bupo.models.layout import context_length, n_layers
+from bupo.models.layout import context_length, find_layout
 
 _FIRST_STRETCH = 32  # tokens
 
@@ -40,7 +40,7 @@ class TransformersEngine(Engine):
         if batch_size < 1:
             raise InputError(f"batch size must be at least 1, not {batch_size}")
         if internal_layer is not None:
-            check_layer(n_layers(model), internal_layer)
+            check_layer(find_layout(model).n_layers, internal_layer)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.internal_layer, self.norm = internal_layer, norm
         self.end_ids = end_tokens(model.generation_config, tokenizer)

@@ -24,7 +24,7 @@ from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
 from bupo.models.capture import LayerStates, capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
-from bupo.models.processes import join_processes
+from bupo.models.load import join_processes
 from bupo.models.unembed import get_unembedding
 
 __all__ = ["SITES", "AnalysisOptions", "Statistics", "TokenPair", "analyze_rollouts", "check_rollouts"]

@@ -21,13 +21,8 @@ def read_config(name: str, config_from: Path | None = None, **options: Any) -> t
     """Return a model's configuration and where it is from.
 
     It is read from ``config_from`` (a folder or a config.json), else from the model's folder, else from the copy
-    shipped for the paper's models, else from the hub.
-
-    Args:
-        options: ``revision`` and ``trust_remote_code``, as `from_pretrained` takes them.
-
-    Raises:
-        InputError: there is no readable configuration.
+    shipped for the paper's models, else from the hub; ``options`` are those of `from_pretrained`. Raises `InputError`
+    if there is no readable configuration.
     """
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     if config_from is not None:
@@ -47,15 +42,11 @@ def read_config(name: str, config_from: Path | None = None, **options: Any) -> t
         raise InputError(f"no configuration of a model at {path} ({reason}); name one with --config-from") from error
 
 
-def fake_model(config: Any, dtype: torch.dtype = torch.float32, lora: Any = None, **options: Any) -> Any:
-    """Return a model without numbers. Call it within a `FakeTensorMode`.
-
-    Raises:
-        InputError: the configuration does not describe a causal LM.
-    """
+def fake_model(config: Any, dtype: torch.dtype = torch.float32, lora: Any = None) -> Any:
+    """Return a model without numbers; call it within a `FakeTensorMode`. Raises `InputError` if it is no causal LM."""
     with unset_fake_temporarily(), torch.device("meta"):  # PEFT cannot move fake tensors
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
             raise InputError(f"this is not a causal LM: {' '.join(str(error).split())[:200]}") from error
         if lora is not None:
@@ -68,7 +59,7 @@ def fake_model(config: Any, dtype: torch.dtype = torch.float32, lora: Any = None
 
 
 def with_depth(config: Any, depth: int) -> Any:
-    """Return the configuration of the same model with only its first ``depth`` layers."""
+    """Return the configuration of the model's first ``depth`` layers."""
     cut = deepcopy(config)
     text = cut.get_text_config()
     text.num_hidden_layers = depth
@@ -78,11 +69,7 @@ def with_depth(config: Any, depth: int) -> Any:
 
 
 def describe_model(config: Any) -> dict[str, Any]:
-    """Return the numbers of layers and parameters, the vocabulary's size and the model's width.
-
-    Raises:
-        InputError: the configuration does not describe a decoder-only causal LM.
-    """
+    """Return the numbers of layers and parameters, the vocabulary's size and the model's width."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake_model(config)
     layout, embedding = find_layout(model), model.get_input_embeddings().weight

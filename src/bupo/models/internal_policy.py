@@ -1,10 +1,8 @@
 """Turns a causal LM into one of its internal policies within a context [Eq. 5-6 of arXiv 2512.19673].
 
-Attributes are shadowed in the backbone's instance dictionary and no module is replaced, so that the module tree, hooks,
-parameter names and all wrappers (DDP, FSDP, PEFT, a fused head) stay as they are. Replacing modules is silently wrong
-under FSDP2 and breaks transformers' lazily installed output capture.
-
-Shape legend: B batch, T positions, V vocabulary.
+Attributes are shadowed in instance dictionaries and no module is replaced, so that the module tree, hooks, parameter
+names and all wrappers (DDP, FSDP, PEFT, a fused head) stay as they are. Replacing modules is silently wrong under FSDP2
+and breaks transformers' lazily installed output capture.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.models.layout import DecoderLayout, find_layout, first_tensor, unwrap
-from bupo.models.residual import ResidualWrite, find_residual_writes
+from bupo.models.layout import DecoderLayout, find_layout, on_output, unwrap
+from bupo.models.residual import find_residual_writes
 
 Component = Literal["layer", "attn", "ffn"]
 COMPONENTS: tuple[Component, ...] = ("layer", "attn", "ffn")
@@ -29,7 +27,7 @@ _ABSENT = object()
 
 
 def check_layer(n_layers: int, layer: int, component: str = "layer") -> None:
-    """Raise :class:`InputError` unless ``layer`` is in 1..``n_layers`` and ``component`` is in `COMPONENTS`."""
+    """Raise `InputError` unless ``layer`` is in 1..``n_layers`` and ``component`` is in `COMPONENTS`."""
     if component not in COMPONENTS:
         raise InputError(f"unknown component {component!r}; choose one of {', '.join(COMPONENTS)}")
     if isinstance(layer, bool) or not isinstance(layer, int):
@@ -44,15 +42,15 @@ def internal_policy(
 ) -> Iterator[_Model]:
     """Within this context, ``model`` is its internal policy ``softmax(S E_u^T / temperature)``.
 
-    ``S`` is ``H^l`` for component ``"layer"`` (Eq. 5), ``A^l`` for ``"attn"`` and ``F^l`` for ``"ffn"`` (Eq. 6).
-    ``model(...)`` returns the logits (B, T, V) of that policy and ``model.generate(...)`` samples from it. Gradients
-    reach only the layers up to ``layer``, the embedding and ``E_u``; no layer above runs. Logit scaling, soft-capping
-    and a bias of the unembedding are applied as the model itself applies them.
+    ``model(...)`` returns the logits of that policy and ``model.generate(...)`` samples from it. Gradients reach only
+    the layers up to ``layer``, the embedding and ``E_u``; no layer above runs. Logit scaling, soft-capping and a bias
+    of the unembedding are applied as the model itself applies them.
 
     Args:
         model: a Hugging Face causal LM, also inside PEFT, DDP or FSDP wrappers.
         layer: l, counted from 1 to L.
-        component: the stream after the layer, or what its attention or FFN adds to the stream.
+        component: ``S`` is ``H^l``, the stream after the layer (Eq. 5), for ``"layer"``; what the attention or the FFN
+            adds to the stream, ``A^l`` or ``F^l`` (Eq. 6), for ``"attn"`` or ``"ffn"``.
         norm: apply the final norm, ``softmax(LN(S) E_u^T)`` (the paper's ablation). Off in Eq. 5.
         temperature: above 0; the input of the unembedding is divided by it, which also reaches a head that TRL fuses
             into its loss. A bias and soft-capping come afterwards and are not divided. 1 in the paper.
@@ -61,11 +59,9 @@ def internal_policy(
     forward inside may run after it. Within the context, the model cannot be deep-copied or pickled, because the copy
     would remain an internal policy.
 
-    Raises:
-        InputError: (a ``ValueError``) the layer or component does not exist, the temperature is not above 0,
-            ``model`` is not a decoder-only causal LM, or it is inside another ``internal_policy``. In a forward: the
-            backbone changes the stream between the layer and the final norm, so that the unembedding would not read
-            ``H^l``. In a copy: see above.
+    Raises `InputError` (a ``ValueError``) for an argument outside these ranges, a model that is not a decoder-only
+    causal LM, and a model inside another ``internal_policy``. A forward raises it if the model changes the stream
+    between the layer and the final norm, so that the unembedding would not read ``H^l``.
     """
     layout = find_layout(model)
     check_layer(layout.n_layers, layer, component)
@@ -73,44 +69,48 @@ def internal_policy(
         raise InputError(f"the temperature of an internal policy must be a number above 0, not {temperature!r}")
     if layout.layers_name in layout.backbone.__dict__:
         raise InputError("this model is already inside an internal_policy context; leave that one first")
-    layers: list[Any] = list(layout.layers[:layer])
     reader = _Reader(layout, layer, norm, temperature, name=type(unwrap(model)).__name__)
-    if component != "layer":
-        write = getattr(find_residual_writes(model)[layer - 1], component)
-        layers[-1] = _LayerWithoutStream(layout.layers[layer - 1], write, reader)
+    last = layout.layers[layer - 1]
+    terms = () if component == "layer" else getattr(find_residual_writes(model)[layer - 1], component).terms
     with ExitStack() as stack:
-        stack.enter_context(_shadow(layout.backbone, layout.layers_name, tuple(layers)))
-        stack.enter_context(_shadow(layout.final_norm, "forward", reader.read))
-        hooks = [
-            layout.backbone.register_forward_pre_hook(partial(_cut_cache, layer), with_kwargs=True),
-            layout.backbone.register_forward_pre_hook(reader.begin),
-            layout.backbone.register_forward_hook(reader.end),
-        ]
-        if component == "layer":
-            hooks.append(layout.layers[layer - 1].register_forward_hook(reader.watch))
-        for hook in hooks:
-            stack.callback(hook.remove)
+        enter = stack.enter_context
+        enter(_shadow(layout.backbone, layout.layers_name, layout.layers[:layer]))
+        enter(_shadow(layout.final_norm, "forward", reader.read))
+        enter(layout.backbone.register_forward_pre_hook(partial(_cut_cache, layer), with_kwargs=True))
+        enter(layout.backbone.register_forward_pre_hook(reader.begin))
+        enter(layout.backbone.register_forward_hook(reader.end))
+        enter(on_output(last, reader.watch))
+        for submodule, scale in terms:
+            enter(on_output(last.get_submodule(submodule), partial(reader.keep, submodule, scale)))
+        if terms:  # reentrant checkpointing would run the layer without gradients, and the terms would have none
+            enter(_shadow(last, "gradient_checkpointing", False))
         yield model
 
 
 class _Reader:
-    """Replaces (or wraps) the final norm, and checks that the layer's state reaches it unchanged."""
+    """Stands for the final norm: checks that the layer's state reaches it unchanged, and returns the state to read."""
 
     def __init__(self, layout: DecoderLayout, layer: int, norm: bool, temperature: float, name: str):
         self._layer, self._norm, self._temperature, self._name = layer, norm, temperature, name
         self._normalize = layout.final_norm.forward
-        self._state: Tensor | None = None  # the layer's state, until the norm receives it
-        self._read = False
+        self.begin()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError("this model is inside an internal_policy context; copy or pickle it outside")
 
-    def begin(self, module: nn.Module, args: Any) -> None:
-        self._state, self._read = None, False
+    def begin(self, *_: Any) -> None:
+        self._state: Tensor | None = None  # the layer's state, until the norm receives it
+        self._terms: dict[str, Tensor] = {}  # of the component, by submodule
+        self._read = False
 
-    def watch(self, module: nn.Module, args: Any, output: Any) -> None:
+    def keep(self, submodule: str, scale: float, output: Tensor | None) -> None:
+        assert output is not None
+        # a copy, because some layers (Falcon) add to this tensor in place afterwards
+        self._terms[submodule] = output.clone() if scale == 1.0 else output * scale
+
+    def watch(self, output: Tensor | None) -> None:
         if torch._C._current_graph_task_id() == -1:  # not a recomputation by gradient checkpointing
-            self._state = first_tensor(output)
+            self._state = output
 
     def read(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state, self._state = self._state, None
@@ -119,11 +119,14 @@ class _Reader:
         if not torch.compiler.is_compiling() and not _is_same(state, hidden_states):
             raise self._error()
         self._read = True
+        if self._terms:
+            terms = [term.reshape(hidden_states.shape).to(hidden_states.device) for term in self._terms.values()]
+            hidden_states, self._terms = sum(terms[1:], terms[0]), {}
         if self._norm:
             hidden_states = self._normalize(hidden_states, *args, **kwargs)
         return hidden_states if self._temperature == 1.0 else hidden_states / self._temperature
 
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def end(self, *_: Any) -> None:
         """Raise if the layer's state never reached the norm: the model's layout is not the expected one."""
         if not self._read:
             raise self._error()
@@ -169,39 +172,3 @@ def _shadow(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             del module.__dict__[name]
         else:
             module.__dict__[name] = before
-
-
-class _LayerWithoutStream:
-    """Stands in for the last layer that runs, and returns what its attention or FFN adds instead of the stream."""
-
-    def __init__(self, layer: nn.Module, write: ResidualWrite, reader: _Reader):
-        self._layer, self._write, self._reader = layer, write, reader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs: dict[str, Tensor] = {}
-
-        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            # a copy, because some layers (Falcon) add to this tensor in place afterwards
-            outputs[name] = first_tensor(output).clone()  # type: ignore[union-attr]
-
-        terms = self._write.terms
-        hooks = [self._layer.get_submodule(name).register_forward_hook(partial(keep, name)) for name, _ in terms]
-        try:
-            # nn.Module's own call skips gradient checkpointing for this one layer: it would recompute the layer in
-            # the backward pass, when the hooks are gone
-            output = nn.Module.__call__(self._layer, *args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        stream = first_tensor(output)
-        assert stream is not None
-        state: Tensor | None = None
-        for name, scale in terms:
-            term = outputs[name].reshape(stream.shape).to(stream.device)
-            term = term if scale == 1.0 else term * scale
-            state = term if state is None else state + term
-        self._reader.watch(self._layer, args, state)
-        return state if isinstance(output, Tensor) else (state, *output[1:])

@@ -1,40 +1,30 @@
-"""Finds the parts of a Hugging Face causal LM: backbone, decoder layers, final norm and unembedding.
+"""Finds the parts of a Hugging Face causal LM; only this file knows transformers' module structure.
 
-Only this file knows transformers' module structure. Which submodules of a layer write to the residual stream is not
-looked up by name but found on a probe batch (`bupo.models.residual`).
-
-Shape legend: d width, V vocabulary, L layers.
+Which submodules of a layer write to the residual stream is found on a probe batch (`bupo.models.residual`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bupo.errors import InputError
 
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """The parts of a decoder-only LM that internal policies use.
+    """The parts of a decoder-only LM that internal policies use."""
 
-    Attributes:
-        backbone: the decoder, whose ``last_hidden_state`` is ``LN(H^L)``.
-        layers_name: attribute name of the layer list on the backbone.
-        layers: the L decoder layers, in order.
-        final_norm: the LN before the unembedding.
-        unembedding: the module that holds ``E_u`` (V, d), usually ``lm_head``.
-    """
-
-    backbone: Any
-    layers_name: str
+    backbone: Any  # the decoder, whose `last_hidden_state` is LN(H^L)
+    layers_name: str  # the backbone's attribute that is the list of layers
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
-    unembedding: Any
+    unembedding: Any  # the module that holds E_u (V, d), usually `lm_head`
 
     @property
     def n_layers(self) -> int:
@@ -68,12 +58,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_layout(model: nn.Module) -> DecoderLayout:
-    """Find the parts of a causal LM.
-
-    Raises:
-        InputError: ``model`` is not a decoder-only causal LM of a known layout, or its unembedding is quantised or
-            offloaded; the message says what is missing.
-    """
+    """Find the parts of a decoder-only causal LM; `InputError` if it is none, or its unembedding cannot be read."""
     inner = unwrap(model)
     name = type(inner).__name__
     config = getattr(inner, "config", None)
@@ -84,7 +69,8 @@ def find_layout(model: nn.Module) -> DecoderLayout:
     unembedding = inner.get_output_embeddings()
     if unembedding is None or getattr(unembedding, "weight", None) is None:
         raise InputError(f"{name} has no unembedding (lm_head); load it with AutoModelForCausalLM")
-    _check_unembedding(unembedding, name)
+    if problem := _unreadable(unembedding):
+        raise InputError(f"{name}: the unembedding is {problem}")
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     backbone, lists = _find_backbone(inner, count)
     if len(lists) != 1 or not inner.can_generate():
@@ -97,19 +83,9 @@ def find_layout(model: nn.Module) -> DecoderLayout:
     norms = [child for child in norms if not any(w in child for w in ("embed", "emb_", "input"))] or norms
     if not norms:
         raise InputError(f"{name}: no final norm found on {type(backbone).__name__}; this layout cannot be read")
-    return DecoderLayout(
-        backbone=backbone,
-        layers_name=lists[0],
-        # not by attribute: inside `internal_policy` the first l layers shadow it
-        layers=tuple(backbone._modules[lists[0]]),
-        final_norm=getattr(backbone, norms[-1]),
-        unembedding=unembedding,
-    )
-
-
-def n_layers(model: nn.Module) -> int:
-    """L, the number of decoder layers."""
-    return find_layout(model).n_layers
+    # not by attribute: inside `internal_policy` the first l layers shadow it
+    layers = tuple(backbone._modules[lists[0]])
+    return DecoderLayout(backbone, lists[0], layers, getattr(backbone, norms[-1]), unembedding)
 
 
 def context_length(config: Any) -> int | None:
@@ -118,39 +94,31 @@ def context_length(config: Any) -> int | None:
     return int(context) if context else None
 
 
-def _check_unembedding(unembedding: Any, name: str) -> None:
-    """Raise unless the numbers of ``E_u`` can be read: not packed by quantisation, and in memory."""
+def _unreadable(unembedding: Any) -> str | None:
+    """Why the numbers of ``E_u`` cannot be read, or None if they can."""
     weight = unembedding.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = str(weight.dtype) if isinstance(weight, Tensor) else type(unembedding).__name__
-        raise InputError(
-            f"{name}: the unembedding is quantised ({kind}) and cannot be read; load the model with lm_head left "
-            f"unquantised (e.g. modules_to_not_convert=['lm_head'])"
-        )
-    if weight.is_meta:
-        raise InputError(
-            f"{name}: the unembedding is offloaded and not in memory; load the model with a device_map that keeps "
-            f"lm_head (and tied embeddings) on a device"
-        )
+        remedy = "load the model with lm_head left unquantised (e.g. modules_to_not_convert=['lm_head'])"
+        return f"quantised ({kind}) and cannot be read; {remedy}"
+    remedy = "load the model with a device_map that keeps lm_head (and tied embeddings) on a device"
+    return f"offloaded and not in memory; {remedy}" if weight.is_meta else None
 
 
 def _find_backbone(inner: Any, count: int | None) -> tuple[Any, list[str]]:
     """Return the module that owns the list of ``count`` layers, and the names of such lists on it."""
+
+    def lists(module: nn.Module) -> list[str]:
+        children = module.named_children()
+        return [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) == count != 0]
+
     backbone = inner.base_model
-    if not _layer_lists(backbone, count) and hasattr(inner, "get_decoder"):
+    if not lists(backbone) and hasattr(inner, "get_decoder"):
         backbone = inner.get_decoder()  # multimodal and OPT-like models nest the decoder one level down
-    if not _layer_lists(backbone, count):  # Llama-4 declares a prefix that its text model does not have
-        owners = [module for module in inner.modules() if _layer_lists(module, count)]
+    if not lists(backbone):  # Llama-4 declares a prefix that its text model does not have
+        owners = [module for module in inner.modules() if lists(module)]
         backbone = owners[0] if len(owners) == 1 else backbone
-    return backbone, _layer_lists(backbone, count)
-
-
-def _layer_lists(backbone: nn.Module, count: int | None) -> list[str]:
-    return [
-        child
-        for child, module in backbone.named_children()
-        if isinstance(module, nn.ModuleList) and len(module) == count and len(module) > 0
-    ]
+    return backbone, lists(backbone)
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -168,3 +136,13 @@ def module_input(args: tuple, kwargs: dict) -> Tensor | None:
     """Return the hidden states that a module was called with, by position or by name, or None."""
     positional = first_tensor(args)
     return positional if positional is not None else first_tensor(kwargs)
+
+
+def on_input(module: nn.Module, receive: Callable[[Tensor | None], None]) -> RemovableHandle:
+    """Call ``receive`` with the hidden states that each call of a module gets."""
+    return module.register_forward_pre_hook(lambda _, args, more: receive(module_input(args, more)), with_kwargs=True)
+
+
+def on_output(module: nn.Module, receive: Callable[[Tensor | None], None]) -> RemovableHandle:
+    """Call ``receive`` with the hidden states that each call of a module returns."""
+    return module.register_forward_hook(lambda _, args, output: receive(first_tensor(output)))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from bupo.errors import InputError
@@ -17,12 +19,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 _NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model identifier", "cannot find")
 
 
-def resolve_model(name: str) -> str:
-    """Return the folder of the shipped model for ``small``; a folder or hub id is returned as it is.
+def join_processes(cpu: bool = False) -> PartialState:
+    """Join the processes that a launcher started, on CPUs if ``cpu``, and return accelerate's state of this one."""
+    # without `cpu`, PartialState does not form a group of CPU processes
+    return PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
-    Raises:
-        InputError: ``name`` looks like a path, but there is no model folder.
-    """
+
+def resolve_model(name: str) -> str:
+    """Return the folder of the shipped model for ``small``, else ``name``; `InputError` for a path that is no model."""
     if name == "small":
         return str(SMALL_MODEL)
     path = Path(name).expanduser()
@@ -43,11 +47,7 @@ def model_revision(model: Any) -> str | None:
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model; where it has no padding token, the end-of-sequence token is used.
-
-    Raises:
-        InputError: there is no tokenizer, or it cannot be read.
-    """
+    """Load the tokenizer of a model; where it has no padding token, the end-of-sequence token is used."""
     path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -75,53 +75,41 @@ def load_model(
             but float32 where the checkpoint is 16-bit and the device has no units for it, which is exact and faster.
         device: torch device. Default: the accelerator, or the CPU where there is none or it is MPS. Quantised models,
             and models with a ``device_map`` in ``kwargs``, stay where they were loaded.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: whether to run model code from the hub.
+        revision: branch, tag or commit on the hub; ``trust_remote_code`` runs model code from there.
         kwargs: further arguments of ``from_pretrained``.
 
-    Raises:
-        InputError: there is no such model, it is not a causal LM, a file is damaged, the dtype is unknown, or the hub
-            cannot be reached.
+    Raises `InputError` if there is no such model, it is not a causal LM, a file is damaged, the dtype or device is
+    unknown, or the hub cannot be reached.
     """
     if dtype not in (*DTYPES, "auto", "fitting"):
         raise InputError(f"unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}")
-    path = resolve_model(name)
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    path, tokenizer = resolve_model(name), load_tokenizer(name, **source)
     try:
-        config = AutoConfig.from_pretrained(path, **source)
         # of a multimodal model, the language model is read
-        multimodal = type(config) in AutoModelForImageTextToText._model_mapping
+        multimodal = type(AutoConfig.from_pretrained(path, **source)) in AutoModelForImageTextToText._model_mapping
         auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        torch_dtype = "auto" if dtype in ("auto", "fitting") else getattr(torch, dtype)
+        torch_dtype = getattr(torch, dtype) if dtype in DTYPES else "auto"
         model = auto.from_pretrained(path, dtype=torch_dtype, use_safetensors=True, **source, **kwargs)
     except Exception as error:
         raise InputError(_explain("model", name, error)) from error
     if not getattr(model, "is_quantized", False):  # quantised models refuse to be moved
-        model = _place(model, dtype, device or _default_device(), move="device_map" not in kwargs)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        # MPS has no float64, in which statistics are summed
+        device = device or ("cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type)
+        try:
+            target = torch.device(device)
+            sixteen_bit = model.dtype in (torch.bfloat16, torch.float16)
+            if dtype == "fitting" and sixteen_bit and not has_low_precision_units(target, model.dtype):
+                model = model.float()
+            model = model if "device_map" in kwargs else model.to(target)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"cannot put the model on {device!r}: {_first_line(error)}") from error
     return model.eval(), tokenizer
 
 
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # MPS has no float64, in which statistics are summed
-    return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
-
-
-def _place(model: Any, dtype: str, device: str, *, move: bool) -> Any:
-    try:
-        target = torch.device(device)
-        sixteen_bit = model.dtype in (torch.bfloat16, torch.float16)
-        if dtype == "fitting" and sixteen_bit and not has_low_precision_units(target, model.dtype):
-            model = model.float()
-        return model.to(target) if move else model
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"cannot put the model on {device!r}: {_first_line(error)}") from error
-
-
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()[:300]
 
 
 def _explain(what: str, name: str, error: BaseException) -> str:
@@ -129,10 +117,8 @@ def _explain(what: str, name: str, error: BaseException) -> str:
     local = name == "small" or Path(name).expanduser().exists()
     if local or not any(words in str(error).lower() for words in _NOT_ON_HUB):
         return message + _first_line(error)
-    message += (
-        "there is no such local folder, and the hub has no model of this name or cannot be reached (check the "
-        "spelling, log in for gated models, or pass a local folder)"
-    )
+    message += "there is no such local folder, and the hub has no model of this name or cannot be reached "
+    message += "(check the spelling, log in for gated models, or pass a local folder)"
     # transformers says "couldn't connect" for a wrong certificate or proxy too: the first error of the chain tells
     cause = error
     while (earlier := cause.__cause__ or cause.__context__) is not None:

@@ -1,7 +1,4 @@
-"""The unembedding ``E_u`` and how a model turns its products into logits, checked against the model's own logits.
-
-Shape legend: N tokens, d width, V vocabulary.
-"""
+"""The unembedding ``E_u`` and how a model turns its products into logits, checked against the model's own logits."""
 
 from __future__ import annotations
 
@@ -12,35 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.models.layout import eval_mode, find_layout, unwrap
+from bupo.models.layout import eval_mode, find_layout, on_output, unwrap
 
 
 @dataclass(frozen=True)
 class Unembedding:
     """How a model turns a state into logits: ``softcap * tanh((scale * S E_u^T + bias) / softcap)``.
 
-    Attributes:
-        weight: ``E_u`` (V, d), in any floating dtype. Products are summed and returned in float32.
-        bias: (V,) or None.
-        scale: logit multiplier (Cohere's ``logit_scale``, one over Granite's ``logits_scaling``); 1 for most models.
-        softcap: final soft-capping (Gemma-2), or None.
-        low_precision: multiply in the 16-bit dtype of ``weight``. The states of a model held in that dtype are exact
-            in it, but contributions that are rescaled or summed (Granite, Falcon-H1) are rounded.
+    Products are summed and returned in float32. With ``low_precision``, they are multiplied in the 16-bit dtype of
+    ``weight``: the states of a model held in that dtype are exact in it, but contributions that are rescaled or summed
+    (Granite, Falcon-H1) are rounded.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # E_u (V, d), in any floating dtype
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0  # Cohere's `logit_scale`, one over Granite's `logits_scaling`
+    softcap: float | None = None  # Gemma-2's `final_logit_softcapping`
     low_precision: bool = False
 
     def to_logits_(self, products: Tensor, entries: slice | Tensor) -> Tensor:
-        """Turn products into logits in place.
-
-        Args:
-            products: ``S E_u[entries]^T`` (..., V'), or one product per token (..., N).
-            entries: the vocabulary entries along the last dimension: a slice of length V', or token ids (N,).
-        """
+        """Turn products with ``E_u[entries]`` into logits in place; the last dimension is that of ``entries``."""
         if self.scale != 1.0:
             products.mul_(self.scale)
         if self.bias is not None:
@@ -61,10 +49,7 @@ class Unembedding:
 
 
 def matmul_fp32_(states: Tensor, weight: Tensor, out: Tensor, *, low_precision: bool) -> None:
-    """Write ``states @ weight.T`` into ``out`` (float32).
-
-    With ``low_precision`` the product runs on the device's 16-bit units (see :class:`Unembedding`).
-    """
+    """Write ``states @ weight.T`` into ``out`` (float32), with ``low_precision`` on the device's 16-bit units."""
     if not low_precision:
         torch.mm(states, weight.T, out=out)
     elif weight.is_cuda:
@@ -83,9 +68,8 @@ def has_low_precision_units(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``device`` multiplies ``dtype`` (16-bit) faster than float32 and sums the products in float32."""
     if device.type == "cuda":
         return dtype in (torch.bfloat16, torch.float16)
-    if device.type != "cpu" or dtype is not torch.bfloat16:
-        return False
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    cpu = device.type == "cpu" and dtype is torch.bfloat16
+    return cpu and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def get_unembedding(model: nn.Module) -> Unembedding:
@@ -94,63 +78,52 @@ def get_unembedding(model: nn.Module) -> Unembedding:
     Where FSDP2 shards ``E_u``, it is gathered. A model held in 16 bits keeps ``E_u`` in 16 bits if the device has
     units for it; otherwise ``E_u`` becomes float32, which is exact and faster there.
 
-    Raises:
-        InputError: the model's logits are not ``softcap * tanh((scale * S E_u^T + bias) / softcap)`` with the values
-            of its configuration, or they are not finite.
+    Raises `InputError` if the logits are not those of `Unembedding` with the values of the model's configuration, or
+    not finite.
     """
     head = find_layout(model).unembedding
-    weight, bias = _gathered(head.weight), _gathered(getattr(head, "bias", None))
-    assert weight is not None
+    weight, bias = (_gathered(getattr(head, name, None)) for name in ("weight", "bias"))
     config = unwrap(model).config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     low_precision = has_low_precision_units(weight.device, weight.dtype)
     unembedding = Unembedding(
-        weight if low_precision else weight.float(),
-        None if bias is None else bias.float(),
-        _logit_scale(config),
-        softcap,
-        low_precision,
+        weight=weight if low_precision else weight.float(),
+        bias=None if bias is None else bias.float(),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
+        low_precision=low_precision,
     )
     _check_logits(model, unembedding, allowed=1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2)
     return unembedding
 
 
-def _gathered(parameter: Any) -> Tensor | None:
-    if parameter is None:
-        return None
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+def _gathered(parameter: Any) -> Any:
+    return None if parameter is None else getattr(parameter, "full_tensor", parameter.detach)().detach()
 
 
 def _logit_scale(config: Any) -> float:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if not scaling:
-        return 1.0
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
     # Granite divides its logits by `logits_scaling`, HyperCLOVA X multiplies them by it
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    return scaling if config.model_type == "hyperclovax" else 1.0 / scaling
 
 
 def _check_logits(model: nn.Module, unembedding: Unembedding, *, allowed: float) -> None:
     """Raise unless the model's logits are its final state times the unembedding, up to ``allowed`` (relative)."""
     inner, weight = unwrap(model), unembedding.weight
     tokens = torch.arange(3, 9, device=weight.device)[None] % len(weight)
-    normed: list[Tensor] = []
-    hook = find_layout(model).final_norm.register_forward_hook(lambda module, args, output: normed.append(output))
-    try:
-        with eval_mode(inner), torch.no_grad():
-            logits = inner(input_ids=tokens, use_cache=False).logits.float()
-    finally:
-        hook.remove()
-    name = type(inner).__name__
+    normed: list[Any] = []
+    with on_output(find_layout(model).final_norm, normed.append), eval_mode(inner), torch.no_grad():
+        logits = inner(input_ids=tokens, use_cache=False).logits.float()
+    name, unreadable = type(inner).__name__, "its internal policies cannot be read"
     if not normed:
-        raise InputError(f"{name}: the final norm did not run; its internal policies cannot be read")
+        raise InputError(f"{name}: the final norm did not run; {unreadable}")
     state = normed[-1]
     if state.shape[-1] != weight.shape[1]:
         raise InputError(
             f"{name}: the final state is {state.shape[-1]} wide, but the unembedding reads {weight.shape[1]} numbers: "
-            f"the model changes the stream between them, so its internal policies cannot be read"
+            f"the model changes the stream between them, so {unreadable}"
         )
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the model returns non-finite logits; check its weights, or load it in a wider dtype")
@@ -159,5 +132,5 @@ def _check_logits(model: nn.Module, unembedding: Unembedding, *, allowed: float)
     if not deviation <= allowed:
         raise InputError(
             f"this model's logits are not its final state times the unembedding (relative deviation {deviation:.1e}, "
-            f"allowed {allowed:.0e}); its internal policies cannot be read"
+            f"allowed {allowed:.0e}); {unreadable}"
         )

@@ -24,7 +24,7 @@ from bupo.errors import InputError
 from bupo.lens.batching import check_rollouts
 from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
 from bupo.models.internal_policy import check_layer
-from bupo.models.layout import n_layers
+from bupo.models.layout import find_layout
 from bupo.recipe import Recipe
 from bupo.run_folder import write_bytes, write_json, write_text
 from bupo.train.auto_layer import first_process_responses
@@ -50,7 +50,7 @@ class LayerDrift(TrainerCallback):
         layer = recipe.inside_layer if recipe.inside_layer is not None else recipe.internal_layer
         self._layer = layer if isinstance(layer, int) else None  # None: the layer of the internal phase, once known
         if self._layer is not None:
-            check_layer(n_layers(trainer.model), self._layer)
+            check_layer(find_layout(trainer.model).n_layers, self._layer)
         self._responses: Sequence[Any] | None = None
         if recipe.inside_responses is not None:
             self._responses = read_responses(recipe.inside_responses, tokenizer, recipe.template)[:RESPONSES]
