@@ -30,16 +30,13 @@ class LayerStates:
         self.attn_in, self.attn_out, self.ffn_in, self.ffn_out = stacked
 
 
-GroupCallback = Callable[[int, Tensor, list[LayerStates], Tensor], None]
-
-
 @torch.no_grad()
 def capture_stream(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     positions: Tensor,
-    on_group: GroupCallback | None,
+    on_group: Callable[[int, Tensor, list[LayerStates], Tensor], None] | None,
     *,
     group: int = 4,
 ) -> Tensor:

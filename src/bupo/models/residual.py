@@ -180,7 +180,10 @@ def _solve_layer(number: int, layer: _LayerCall) -> LayerWrites:
                 best = (deviation, chosen, scales)
         if best[0] <= tolerance:
             deviation, terms, scales = best
-            cut = _attention_terms(terms, layer.calls)
+            places = [layer.calls.index(call) for call in terms]
+            norm_between = [any(c.is_norm for c in layer.calls[a + 1 : b]) for a, b in pairwise(places)]
+            # of three terms, two make up A where a norm runs after the second only
+            cut = 2 if norm_between[-1] and not norm_between[0] else 1
             pairs = tuple((call.name, scale) for call, scale in zip(terms, scales, strict=True))
             attn = ResidualWrite(_module_of(terms[0], layer.calls), pairs[:cut])
             return LayerWrites(attn, ResidualWrite(_module_of(terms[cut], layer.calls), pairs[cut:]), deviation)
@@ -248,15 +251,6 @@ def _round_scale(scale: float, dtype: torch.dtype) -> float:
     if abs(scale - 1) < (5e-3 if sixteen_bit else 1e-4):
         return 1.0
     return float(f"{scale:.{3 if sixteen_bit else 6}g}")
-
-
-def _attention_terms(terms: Sequence[_Call], calls: list[_Call]) -> int:
-    """How many of the terms make up A: of three, those before a norm that runs between them."""
-    if len(terms) == 2:
-        return 1
-    places = [calls.index(call) for call in terms]
-    norm_between = [any(c.is_norm for c in calls[a + 1 : b]) for a, b in pairwise(places)]
-    return 1 if norm_between[0] or not norm_between[1] else 2
 
 
 def _module_of(source: _Call, calls: list[_Call]) -> str:
