@@ -18,7 +18,7 @@ import typer
 from pydantic import BaseModel
 from trl import GRPOConfig
 
-from bupo.cli.app import app
+from bupo.cli import app
 from bupo.recipe import Recipe
 from bupo.train.config import BuPOConfig
 

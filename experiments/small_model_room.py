@@ -14,7 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from bupo.cli.demo import Job, run_jobs
+from bupo.cli.demo import run_jobs
 from bupo.run_folder import describe_run, write_json
 
 RECIPE = Path(__file__).parent.parent / "src" / "bupo" / "assets" / "demo.yaml"
@@ -36,39 +36,28 @@ def main() -> None:
 
 
 def sweep(args: argparse.Namespace, folder: Path) -> dict:
-    def run(name: str, arguments: list, total: int, counted: Path) -> Job:
-        return Job(name, [str(a) for a in arguments], folder, total, counted)
-
-    trainings, evaluations = [], []
+    trainings, evaluations = {}, {}
     for rate in [0.0, *args.rates]:
-        out, where = folder / f"train-{rate}", folder / f"eval-{rate}"
-        model = "small" if rate == 0.0 else out / "model"
+        out = folder / f"train-{rate}"
         if rate:
-            changes = ["--set", f"learning_rate={rate}", "--rollouts", args.rollouts, "--seed", args.seed]
-            trainings.append(
-                run(f"train {rate}", ["train", RECIPE, *changes, "--output", out], args.rollouts, out / "log.jsonl")
-            )
-        options = ["--tasks", "arithmetic", "--limit", PROBLEMS, "--k", SAMPLES, "--max-new-tokens", 40]
-        evaluations.append(
-            run(
-                f"eval {rate}",
-                ["eval", "--model", model, *options, "--seed", args.seed, "--output", where],
-                PROBLEMS * SAMPLES,
-                where / "responses.partial.jsonl",
-            )
-        )
-    run_jobs(trainings, at_once=2)
-    run_jobs(evaluations, at_once=2)
+            changes = f"--set learning_rate={rate} --rollouts {args.rollouts} --seed {args.seed}".split()
+            trainings[f"train {rate}"] = ["train", str(RECIPE), *changes, "--output", str(out)]
+        options = f"--tasks arithmetic --limit {PROBLEMS} --k {SAMPLES} --max-new-tokens 40 --seed {args.seed}".split()
+        model = str(out / "model") if rate else "small"
+        output = str(folder / f"eval-{rate}")
+        evaluations[f"eval {rate}"] = ["eval", "--model", model, *options, "--output", output]
+    seconds = run_jobs(trainings, folder / "logs", args.rollouts)
+    run_jobs(evaluations, folder / "logs", PROBLEMS * SAMPLES)
     rows = []
-    for rate, job in zip([0.0, *args.rates], evaluations, strict=True):
+    for rate in [0.0, *args.rates]:
         results = json.loads((folder / f"eval-{rate}" / "results.json").read_text())["tasks"]["arithmetic"]
         rows.append(
             {
                 "learning_rate": rate or "start, not trained",
                 "avg": results["avg_at_k"],
                 "mean_length": results["mean_length"],
-                "seconds": None if not rate else round(trainings[args.rates.index(rate)].seconds),
-                "command": job.command.replace(str(folder), "runs"),
+                "seconds": round(seconds[f"train {rate}"]) if rate else None,
+                "command": " ".join(["bupo", *evaluations[f"eval {rate}"]]).replace(str(folder), "runs"),
             }
         )
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}

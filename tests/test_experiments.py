@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from docs import reference
 from experiments import figures, styles, summary, tables
 
 
@@ -52,14 +53,10 @@ def test_an_arm_may_have_a_baseline_of_its_own():
     assert {name: away["mean"] for name, away in own["minus_baseline"].items()} == {"a": 25, "b": 75}
 
 
-def a_style(entropy: list[float], ffn: list[float]) -> dict:
-    return {
-        "layers": len(entropy),
-        "sites": {"layer_out": entropy},
-        "curves": {"norm": {"entropy": entropy[::-1]}},
-        "entropy_change": {"ffn": ffn, "attn": [-c for c in ffn]},
-        "solved": 0.5,
-    }
+def a_style(entropy: list[float], ffn: list[float], **more) -> dict:
+    curves, change = {"norm": {"entropy": entropy[::-1]}}, {"ffn": ffn, "attn": [-c for c in ffn]}
+    sites = {"layer_out": entropy}
+    return {"layers": 8, "sites": sites, "curves": curves, "entropy_change": change, "solved": 0.5, **more}
 
 
 def test_how_late_an_entropy_falls():
@@ -74,8 +71,8 @@ def test_how_late_an_entropy_falls():
 
 def test_architectures_are_paired_by_seed_and_tying():
     def row(arch: str, tied: bool, seed: int, last: float) -> dict:
-        found = a_style([5.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0, last], [1.0] * 8)
-        return {**found, "arch": arch, "tied": tied, "seed": seed, "data": "worked"}
+        falling = [5.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0, last]
+        return a_style(falling, [1.0] * 8, arch=arch, tied=tied, seed=seed, data="worked")
 
     rows = [row("llama", t, s, 1.0 - 0.1 * s) for t in (False, True) for s in (0, 1)]
     rows += [row("qwen3", t, s, 2.0) for t, s in ((False, 0), (False, 1), (True, 0))]
@@ -85,31 +82,22 @@ def test_architectures_are_paired_by_seed_and_tying():
     assert late == pytest.approx([1 / 4, 1 / 4, 1.1 / 4.1], abs=1e-4)
     later = styles.contrast(rows, {"arch": "llama", "tied": False}, {"arch": "qwen3", "tied": False}, since=1)
     assert later["seeds"] == [1]
+    assert styles.flags({"tied": True, "left_out": 0.35, "seed": 0}) == ["--tied", "--left-out", "0.35", "--seed", "0"]
+    assert styles.flags({"tied": False}) == []
 
 
-def test_settings_become_flags():
-    assert styles.flags({"tied": True, "left_out": 0.35}) == ["--tied", "--left-out", "0.35"]
-    assert styles.flags({"tied": False, "seed": 0}) == ["--seed", "0"]
+def a_reading(last_cosine: float, entropy: float, perplexity: float, kl: list[float]) -> dict:
+    means = {"cosine_of_layer": [0.1, 1.0, 0.5, last_cosine], "entropy": [9.0, entropy, 9.0, 9.0], "divergence": kl}
+    about = {"layer": 2, "layers": 4, "rollouts_done": 0, "perplexity": {"value": perplexity}}
+    return {**about, **{name: {"mean": mean} for name, mean in means.items()}}
 
 
-def a_reading(cosines: list[float], entropy: float, perplexity: float, kl: list[float]) -> dict:
-    return {
-        "layer": 2,
-        "layers": 4,
-        "rollouts_done": 0,
-        "cosine_of_layer": {"mean": cosines},
-        "entropy": {"mean": [9.0, entropy, 9.0, 9.0]},
-        "perplexity": {"value": perplexity},
-        "divergence": {"mean": kl},
-    }
+BEFORE = a_reading(0.3, 2.0, 1.5, [0.2, 0.4, 0.6])
 
 
 def test_readings_inside_are_paired_by_seed(tmp_path, monkeypatch):
-    before = a_reading([0.1, 1.0, 0.5, 0.3], 2.0, 1.5, [0.2, 0.4, 0.6])
-    rows = [
-        {"arm": "a", "seed": s, "inside": [before, a_reading([0.1, 1.0, 0.5, 0.3 + 0.1 * s], 2.0 - s, 1.5, [0.2] * 3)]}
-        for s in (0, 1, 2)
-    ]
+    after = [a_reading(0.3 + 0.1 * seed, 2.0 - seed, 1.5, [0.2] * 3) for seed in (0, 1, 2)]
+    rows = [{"arm": "a", "seed": seed, "inside": [BEFORE, reading]} for seed, reading in enumerate(after)]
     (tmp_path / "inside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     found = summary.inside()["arms"]["a"]
@@ -123,9 +111,7 @@ def test_readings_inside_are_paired_by_seed(tmp_path, monkeypatch):
 
 
 def test_readings_over_seeds_carry_the_error_of_the_change_over_seeds():
-    first = a_reading([0.1, 1.0, 0.5, 0.3], 2.0, 1.5, [0.2, 0.4, 0.6])
-    runs = [[first, a_reading([0.1, 1.0, 0.5, 0.3], 2.0 - s, 3.0, [0.2, 0.4, 0.6])] for s in (0, 2)]
-    start, end = figures.over_seeds(runs)
+    start, end = figures.over_seeds([[BEFORE, a_reading(0.3, 2.0 - s, 3.0, [0.2, 0.4, 0.6])] for s in (0, 2)])
     assert start["change"]["entropy"]["standard_error"] == [0, 0, 0, 0]
     assert end["entropy"]["mean"] == [9, 1, 9, 9]
     assert end["change"]["entropy"]["standard_error"] == [0, 1, 0, 0]  # changes 0 and -2: their mean's error is 1
@@ -138,6 +124,4 @@ def test_two_seeds_are_shown_one_by_one():
 
 
 def test_the_reference_is_that_of_the_code():
-    from docs import reference
-
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page()

@@ -69,66 +69,50 @@ def test_there_is_a_recipe_for_every_case_and_every_name_is_known():
                 assert f" recipes/{path.name}" in line
 
 
-@pytest.fixture
-def scaled(tmp_path, tiny_folder):
+def scaled(path, folder, tokenizer):
     """A recipe with a tiny random model of its model's architecture, short texts and small batches."""
-
-    def make(path):
-        raw = read_recipe(path)
-        recipe = check_recipe(raw)
-        config = config_of(recipe)
-        layer = min(TINY_LAYERS - 1, max(1, math.floor(recipe.internal_layer / config.num_hidden_layers * TINY_LAYERS)))
-        folder = tmp_path / "model"
-        model = tiny_model(
-            config.model_type,
-            spread=3.0,
-            num_hidden_layers=TINY_LAYERS,
-            max_position_embeddings=1024,
-            tie_word_embeddings=config.tie_word_embeddings,
-        )
-        model.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
-        tokenizer.save_pretrained(folder)
-        small = {
-            "model": str(folder),
-            "rollouts": 4,
-            "internal_layer": layer,
-            "internal_steps": 2,
-            "prompts_per_rollout": 2 * recipe.updates_per_rollout,
-            "samples_per_prompt": 2,
-            # with more than one micro-batch per update where the recipe has more
-            "micro_batch": 4 if recipe.micro_batch * recipe.updates_per_rollout == recipe.samples_per_rollout() else 2,
-            "save_every": 4,
-            "max_prompt_length": 600,
-            "max_completion_length": 5,
-            "learning_rate": 1e-3,
-            # no vLLM here, and no hub
-            "trl": {name: value for name, value in recipe.trl.items() if "vllm" not in name},
-        }
-        if recipe.dataset.startswith(("zwhe99/", "models/")):  # not in a fresh clone
-            data = tmp_path / "sums.jsonl"
-            rows = [{"question": f"What is {i} + {i}?", "final_answer": str(2 * i)} for i in range(40)]
-            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            small |= {"dataset": str(data), "problems": 32, "reward": "tests.support.training:digits"}
-        return check_recipe({**raw, **small})
-
-    return make
+    raw = read_recipe(path)
+    recipe = check_recipe(raw)
+    config, rollout = config_of(recipe), recipe.micro_batch * recipe.updates_per_rollout
+    sizes = {"num_hidden_layers": TINY_LAYERS, "max_position_embeddings": 1024}
+    tied = {"tie_word_embeddings": config.tie_word_embeddings}
+    tiny_model(config.model_type, spread=3.0, **sizes, **tied).save_pretrained(folder / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "model")
+    layer = math.floor(recipe.internal_layer / config.num_hidden_layers * TINY_LAYERS)
+    small = {
+        "model": str(folder / "model"),
+        "rollouts": 4,
+        "internal_layer": min(TINY_LAYERS - 1, max(1, layer)),
+        "internal_steps": 2,
+        "prompts_per_rollout": 2 * recipe.updates_per_rollout,
+        "samples_per_prompt": 2,
+        "micro_batch": 4 if rollout == recipe.samples_per_rollout() else 2,  # several per update as in the recipe
+        "save_every": 4,
+        "max_prompt_length": 600,
+        "max_completion_length": 5,
+        "learning_rate": 1e-3,
+        "trl": {name: value for name, value in recipe.trl.items() if "vllm" not in name},  # no vLLM here, and no hub
+    }
+    if recipe.dataset.startswith(("zwhe99/", "models/")):  # not in a fresh clone
+        rows = [{"question": f"What is {i} + {i}?", "final_answer": str(2 * i)} for i in range(40)]
+        (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        small |= {"dataset": str(folder / "sums.jsonl"), "problems": 32, "reward": "tests.support.training:digits"}
+    return check_recipe({**raw, **small})
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem.endswith("-8b") else ()) for p in RECIPES],
-)
-def test_two_rollout_batches_of_each_phase(path, scaled, tmp_path):
-    recipe = scaled(path)
+SLOW = {path: pytest.mark.slow if path.stem.endswith("-8b") else () for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=marks) for p, marks in SLOW.items()])
+def test_two_rollout_batches_of_each_phase(path, tiny_folder, tmp_path):
+    recipe = scaled(path, tmp_path, AutoTokenizer.from_pretrained(tiny_folder))
     if path.stem in PAPER:
         assert (recipe.template, recipe.lora) == (PAPER[path.stem][3], None)
     summary = train(recipe, tmp_path / "run", say=lambda text: None)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [(row["phase"], row["layer"]) for row in rows] == [("internal", recipe.internal_layer)] * 2 + [
-        ("full", None)
-    ] * 2
+    phases = [("internal", recipe.internal_layer)] * 2 + [("full", None)] * 2
+    assert [(row["phase"], row["layer"]) for row in rows] == phases
     assert summary["updates"] == 4 * recipe.updates_per_rollout
     assert all(math.isfinite(row["loss"]) and row["entropy"] > 0 for row in rows)
     if recipe.reward == "tests.support.training:digits":  # a reward with signal moves the weights

@@ -6,270 +6,195 @@ import errno
 import json
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bupo.cli import main
 from bupo.errors import InputError
+from bupo.lens.analyze import analyze_rollouts
 from bupo.models.load import SMALL_MODEL
 from tests.support.tiny import tiny_model
 
-
-@pytest.fixture(scope="module")
-def responses(tmp_path_factory):
-    """Two responses of the shipped model's size, as token ids."""
-    path = tmp_path_factory.mktemp("data") / "responses.jsonl"
-    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [8, 9, 10, 11]}, {"prompt_ids": [7], "response_ids": [9, 2]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+SMALL = ("analyze", "--model", "small")
 
 
-def run(capsys, *arguments):
-    code = main(["analyze", *map(str, arguments)])
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
-def refused(capsys, output, *arguments):
-    """The one line of a refusal; checks that nothing was written."""
-    code, out, err = run(capsys, *arguments, "--output", output)
-    assert code == 2
-    assert not output.exists()
-    assert "Traceback" not in out + err
-    lines = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_from_responses(capsys, tmp_path, responses):
+def test_from_responses_with_statistics_and_every_token(bupo, tmp_path, responses):
     folder = tmp_path / "out"
-    code, out, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--json")
+    command = (*SMALL, "--responses", responses, "--output", folder)
+    options = ("--statistics", "logprob,rank,kl,varentropy,top2", "--per-token", "--max-tokens", "6")
+    code, out, _ = bupo(*command, *options)
     assert code == 0
-    summary = json.loads(out)
+    assert "read 6 of 6 response tokens" in " ".join(out.split())
     result = json.loads((folder / "analysis.json").read_text())
-    assert summary["boundary_layer"] == result["boundary_layer"]
-    assert result["schema"] == 1
-    assert result["samples"] == 2
-    assert result["tokens"] == 6
-    names = {p.name for p in folder.iterdir()}
+    assert (result["schema"], result["samples"], result["tokens"]) == (1, 2, 6)
     for figure in ("entropy_flow", "entropy_change", "residual_cosine"):
-        assert {f"{figure}.png", f"{figure}.svg"} <= names
+        assert (folder / f"{figure}.svg").exists()
         assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-    config = json.loads((folder / "run.json").read_text())
-    assert config["command"] == "analyze"
-    assert config["config"]["seed"] == 0
-    assert "transformers" in config["versions"]
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["command"], record["config"]["seed"]) == ("analyze", 0)
+    assert "transformers" in record["versions"]
+    table = parquet.read_table(folder / "per_token.parquet").to_pylist()
+    assert len(table) == 6 * 8 * 6  # tokens, layers, sites
+    read = {(1, 1, 8), (1, 2, 9), (1, 3, 10), (1, 4, 11), (2, 1, 9), (2, 2, 2)}
+    assert {(r["response"], r["position"], r["token"]) for r in table} == read
+    for site in ("attn_in", "layer_in", "layer_out"):
+        cells = [r for r in table if r["site"] == site and r["layer"] == 3]
+        for name, means in (("entropy", result["sites"]), ("kl", result["statistics"]["kl"])):
+            assert means[site][2] == pytest.approx(sum(r[name] for r in cells) / 6, abs=1e-4)
+        assert all(len(r["top"]) == 2 and r["top_probability"][0] >= r["top_probability"][1] for r in cells)
+        assert all(r["rank"] > 2 or r["top"][r["rank"] - 1] == r["token"] for r in cells)
+    before = (folder / "run.json").read_text()
+    code, _, err = bupo(*command)
+    assert code == 2
+    assert "--overwrite" in err
+    assert (folder / "run.json").read_text() == before
+    code, out, _ = bupo(*command, "--overwrite", "--json")
+    assert code == 0
+    assert json.loads(out)["boundary_layer"] == json.loads((folder / "analysis.json").read_text())["boundary_layer"]
+    assert not (folder / "per_token.parquet").exists()  # nothing is left of the run that was replaced
 
 
-def test_own_responses_are_generated_kept_and_repeatable(capsys, tmp_path):
-    arguments = ("--model", "small", "--dataset", "arithmetic", "--limit", 3, "--max-new-tokens", 12, "--output")
-    for name in ("a", "b"):
-        code, out, _ = run(capsys, *arguments, tmp_path / name)
+def test_own_responses_are_kept_repeatable_and_explored(bupo, tmp_path):
+    """As in the help: the context of the shipped model is shorter than the longest response by default."""
+    for name, more in (("a", ["--explore", 1]), ("b", [])):
+        code, out, _ = bupo(*SMALL, "--dataset", "arithmetic", "--limit", 3, "--output", tmp_path / name, *more)
         assert code == 0
         assert "boundary layer" in out
-    first, second = ((tmp_path / n / "analysis.json").read_text() for n in ("a", "b"))
-    assert first == second
-    rows = [json.loads(line) for line in (tmp_path / "a" / "responses.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
-    code, _, _ = run(
-        capsys, "--model", "small", "--responses", tmp_path / "a" / "responses.jsonl", "--output", tmp_path / "c"
-    )
-    assert code == 0
+    assert (tmp_path / "a" / "analysis.json").read_text() == (tmp_path / "b" / "analysis.json").read_text()
+    kept = tmp_path / "a" / "responses.jsonl"
+    assert len(kept.read_text().splitlines()) == 3
+    assert bupo(*SMALL, "--responses", kept, "--output", tmp_path / "c")[0] == 0
     again, direct = (json.loads((tmp_path / n / "analysis.json").read_text()) for n in ("c", "a"))
     assert again["sites"] == direct["sites"]
-
-
-def test_explored_tokens_reach_the_report(capsys, tmp_path):
-    arguments = ("--dataset", "arithmetic", "--limit", 2, "--max-new-tokens", 8, "--explore", 1)
-    assert run(capsys, "--model", "small", *arguments, "--output", tmp_path / "a")[0] == 0
     (sample,) = json.loads((tmp_path / "a" / "tokens.json").read_text())["samples"]
-    count = len(sample["tokens"])
     assert sample["layers"] == 8
     for key in ("entropy", "logprob", "kl", "rank", "top"):
-        assert [len(row) for row in sample[key]] == [count] * 8
+        assert [len(row) for row in sample[key]] == [len(sample["tokens"])] * 8
     assert all(rank >= 1 for row in sample["rank"] for rank in row)
-    assert main(["report", str(tmp_path / "a"), "--output", str(tmp_path / "r.html")]) == 0
+    assert bupo("report", tmp_path / "a", "--output", tmp_path / "r.html")[0] == 0
     assert "<canvas" in (tmp_path / "r.html").read_text()
 
 
-def test_a_folder_with_a_run_is_refused_without_overwrite(capsys, tmp_path, responses):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "kept.txt").write_text("mine")
-    code, _, err = run(capsys, "--model", "small", "--responses", responses, "--output", folder)
-    assert code == 2
-    assert "--overwrite" in err
-    assert [p.name for p in folder.iterdir()] == ["kept.txt"]
-    code, _, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--overwrite")
-    assert code == 0
-
-
-def test_processes_with_a_device_give_one_process_s_result(warm, capsys, tmp_path, responses):
+def test_processes_with_a_device_give_one_process_s_result(warm, bupo, tmp_path, responses):
     arguments = ["--model", "small", "--responses", str(responses), "--device", "cpu", "--output"]
-    job = {"processes": 2, "job": "command", "subcommand": "analyze"}
-    done = warm.call(
-        "distributed:launch", **job, folder=str(tmp_path / "a"), arguments=[*arguments, str(tmp_path / "two")]
-    )
+    job = {"processes": 2, "job": "command", "subcommand": "analyze", "folder": str(tmp_path / "a")}
+    done = warm.call("distributed:launch", **job, arguments=[*arguments, str(tmp_path / "two")])
     assert done["codes"] == [0, 0], "\n".join(done["told"])
-    assert run(capsys, *arguments, tmp_path / "one")[0] == 0
+    assert bupo("analyze", *arguments, tmp_path / "one")[0] == 0
     one, two = (json.loads((tmp_path / name / "analysis.json").read_text()) for name in ("one", "two"))
     assert two["tokens"] == one["tokens"]
     assert two["sites"]["ffn_out"] == pytest.approx(one["sites"]["ffn_out"], abs=1e-6)
 
 
-def test_a_launcher_refuses_one_device_for_all(capsys, tmp_path, responses, monkeypatch):
+def test_a_launcher_is_refused_where_its_processes_would_meet(refused, tmp_path, responses, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = ("--model", "small", "--responses", responses, "--device", "cuda:0")
-    assert "names one device for 2 processes; write cuda" in refused(capsys, tmp_path / "o", *arguments)
-    for command in (["eval", "--model", "small"], ["compare", "small", "a=small", "--responses", str(responses)]):
-        assert main([*command, "--output", str(tmp_path / "o")]) == 2
-        assert "runs in one process, but the launcher started 2" in capsys.readouterr().err
+    one_device = (*SMALL, "--responses", responses, "--device", "cuda:0")
+    assert "names one device for 2 processes; write cuda" in refused(*one_device, output=tmp_path / "o")
+    for command, remedy in (
+        (("eval", "--model", "small"), "start one process per GPU with --shard 1/n to n/n"),
+        (("compare", "small", "a=small", "--responses", responses), "start it without a launcher"),
+    ):
+        line = refused(*command, output=tmp_path / "o")
+        assert line.endswith(f"bupo {command[0]} runs in one process, but the launcher started 2; {remedy}")
 
 
-def test_ctrl_c_says_whether_the_command_continues(capsys, tmp_path, responses, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_ctrl_c_and_a_full_disk_are_one_line(bupo, tmp_path, responses, monkeypatch):
+    command = (*SMALL, "--responses", responses, "--output", tmp_path / "o")
+    for target, error, code, told in (
+        ("run_folder.write_bytes", OSError(errno.ENOSPC, "No space left on device"), 2,
+         "bupo: error: No space left on device"),
+        ("lens.analyze.analyze_rollouts", KeyboardInterrupt(), 130,
+         "bupo: interrupted. Nothing was written; the same command starts again from the beginning."),
+    ):  # fmt: skip
 
-    monkeypatch.setattr("bupo.lens.analyze.analyze_rollouts", interrupt)
-    code, _, err = run(capsys, "--model", "small", "--responses", responses, "--output", tmp_path / "o")
-    assert code == 130
-    assert err.endswith("bupo: interrupted. Nothing was written; the same command starts again from the beginning.\n")
-    assert not (tmp_path / "o").exists()
+        def fail(*args, error=error, **kwargs):
+            raise error
 
-
-def test_a_full_disk_is_one_line(capsys, tmp_path, responses, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("bupo.run_folder.write_bytes", full)
-    code, _, err = run(capsys, "--model", "small", "--responses", responses, "--output", tmp_path / "o")
-    assert code == 2
-    assert err.splitlines()[-1] == "bupo: error: No space left on device"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bupo.{target}", fail)
+            found, _, err = bupo(*command)
+        assert (found, err.splitlines()[-1]) == (code, told)
+        assert not list(tmp_path.glob("o/*"))
 
 
-def test_nothing_is_left_of_a_result_that_json_cannot_hold(capsys, tmp_path, responses, monkeypatch):
-    from bupo.lens.analyze import analyze_rollouts
+def test_nothing_is_left_of_a_result_that_json_cannot_hold(bupo, tmp_path, responses, monkeypatch):
+    def broken(*args, **kwargs):
+        return {**analyze_rollouts(*args, **kwargs), "final_entropy": float("nan")}
 
-    monkeypatch.setattr(
-        "bupo.lens.analyze.analyze_rollouts",
-        lambda *a, **k: {**analyze_rollouts(*a, **k), "final_entropy": float("nan")},
-    )
+    monkeypatch.setattr("bupo.lens.analyze.analyze_rollouts", broken)
     with pytest.raises(ValueError, match="JSON compliant"):
-        run(capsys, "--model", "small", "--responses", responses, "--output", tmp_path / "o")
+        bupo(*SMALL, "--responses", responses, "--output", tmp_path / "o")
     assert not list(tmp_path.glob("o/*"))
 
 
-R = "r.jsonl"
+GOOD = '{"prompt_ids": [3], "response_ids": [4]}'
+LONG = json.dumps({"prompt_ids": [3] * 100, "response_ids": [4] * 29})
+R = ["--responses", "r.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("file", "options", "words"),
     [
-        ('{"prompt_ids": [3], "response_ids": [4]}', ["--model", "./nowhere", "--responses", R], "does not exist"),
-        (
-            '{"prompt_ids": [3], "response_ids": [4]}',
-            ["--model", "no-org/no-model", "--responses", R],
-            "no-org/no-model",
-        ),
-        (None, ["--responses", R], "does not exist"),
-        ("", ["--responses", R], "empty"),
-        ('{"colour": "red"}', ["--dataset", R], "colour"),
+        (GOOD, ["--model", "./nowhere", *R], "does not exist"),
+        (GOOD, ["--model", "no-org/no-model", *R], "no-org/no-model"),
+        (None, R, "does not exist"),
+        ("", R, "empty"),
+        ('{"colour": "red"}', ["--dataset", "r.jsonl"], "colour"),
         (None, [], "--dataset"),
-        ("", ["--dataset", "arithmetic", "--responses", R], "not both"),
-        ('{"prompt_ids": [3], "response_ids": []}', ["--responses", R], "empty"),
-        (json.dumps({"prompt_ids": [3] * 100, "response_ids": [4] * 29}), ["--responses", R], "context of 128"),
-        ('{"prompt_ids": [3], "response_ids": [4000]}', ["--responses", R], "vocabulary"),
-        ('{"prompt": "1+1="}', ["--responses", R], "response"),
-        ("", ["--responses", R, "--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
-        ("", ["--responses", R, "--template", "chatml"], "unknown template 'chatml'"),
-        ("", ["--responses", R, "--choice-tokens", "9", "--no-choice"], "no effect with --no-choice"),
+        (None, ["--dataset", "arithmetic", "--max-new-tokens", "200"], "context of 128"),
+        ("", ["--dataset", "arithmetic", *R], "not both"),
+        ('{"prompt_ids": [3], "response_ids": []}', R, "empty"),
+        (LONG, R, "context of 128"),
+        ('{"prompt_ids": [3], "response_ids": [4000]}', R, "vocabulary"),
+        ('{"prompt": "1+1="}', R, "response"),
+        ("", [*R, "--statistics", "logprob,entropie"], "unknown statistic 'entropie'"),
+        ("", [*R, "--template", "chatml"], "unknown template 'chatml'"),
+        ("", [*R, "--choice-tokens", "9", "--no-choice"], "no effect with --no-choice"),
     ],
 )
-def test_wrong_input_is_refused(capsys, tmp_path, monkeypatch, file, options, words):
+def test_wrong_input_is_refused(refused, tmp_path, monkeypatch, file, options, words):
     monkeypatch.chdir(tmp_path)
     if file is not None:
-        Path(R).write_text(file + "\n" * bool(file))
-    options = options if "--model" in options else ["--model", "small", *options]
-    assert words in refused(capsys, tmp_path / "o", *options)
+        Path("r.jsonl").write_text(file + "\n" * bool(file))
+    assert words in refused(*SMALL, *options, output=tmp_path / "o")
     assert not list(tmp_path.glob(".per_token*"))
 
 
-def test_non_finite_weights(capsys, tmp_path, responses):
-    from transformers import AutoTokenizer
-
+def test_models_that_cannot_be_read_are_refused(refused, tmp_path, responses):
     model = tiny_model(vocab_size=101)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
-    model.save_pretrained(tmp_path / "broken")
-    AutoTokenizer.from_pretrained(SMALL_MODEL).save_pretrained(tmp_path / "broken")
-    line = refused(capsys, tmp_path / "o", "--model", tmp_path / "broken", "--responses", responses)
-    assert "non-finite" in line
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(SMALL_MODEL).save_pretrained(tmp_path / "nan")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "qwen3"}')
+    for folder, words in (("nan", "non-finite"), ("empty", "config.json"), ("bare", "bupo: error")):
+        command = ("analyze", "--model", tmp_path / folder, "--responses", responses)
+        assert words in refused(*command, output=tmp_path / "o")
 
 
-def test_a_model_that_is_no_language_model(capsys, tmp_path, responses):
-    folder = tmp_path / "m"
-    folder.mkdir()
-    assert "config.json" in refused(capsys, tmp_path / "o", "--model", folder, "--responses", responses)
-    (folder / "config.json").write_text('{"model_type": "qwen3"}')
-    assert "bupo: error" in refused(capsys, tmp_path / "o", "--model", folder, "--responses", responses)
-
-
-@pytest.mark.parametrize("value", ["-1", str(2**32), str(2**70)])
 @pytest.mark.parametrize("command", ["analyze", "eval", "compare", "demo"])
-def test_a_seed_out_of_range_is_a_usage_error(capsys, command, value):
-    assert main([command, "--seed", value]) == 2
-    assert "--seed" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("options", [("--temperature", "inf"), ("--temperature", "nan"), ("--temperature", "-1"),
-                                     ("--max-new-tokens", "0"), ("--nonsense",)])  # fmt: skip
-@pytest.mark.parametrize("command", ["analyze", "eval"])
-def test_usage_errors_exit_with_2_before_anything_is_loaded(capsys, tmp_path, command, options):
-    arguments = ["--model", "no/model", "--dataset", "arithmetic", "--output", str(tmp_path / "o")]
-    assert main([command, *arguments, *options]) == 2
-    assert options[0] in capsys.readouterr().err
-    assert main([command, "--model", "small"]) == 2
+def test_usage_errors_exit_with_2_before_anything_is_loaded(bupo, tmp_path, command):
+    wrong = [("--seed", "-1"), ("--seed", 2**32), ("--seed", 2**70)]
+    if command in ("analyze", "eval"):
+        wrong += [("--temperature", "inf"), ("--temperature", "nan"), ("--temperature", "-1")]
+        wrong += [("--max-new-tokens", "0"), ("--nonsense",)]
+        assert bupo(command, "--model", "small")[0] == 2
+    required = {"compare": ["a", "b", "--responses", "r.jsonl"], "demo": []}
+    arguments = required.get(command, ["--model", "no/model", "--dataset", "arithmetic"])
+    for options in wrong:
+        code, _, err = bupo(command, *arguments, "--output", tmp_path / "o", *options)
+        assert code == 2
+        assert options[0] in err
     assert not (tmp_path / "o").exists()
 
 
-def test_debug_shows_the_traceback_and_ends_at_a_double_dash(capsys, tmp_path):
+def test_debug_shows_the_traceback_and_ends_at_a_double_dash(bupo, tmp_path):
     with pytest.raises(InputError):
         main(["report", str(tmp_path / "nothing"), "--debug"])
-    assert main(["report", "--", str(tmp_path / "nothing"), "--debug"]) == 2
-    assert "nothing does not exist" in capsys.readouterr().err
-
-
-def test_statistics_max_tokens_and_every_token(capsys, tmp_path, responses):
-    import pyarrow.parquet as parquet
-
-    folder = tmp_path / "out"
-    options = ["--statistics", "logprob,rank,kl,varentropy,top2", "--per-token", "--max-tokens", "6"]
-    code, out, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, *options)
-    assert code == 0
-    assert "read 6 of 6 response tokens" in " ".join(out.split())
-    result = json.loads((folder / "analysis.json").read_text())
-    table = parquet.read_table(folder / "per_token.parquet").to_pylist()
-    assert len(table) == 6 * 8 * 6  # tokens, layers, sites
-    assert sorted({(r["response"], r["position"], r["token"]) for r in table}) == [
-        *((1, t + 1, 8 + t) for t in range(4)),
-        (2, 1, 9),
-        (2, 2, 2),
-    ]
-    for site in ("attn_in", "layer_in", "layer_out"):
-        cells = [r for r in table if r["site"] == site and r["layer"] == 3]
-        for name, means in (("entropy", result["sites"]), ("kl", result["statistics"]["kl"])):
-            mean = sum(r[name] for r in cells) / 6
-            assert means[site][2] == pytest.approx(mean, abs=1e-4)
-        assert all(len(r["top"]) == 2 and r["top_probability"][0] >= r["top_probability"][1] for r in cells)
-        for r in cells:
-            assert r["rank"] > 2 or r["top"][r["rank"] - 1] == r["token"]
-    code, _, _ = run(capsys, "--model", "small", "--responses", responses, "--output", folder, "--overwrite")
-    assert code == 0
-    assert not (folder / "per_token.parquet").exists()  # nothing is left of the run that was replaced
-
-
-def test_the_example_in_the_help_runs(capsys, tmp_path):
-    """The context of the shipped model is shorter than the longest response by default."""
-    folder = tmp_path / "out"
-    code, out, _ = run(capsys, "--model", "small", "--dataset", "arithmetic", "--limit", "2", "--output", folder)
-    assert code == 0, out
+    code, _, err = bupo("report", "--", tmp_path / "nothing", "--debug")
+    assert code == 2
+    assert "nothing does not exist" in err

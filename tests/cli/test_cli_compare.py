@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from bupo.cli import main
 from bupo.errors import InputError
 from bupo.lens.compare import compare_models, measure_layers
 from bupo.models.load import load_model
@@ -17,43 +16,23 @@ from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tiny_folder):
-    """The tiny model, a training run's folder with a changed copy of it, and responses."""
-    folder = tmp_path_factory.mktemp("compare")
+def test_as_a_user_runs_it(bupo, tmp_path, responses, tiny_folder):
     model, tokenizer = load_model(str(tiny_folder))
-    trained = folder / "run"
+    trained, out, page = tmp_path / "run", tmp_path / "out", tmp_path / "page.html"
     moved(model).save_pretrained(trained / "model")
     tokenizer.save_pretrained(trained / "model")
     run = {"config": {"internal_steps": 3}, "result": {"internal_layer": 2}}
     (trained / "run.json").write_text(json.dumps(run))
-    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [8, 9, 10, 11]}, {"prompt_ids": [7], "response_ids": [9, 2]}]
-    (folder / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def run(capsys, *arguments):
-    code = main(["compare", *map(str, arguments)])
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
-def test_as_a_user_runs_it(capsys, tmp_path, folders, tiny_folder):
-    out = tmp_path / "out"
-    code, text, _ = run(
-        capsys, f"start={tiny_folder}", folders / "run", "--responses", folders / "r.jsonl", "--output", out
-    )
+    code, text, _ = bupo("compare", f"start={tiny_folder}", trained, "--responses", responses, "--output", out)
     assert code == 0
     assert "H(layer 2)" in " ".join(text.split())
     result = json.loads((out / "compare.json").read_text())
     assert [m["name"] for m in result["models"]] == ["start", "run"]
     assert result["layer"] == 2  # what the run trained
     assert {p.name for p in out.iterdir()} == {"compare.json", "inside.png", "inside.svg", "run.json"}
-    page = tmp_path / "page.html"
-    assert main(["report", str(out), "--output", str(page)]) == 0
-    text = page.read_text()
-    assert "What training did inside" in text
-    assert "fig-inside1" in text
+    assert bupo("report", out, "--output", page)[0] == 0
+    assert "What training did inside" in page.read_text()
+    assert "fig-inside1" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -66,12 +45,8 @@ def test_as_a_user_runs_it(capsys, tmp_path, folders, tiny_folder):
         (["small", "a=nowhere"], ["--layer", "2"], "nowhere"),
     ],
 )
-def test_wrong_arguments_are_refused(capsys, tmp_path, folders, models, options, words):
-    out = tmp_path / "out"
-    code, _, error = run(capsys, *models, "--responses", folders / "r.jsonl", "--output", out, *options)
-    assert code == 2
-    assert words in error
-    assert not out.exists()
+def test_wrong_arguments_are_refused(refused, tmp_path, responses, models, options, words):
+    assert words in refused("compare", *models, "--responses", responses, *options, output=tmp_path / "out")
 
 
 def test_many_models_are_drawn_and_nonsense_is_refused():

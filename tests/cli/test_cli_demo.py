@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bupo.cli import main
-from bupo.cli.demo import Job, run_jobs
+from bupo.cli.demo import count_steps, run_jobs
 from bupo.errors import BupoError
 
 
@@ -32,29 +32,23 @@ def test_demo_from_end_to_end(tmp_path, capsys):
 
 
 def test_an_internal_phase_that_never_ends_is_refused(tmp_path, capsys):
-    arguments = ["--output", str(tmp_path / "d"), "--rollouts", "3", "--internal-steps", "3"]
-    assert main(["demo", *arguments]) == 2
+    assert main(["demo", "--output", str(tmp_path / "d"), "--rollouts", "3", "--internal-steps", "3"]) == 2
     assert "fewer than the 3" in capsys.readouterr().err
     assert not (tmp_path / "d").exists()
 
 
-def test_jobs_run_side_by_side_and_log(tmp_path):
-    jobs = [Job(name, ["--version"], tmp_path) for name in ("a", "b", "c")]
-    run_jobs(jobs, at_once=2, quiet=True)
-    assert all(job.log.read_text().startswith("bupo ") for job in jobs)
-    assert all(job.seconds > 0 for job in jobs)
-
-
-def test_a_failing_job_stops_the_others_and_its_message_is_shown(tmp_path):
-    bad = Job("bad", ["analyze", "--model", "small", "--output", str(tmp_path / "o")], tmp_path)
-    never = Job("never", ["--version"], tmp_path)
+def test_jobs_log_and_a_failing_one_stops_the_others(tmp_path, monkeypatch):
+    jobs = {name: ["--version"] for name in ("a", "b c")}
+    assert all(seconds > 0 for seconds in run_jobs(jobs, tmp_path, 1, quiet=True).values())
+    assert all((tmp_path / f"{name}.log").read_text().startswith("bupo ") for name in ("a", "b-c"))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # one at a time
+    bad = ["analyze", "--model", "small", "--output", str(tmp_path / "o")]
     with pytest.raises(BupoError, match="bad failed: pass either --dataset"):
-        run_jobs([bad, never], at_once=1, quiet=True)
-    assert not never.log.exists()
+        run_jobs({"bad": bad, "never": ["--version"]}, tmp_path, 1, quiet=True)
+    assert not (tmp_path / "never.log").exists()
 
 
 def test_progress_counts_whole_lines(tmp_path):
-    job = Job("a", [], tmp_path, 3, tmp_path / "log")
-    assert job.done == 0
-    job.counted.write_text("a\nb\nhalf")
-    assert job.done == 2
+    assert count_steps(["train", str(tmp_path)]) == count_steps(["analyze", str(tmp_path)]) == 0
+    (tmp_path / "log.jsonl").write_text("a\nb\nhalf")
+    assert count_steps(["train", str(tmp_path)]) == 2

@@ -1,3 +1,5 @@
+"""`bupo eval` as a user runs it."""
+
 from __future__ import annotations
 
 import json
@@ -9,8 +11,6 @@ import time
 
 import pytest
 
-from bupo.cli import main
-
 
 @pytest.fixture
 def questions(tmp_path):
@@ -19,31 +19,43 @@ def questions(tmp_path):
     return path
 
 
-def arguments(folder, questions, output, *more):
-    required = ["eval", "--model", str(folder), "--tasks", str(questions), "--output", str(output)]
+def arguments(folder, questions, *more):
+    required = ["eval", "--model", str(folder), "--tasks", str(questions)]
     return [*required, "--n", "2", "--k", "2", "--max-new-tokens", "4", *more]
 
 
-def test_a_whole_evaluation(tiny_folder, questions, tmp_path, capsys):
+def test_a_whole_evaluation(tiny_folder, questions, tmp_path, bupo):
     output = tmp_path / "out"
-    assert main(arguments(tiny_folder, questions, output, "--json")) == 0
-    results = json.loads(capsys.readouterr().out)
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    command = arguments(tiny_folder, questions, "--output", output)
+    code, _, err = bupo(*command)
+    assert code == 2
+    assert "already holds a run" in err
+    code, out, _ = bupo(*command, "--overwrite", "--json")
+    assert code == 0
+    assert (output / "notes.txt").read_text() == "mine"
+    results = json.loads(out)
     assert results == json.loads((output / "results.json").read_text())
     assert results["tasks"]["sums"]["n_problems"] == 4
-    assert results["engine"] == "transformers"
+    assert (results["engine"], results["dtype"]) == ("transformers", "float32")
     assert results["revision"]
-    assert results["dtype"] == "float32"
-    assert main(["eval", "--regrade", str(output)]) == 0
-    assert "sums" in capsys.readouterr().out
+    code, out, _ = bupo("eval", "--regrade", output)
+    assert code == 0
+    assert "sums" in out
     assert json.loads((output / "results.json").read_text()) == results
+    code, _, err = bupo("eval")
+    assert code == 2
+    assert "needs --model, --tasks, --output" in err
 
 
-def test_internal_layer(tiny_folder, questions, tmp_path):
+def test_internal_layer(tiny_folder, questions, tmp_path, bupo):
     responses = []
-    for layer in ("1", "4"):
-        output = tmp_path / layer
-        assert main(arguments(tiny_folder, questions, output, "--n", "10", "--internal-layer", layer)) == 0
-        assert json.loads((output / "results.json").read_text())["sampling"]["internal_layer"] == int(layer)
+    for layer in (1, 4):
+        output = tmp_path / str(layer)
+        more = ["--n", "10", "--internal-layer", layer, "--output", output]
+        assert bupo(*arguments(tiny_folder, questions, *more))[0] == 0
+        assert json.loads((output / "results.json").read_text())["sampling"]["internal_layer"] == layer
         responses.append((output / "responses.parquet").read_bytes())
     assert responses[0] != responses[1]
 
@@ -68,77 +80,42 @@ def test_internal_layer(tiny_folder, questions, tmp_path):
         (["--regrade", "x"], "--regrade takes no --k, --max-new-tokens, --model, --n, --output, --tasks"),
     ],
 )
-def test_wrong_input_is_one_line_and_writes_nothing(tiny_folder, questions, tmp_path, capsys, change, message):
-    output = tmp_path / "out"
-    assert main(arguments(tiny_folder, questions, output, *change)) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bupo: error:")]
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert not output.exists()
+def test_wrong_input_is_one_line_and_writes_nothing(tiny_folder, questions, tmp_path, refused, change, message):
+    assert message in refused(*arguments(tiny_folder, questions, *change), output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (json.dumps({"text": "a", "label": "b"}), "columns found: text, label"),
-        ("", "is empty"),
-        ("{", "cannot be read"),
-    ],
+    [('{"text": "a", "label": "b"}', "columns found: text, label"), ("", "is empty"), ("{", "cannot be read")],
 )
-def test_wrong_files(tiny_folder, tmp_path, capsys, content, message):
-    questions = tmp_path / "bad.jsonl"
+def test_wrong_files(tiny_folder, questions, tmp_path, refused, content, message):
     questions.write_text(content)
-    assert main(arguments(tiny_folder, questions, tmp_path / "out")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert message in refused(*arguments(tiny_folder, questions), output=tmp_path / "out")
 
 
-def test_a_folder_that_holds_something_is_not_touched(tiny_folder, questions, tmp_path, capsys):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "notes.txt").write_text("mine")
-    assert main(arguments(tiny_folder, questions, output)) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert main(arguments(tiny_folder, questions, output, "--overwrite")) == 0
-    assert (output / "notes.txt").read_text() == "mine"
-    assert main(["eval"]) == 2
-    assert "needs --model, --tasks, --output" in capsys.readouterr().err
-
-
-def test_ctrl_c_says_that_the_same_command_continues(tiny_folder, questions, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_says_that_the_same_command_continues(tiny_folder, questions, tmp_path, bupo, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bupo.evaluate.run.evaluate", interrupt)
-    assert main(arguments(tiny_folder, questions, tmp_path / "out")) == 130
-    assert "Responses so far are saved; the same command continues." in capsys.readouterr().err
+    code, _, err = bupo(*arguments(tiny_folder, questions, "--output", tmp_path / "out"))
+    assert code == 130
+    assert "Responses so far are saved; the same command continues." in err
 
 
-def test_a_launcher_is_refused(tiny_folder, questions, tmp_path, capsys, monkeypatch):
-    """Its processes would all write the same folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(arguments(tiny_folder, questions, tmp_path / "out")) == 2
-    assert "the launcher started 2; start one process per GPU with --shard 1/n to n/n" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_process_killed_while_sampling_goes_on(tiny_folder, questions, tmp_path):
+def test_a_process_killed_while_sampling_goes_on(tiny_folder, questions, tmp_path, bupo):
     """The real thing: SIGKILL in the middle, the same command again, the results of an uninterrupted run."""
-    settings = ["--n", "15", "--max-new-tokens", "30", "--batch-size", "4", "--engine", "transformers"]
-    program = "import sys; from bupo.cli import main; sys.exit(main())"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = [sys.executable, "-c", program, *arguments(tiny_folder, questions, killed, *settings)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    partial = killed / "responses.partial.jsonl"
+    settings = ["--n", "15", "--max-new-tokens", "30", "--batch-size", "4", "--engine", "transformers", "--output"]
+    whole, killed = (arguments(tiny_folder, questions, *settings, str(tmp_path / name)) for name in ("a", "b"))
+    process = subprocess.Popen([sys.executable, "-m", "bupo", *killed], stderr=subprocess.DEVNULL)
+    partial = tmp_path / "b" / "responses.partial.jsonl"
     until = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size > 0) and time.monotonic() < until and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert partial.exists()
-    assert not (killed / "results.json").exists()
-    kept = len(partial.read_bytes().splitlines())
-    assert 0 < kept < 60
-    assert main(arguments(tiny_folder, questions, killed, *settings)) == 0
-    assert main(arguments(tiny_folder, questions, whole, *settings)) == 0
-    assert json.loads((killed / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    assert not (tmp_path / "b" / "results.json").exists()
+    assert 0 < len(partial.read_bytes().splitlines()) < 60
+    assert bupo(*killed)[0] == bupo(*whole)[0] == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("a", "b"))
+    assert one == two

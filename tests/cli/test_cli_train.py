@@ -47,22 +47,18 @@ def recipe(tmp_path, tiny_folder):
     return lambda **changes: write_recipe(tmp_path, **{"model": str(tiny_folder), **changes})
 
 
-def run(capsys, *arguments):
-    code = main(["train", *map(str, arguments)])
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
 def rows(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def untimed(folder):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "step_time")} for row in rows(folder)]
+    """The log without times."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "step_time")} for row in log]
 
 
 def final(folder):
     return load_file(folder / "model" / "model.safetensors")
+
+
+def read(folder):
+    return json.loads((folder / "run.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +72,7 @@ def whole_run(tmp_path_factory, tiny_folder):
 @pytest.fixture
 def finished(whole_run, tmp_path, recipe):
     """A copy of it, and its recipe."""
-    raw = json.loads((whole_run / "run.json").read_text())
+    raw = read(whole_run)
     raw["config"]["dataset"] = str(recipe().parent / "sums.jsonl")
     folder = shutil.copytree(whole_run, tmp_path / "finished")
     raw["result"] |= {"output": str(folder), "model": str(folder / "model")}
@@ -84,14 +80,16 @@ def finished(whole_run, tmp_path, recipe):
     return folder
 
 
-def test_a_run_writes_what_it_should(capsys, tmp_path, recipe, tiny_folder):
-    folder = tmp_path / "run"
-    code, out, err = run(capsys, recipe(), "--output", folder, "--json", "--seed", 7, "--set", "trl.epsilon_high=0.3")
+def test_a_run_writes_what_it_should(bupo, tmp_path, recipe, tiny_folder):
+    folder, path = tmp_path / "run", recipe()
+    evaluation = f"eval={{dataset: '{tmp_path / 'sums.jsonl'}', limit: 3, samples: 2, every: 2}}"
+    changes = ("--seed", 7, "--set", "trl.epsilon_high=0.3", "--set", evaluation)
+    code, out, err = bupo("train", path, "--output", folder, "--json", *changes)
     assert code == 0
     summary = json.loads(out)
     assert (summary["updates"], summary["rollouts"], summary["internal_layer"]) == (8, 4, 2)
     assert not summary["interrupted"]
-    log = rows(folder)
+    log = [row for row in rows(folder) if "rollout" in row]
     assert [(row["rollout"], row["step"]) for row in log] == [(1, 2), (2, 4), (3, 6), (4, 8)]
     assert [(row["phase"], row["layer"]) for row in log] == [("internal", 2)] * 2 + [("full", None)] * 2
     for row in log:
@@ -99,7 +97,10 @@ def test_a_run_writes_what_it_should(capsys, tmp_path, recipe, tiny_folder):
         assert row["entropy"] > 0
         assert row["mean_length"] > 0
         assert (row["internal_entropy"] is not None) == (row["phase"] == "internal")
-    record = json.loads((folder / "run.json").read_text())
+    measured = [row for row in rows(folder) if "eval_reward" in row]
+    assert [(row["step"], "rollout" in row) for row in measured] == [(4, False), (8, False)]
+    assert "evaluation after update 4: reward" in err
+    record = read(folder)
     assert (record["command"], record["result"]) == ("train", summary)
     assert record["config"]["seed"] == record["seed"] == 7
     assert record["config"]["trl"] == {"epsilon_high": 0.3}
@@ -114,16 +115,6 @@ def test_a_run_writes_what_it_should(capsys, tmp_path, recipe, tiny_folder):
     assert lines[0].startswith("rollout 1/4  internal l=2")
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
-
-def test_plain_grpo_from_the_same_recipe(capsys, tmp_path, recipe):
-    folder = tmp_path / "run"
-    code, out, _ = run(capsys, recipe(), "--output", folder, "--internal-steps", 0, "--rollouts", 2)
-    assert code == 0
-    assert "2 rollout batches" in out
-    assert {row["phase"] for row in rows(folder)} == {"full"}
-
-
-# -- refusals ------------------------------------------------------------------------------------------------------
 
 REFUSED = [
     ({"model": "no/such/model"}, "model folder no/such/model does not exist"),
@@ -147,20 +138,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "part"), REFUSED, ids=[str(c) for c, _ in REFUSED])
-def test_wrong_inputs_give_one_line_and_leave_nothing(capsys, tmp_path, recipe, monkeypatch, changes, part):
+def test_wrong_inputs_give_one_line_and_leave_nothing(refused, tmp_path, recipe, monkeypatch, changes, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "columns.jsonl").write_text('{"prompt": "1+1="}\n')
-    code, out, err = run(capsys, recipe(**changes), "--output", "run")
-    assert (code, out) == (2, "")
-    (line,) = [line for line in err.splitlines() if line.startswith("bupo: error: ")]
-    assert part in line
-    assert "Traceback" not in err
-    assert not (tmp_path / "run").exists()
+    assert part in refused("train", recipe(**changes), output=tmp_path / "run")
 
 
-def test_other_refusals(capsys, tmp_path, recipe, finished):
-    path, new = recipe(), tmp_path / "new"
-    before = (finished / "run.json").read_text()
+def test_other_refusals(bupo, tmp_path, recipe, finished):
+    path, new, before = recipe(), tmp_path / "new", read(finished)
     for arguments, part in [
         ((path, "--output", finished), "already holds a run"),
         ((path,), "--output is missing"),
@@ -171,16 +156,19 @@ def test_other_refusals(capsys, tmp_path, recipe, finished):
         (("--output", tmp_path, "--resume"), "holds no training run"),
         ((path, "--output", new, "--resume"), "holds no complete checkpoint"),
     ]:
-        code, _, err = run(capsys, *arguments)
+        code, _, err = bupo("train", *arguments)
         assert code == 2
         assert part in err
-    assert (finished / "run.json").read_text() == before
+    assert read(finished) == before
     assert not new.exists()
 
 
-def test_overwriting_replaces_the_whole_run(capsys, recipe, finished):
-    assert run(capsys, recipe(rollouts=2), "--output", finished, "--overwrite")[0] == 0
-    assert [row["rollout"] for row in rows(finished)] == [1, 2]
+def test_plain_grpo_from_the_same_recipe_replaces_a_whole_run(bupo, recipe, finished):
+    plain = ("--internal-steps", 0, "--rollouts", 2)
+    code, out, _ = bupo("train", recipe(), "--output", finished, *plain, "--overwrite")
+    assert code == 0
+    assert "2 rollout batches" in out
+    assert [(row["rollout"], row["phase"]) for row in rows(finished)] == [(1, "full"), (2, "full")]
     names = sorted(p.name for p in (finished / "checkpoints").glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-4"]
 
@@ -189,7 +177,7 @@ def test_overwriting_replaces_the_whole_run(capsys, recipe, finished):
 
 
 @pytest.mark.parametrize("last", [2, 6], ids=["internal phase", "full phase"])
-def test_a_killed_run_continues_as_if_nothing_had_happened(capsys, finished, whole_run, last):
+def test_a_killed_run_continues_as_if_nothing_had_happened(bupo, finished, whole_run, last):
     shutil.rmtree(finished / "model")
     for step in range(last + 2, 10, 2):
         shutil.rmtree(finished / "checkpoints" / f"checkpoint-{step}")
@@ -198,17 +186,17 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(capsys, finished, who
     (broken / "trainer_state.json").write_text("{")
     with (finished / "log.jsonl").open("a") as stream:
         stream.write('{"step": 10, "rol')
-    code, _, err = run(capsys, "--resume", "--output", finished)
+    code, _, err = bupo("train", "--resume", "--output", finished)
     assert code == 0, err
     assert same_weights(final(finished), final(whole_run))
-    assert untimed(finished) == untimed(whole_run)
-    assert json.loads((finished / "run.json").read_text())["resumed"] is True
+    assert rows(finished) == rows(whole_run)
+    assert read(finished)["resumed"] is True
 
 
 @pytest.mark.parametrize("missing", [None, "model", "result"])
-def test_resuming_a_finished_run_keeps_its_record(capsys, finished, missing):
+def test_resuming_a_finished_run_keeps_its_record(bupo, finished, missing):
     """And completes it where the run was killed after its last checkpoint."""
-    expected, weights = json.loads((finished / "run.json").read_text()), final(finished)
+    expected, weights = read(finished), final(finished)
     if missing == "model":
         shutil.rmtree(finished / "model")
     if missing == "result":  # the layer that `auto` found and the guard's decision come from the checkpoint
@@ -217,66 +205,56 @@ def test_resuming_a_finished_run_keeps_its_record(capsys, finished, missing):
         state.write_text(json.dumps({**json.loads(state.read_text()), "phase_end": end}))
         (finished / "run.json").write_text(json.dumps({k: v for k, v in expected.items() if k != "result"}))
         expected["result"]["phase_end"] = end
-    code, out, _ = run(capsys, "--resume", "--output", finished, "--json")
+    code, out, _ = bupo("train", "--resume", "--output", finished, "--json")
     assert code == 0
-    record = json.loads((finished / "run.json").read_text())
+    record = read(finished)
     assert json.loads(out) == record["result"]
     if missing == "result":
         record["result"]["seconds"] = expected["result"]["seconds"]
-        assert record["result"] == expected["result"]
-    else:
-        assert record == expected
+        record, expected = record["result"], expected["result"]
+    assert record == expected
     assert same_weights(final(finished), weights)
     assert len(rows(finished)) == 4
 
 
 @pytest.mark.parametrize("when", [1, 3])
-def test_ctrl_c_saves_and_says_how_to_continue(capsys, tmp_path, recipe, whole_run, monkeypatch, when):
+def test_ctrl_c_saves_and_says_how_to_continue(bupo, tmp_path, recipe, whole_run, monkeypatch, when):
     monkeypatch.setattr(training, "INTERRUPT_IN_ROLLOUT", [when, 0])
     folder = tmp_path / "stopped"
     stopping = recipe(reward="tests.support.training:digits_then_interrupt", save_every=4)
-    code, out, err = run(capsys, stopping, "--output", folder)
+    code, out, err = bupo("train", stopping, "--output", folder)
     assert code == 130
     assert "stopping after this rollout batch" in err
     assert f"stopped after rollout batch {when}; checkpoint saved" in out
     assert f"bupo train --resume --output {folder}" in out
     assert not (folder / "model").exists()
     assert [p.name for p in (folder / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{2 * when}"]
-    assert run(capsys, "--resume", "--output", folder)[0] == 0
+    assert bupo("train", "--resume", "--output", folder)[0] == 0
     assert same_weights(final(folder), final(whole_run))
     ours, theirs = (
-        [{k: v for k, v in row.items() if "digits" not in k} for row in untimed(f)] for f in (folder, whole_run)
+        [{k: v for k, v in row.items() if "digits" not in k} for row in rows(f)] for f in (folder, whole_run)
     )
     assert ours == theirs
 
 
-def test_trouble_in_training_names_the_update(capsys, tmp_path, recipe):
-    code, _, err = run(capsys, recipe(learning_rate=1e38), "--output", tmp_path / "a")
-    assert code == 2
-    assert "bupo: error: non-finite" in err
-    assert "in update 2 (rollout batch 1, internal phase, layer 2)" in err
-    code, _, err = run(capsys, recipe(reward="tests.support.training:no_memory"), "--output", tmp_path / "b")
-    assert code == 2
-    assert "bupo: error: out of accelerator memory in update 1 (rollout batch 1, internal phase, layer 2); lower" in err
+def test_trouble_in_training_names_the_update(bupo, tmp_path, recipe):
+    for changes, told in (
+        ({"learning_rate": 1e38}, ("non-finite", "in update 2 (rollout batch 1, internal phase, layer 2)")),
+        (
+            {"reward": "tests.support.training:no_memory"},
+            ("out of accelerator memory in update 1 (rollout batch 1, internal phase, layer 2); lower",),
+        ),
+    ):
+        code, _, err = bupo("train", recipe(**changes), "--output", tmp_path / "run", "--overwrite")
+        assert code == 2
+        assert f"bupo: error: {told[0]}" in err
+        assert told[-1] in err
 
 
-# -- variants ------------------------------------------------------------------------------------------------------
-
-
-def test_evaluation_during_training(capsys, tmp_path, recipe):
-    path, folder = recipe(rollouts=2), tmp_path / "run"
-    evaluation = f"eval={{dataset: '{tmp_path / 'sums.jsonl'}', limit: 3, samples: 2, every: 1}}"
-    code, _, err = run(capsys, path, "--output", folder, "--set", evaluation)
-    assert code == 0, err
-    measured = [row for row in rows(folder) if "eval_reward" in row]
-    assert [row["step"] for row in measured] == [2, 4]
-    assert all("rollout" not in row for row in measured)
-    assert "evaluation after update 2: reward" in err
-
-
-def test_auto_stops_or_says_which_layer(capsys, tmp_path, recipe):
+def test_auto_stops_or_says_which_layer(bupo, tmp_path, recipe):
     folder = tmp_path / "run"
-    code, out, err = run(capsys, recipe(rollouts=2), "--output", folder, "--internal-layer", "auto", "--json")
+    auto = ("--internal-layer", "auto", "--json")
+    code, out, err = bupo("train", recipe(rollouts=2), "--output", folder, *auto)
     if code == 0:
         analysis = json.loads((folder / "auto_layer.json").read_text())
         assert json.loads(out)["internal_layer"] == analysis["boundary_layer"]

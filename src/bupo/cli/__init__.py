@@ -1,7 +1,72 @@
-"""``bupo``: the command line. Arguments are parsed first; torch is imported only by the command that runs."""
+"""``bupo``: its commands, and errors as one line and an exit code. Only the command that runs imports torch."""
 
 from __future__ import annotations
 
-from bupo.cli.app import main
+import errno
+import os
+import sys
+from inspect import cleandoc
+from typing import Annotated
 
-__all__ = ["main"]
+import typer
+
+from bupo.cli import analyze, compare, demo, eval, plan, report, train
+from bupo.errors import BupoError
+from bupo.run_folder import versions
+
+app = typer.Typer(
+    name="bupo",
+    help="See the internal policies of language models, train them bottom-up, and measure whether it helped.",
+    epilog="Add --debug to any command to see the traceback of an error.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, report.report, demo.demo):
+    # named like its file; neighbouring lines of a help text are joined, so each example becomes a paragraph
+    text = cleandoc(command.__doc__ or "").replace("\n  bupo", "\n\n  bupo")
+    app.command(command.__module__.split(".")[-1], help=text)(command)
+# telemetry off, and the bars and notices of libraries, which would tear our own lines
+_QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+os.environ.update({**_QUIET, "TRANSFORMERS_VERBOSITY": "error", **os.environ})
+_AGAIN = "Nothing was written; the same command starts again from the beginning."
+_SAVED = "Responses so far are saved; the same command continues."
+_INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "eval": _SAVED}
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"bupo {versions().get('bupo', 'unknown')}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for errors a user can fix, 130 when interrupted.
+
+    ``--debug`` may stand anywhere before a ``--``; it shows the traceback of an error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    arguments = [a for a in arguments[:end] if a != "--debug"] + arguments[end:]
+    try:
+        result = app(args=arguments, standalone_mode=False)
+        if result == 130 and arguments[0] in _INTERRUPTED:  # typer's code for Ctrl-C
+            print(f"bupo: interrupted. {_INTERRUPTED[arguments[0]]}", file=sys.stderr)
+        return result if isinstance(result, int) else 0
+    except BupoError as error:
+        if debug:
+            raise
+        print(f"bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug or (error.filename is None and error.errno != errno.ENOSPC):
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"bupo: error: {place}{error.strerror}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click, which prints itself
+            error.show()
+            return int(error.exit_code)
+        raise

@@ -12,25 +12,6 @@ import typer
 from bupo.cli import options
 from bupo.errors import ConfigError
 
-HELP = """Measure a model: Avg@K and unbiased Pass@K with confidence intervals.
-
-Tasks: math500, amc23, aime24, aime25, minerva, olympiadbench, arithmetic, arithmetic-hard, reasoning_gym/NAME, a
-.jsonl/.json/.parquet file, or a hub dataset. The defaults are the paper's protocol: temperature 1, top-p 1, Avg@16
-(Avg@32 for AIME). An interrupted evaluation continues when the same command is run again.
-
-Examples:
-
-  bupo eval --model small --tasks arithmetic --k 8 --limit 100 --output runs/start
-
-  bupo eval --model Qwen/Qwen3-4B --tasks math500,amc23,aime24,aime25 --template qwen3-no-thinking --output runs/qwen3
-
-  bupo eval --model small --tasks arithmetic --internal-layer 4 --output runs/layer4
-
-  bupo eval --regrade runs/start
-
-  bupo eval --model Qwen/Qwen3-4B --tasks math500 --output runs/qwen3 --shard 1/2   (2/2 on another GPU)
-"""
-
 
 def evaluate(
     context: typer.Context,
@@ -63,6 +44,19 @@ def evaluate(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
+    """Measure a model: Avg@K and unbiased Pass@K with confidence intervals.
+
+    Tasks: math500, amc23, aime24, aime25, minerva, olympiadbench, arithmetic, arithmetic-hard, reasoning_gym/NAME,
+    a .jsonl/.json/.parquet file, or a hub dataset. The defaults are the paper's protocol: temperature 1, top-p 1,
+    Avg@16 (Avg@32 for AIME). An interrupted evaluation continues when the same command is run again.
+
+    Examples:
+      bupo eval --model small --tasks arithmetic --k 8 --limit 100 --output runs/start
+      bupo eval --model Qwen/Qwen3-4B --tasks math500,amc23,aime24,aime25 --template qwen3-no-thinking --output runs/q
+      bupo eval --model small --tasks arithmetic --internal-layer 4 --output runs/layer4
+      bupo eval --regrade runs/start
+      bupo eval --model Qwen/Qwen3-4B --tasks math500 --output runs/qwen3 --shard 1/2   (2/2 on another GPU)
+    """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     passed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     options.refuse_launcher("bupo eval", "start one process per GPU with --shard 1/n to n/n")
@@ -72,11 +66,9 @@ def evaluate(
 
         _show(grade_again(regrade, log=_log), regrade, as_json)
         return
-    if missing := [f"--{name}" for name in ("model", "tasks", "output") if not context.params[name]]:
-        raise ConfigError(f"bupo eval needs {', '.join(missing)} (or --regrade DIR)")
-    assert model is not None
-    assert tasks is not None
-    assert output is not None
+    if model is None or tasks is None or output is None:
+        missing = ", ".join(f"--{name}" for name in ("model", "tasks", "output") if not context.params[name])
+        raise ConfigError(f"bupo eval needs {missing} (or --regrade DIR)")
 
     from bupo.evaluate.config import EvalConfig, fingerprint
     from bupo.evaluate.engines import choose_engine
@@ -93,11 +85,10 @@ def evaluate(
     settings |= {"tasks": tuple(options.split_names(tasks)), "engine": chosen, "data_dir": data_dir and str(data_dir)}
     config = EvalConfig(**settings, fingerprint=fingerprint(Path(resolve_model(model))))
     check_output(config, output, overwrite=overwrite)
-    options.quiet_libraries()
-    with options.on_interrupt("Responses so far are saved; the same command continues."), options.Progress() as bars:
+    with options.Progress() as bars:
         loaded, tokenizer, describe = load_engine(config, device=device, trust_remote_code=trust_remote_code)
         results = run(
-            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, log=_log, on_progress=bars.update
+            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, log=_log, on_progress=bars.move
         )
     _show(results, output, as_json)
 

@@ -9,26 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bupo.cli.options import AsJson, Changes
-
-HELP = """Estimate memory and time of a recipe from its model's configuration; no weights are loaded.
-
-Prompts and responses are assumed to have the recipe's maximum lengths, which gives the memory that you need and the
-longest time. Times are rough: counted operations over 40 % of what the device can do at best (cpu: measured here).
-
-Examples:
-
-  bupo plan recipes/small.yaml
-
-  bupo plan recipes/qwen3-4b.yaml --device h100 --processes 8 --sharding fsdp2
-
-  bupo plan recipes/mine.yaml --config-from models/mine --set micro_batch=4 --json
-"""
+from bupo.cli import options
+from bupo.errors import ConfigError
 
 
 def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe.")],
-    changes: Changes = None,
+    changes: options.Changes = None,
     config_from: Annotated[Path | None, typer.Option(help="Folder of the model's config.json, or the file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, a100, h100, h200, l4, rtx3090 or rtx4090.")] = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="Number of processes, each on a device of its own.")] = 1,
@@ -39,17 +26,26 @@ def plan(
     memory: Annotated[float | None, typer.Option(help="Usable memory of one device in GiB.")] = None,
     prompt_length: Annotated[int | None, typer.Option(min=1, help="Padded length of prompts in tokens.")] = None,
     response_length: Annotated[int | None, typer.Option(min=1, help="Padded length of responses in tokens.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    from bupo.errors import ConfigError
+    """Estimate memory and time of a recipe from its model's configuration; no weights are loaded.
+
+    Prompts and responses are assumed to have the recipe's maximum lengths, which gives the memory that you need and the
+    longest time. Times are rough: counted operations over 40 % of what the device can do at best (cpu: measured here).
+
+    Examples:
+      bupo plan recipes/small.yaml
+      bupo plan recipes/qwen3-4b.yaml --device h100 --processes 8 --sharding fsdp2
+      bupo plan recipes/mine.yaml --config-from models/mine --set micro_batch=4 --json
+    """
     from bupo.plan import PlanRequest, find_device, make_plan
     from bupo.recipe import override, read_recipe
     from bupo.train.build import check_recipe
 
     if sharding is not None and processes == 1:
         raise ConfigError("--sharding needs --processes 2 or more")
-    lengths = (prompt_length, response_length)
-    request = PlanRequest(find_device(device, flops, memory), processes, sharding or "ddp", *lengths, config_from)
+    where, lengths = find_device(device, flops, memory), (prompt_length, response_length)
+    request = PlanRequest(where, processes, sharding or "ddp", *lengths, config_from)
     estimate = make_plan(check_recipe(override(read_recipe(recipe), changes or []), processes), request)
     print(json.dumps({"schema": 1, "recipe": str(recipe), **estimate}) if as_json else "\n".join(_table(estimate)))
 

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bupo.cli import options
 from bupo.errors import InputError
-
-HELP = """Put analyses, training runs and evaluations on one self-contained HTML page.
-
-Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval` or `compare`; its kind is detected.
-Evaluations are compared in pairs on the problems they share. Write NAME=PATH to choose another name.
-
-Examples:
-
-  bupo report runs/look --output look.html
-
-  bupo report start=eval/base grpo=eval/grpo bupo=eval/bupo runs/grpo runs/bupo --output report.html
-"""
 
 
 def report(
@@ -31,28 +20,25 @@ def report(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
+    """Put analyses, training runs and evaluations on one self-contained HTML page.
+
+    Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval` or `compare`; its kind is detected.
+    Evaluations are compared in pairs on the problems they share. Write NAME=PATH to choose another name.
+
+    Examples:
+      bupo report runs/look --output look.html
+      bupo report start=eval/base grpo=eval/grpo bupo=eval/bupo runs/grpo runs/bupo --output report.html
+    """
     if output.is_dir():
         raise InputError(f"output {output} is a folder; name a file such as {output / 'report.html'}")
     if output.exists() and not overwrite:
         raise InputError(f"output {output} already exists; choose another or pass --overwrite")
-
-    from bupo.report.collect import collect
-    from bupo.report.conclusion import conclude
-    from bupo.report.page import write_page
-
-    data = collect(paths)
-    try:
-        write_page(output, title, data)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written: {error.strerror or error}") from None
-    conclusion = conclude(data.evaluations, data.differences)
+    data, shown = write_report(output, title, paths)
     if as_json:
-        shown = {"output": str(output), "headline": conclusion.headline, "tone": conclusion.tone,
-                 "lines": conclusion.lines, "comparisons": data.differences, "notes": data.notes}  # fmt: skip
-        typer.echo(json.dumps(shown, ensure_ascii=False))
+        typer.echo(json.dumps({"output": str(output), **shown}, ensure_ascii=False))
         return
     if data.evaluations:
-        typer.echo(conclusion.headline)
+        typer.echo(shown["headline"])
     counts = [
         (len(data.analyses), "analysis", "analyses"),
         (len(data.runs), "training run", "training runs"),
@@ -61,3 +47,19 @@ def report(
         (sum(len(item.samples) for _, item in data.tokens), "explored response", "explored responses"),
     ]
     typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n))
+
+
+def write_report(
+    output: Path, title: str, paths: Sequence[str], notes: Sequence[str] = (), records: Sequence[str] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """Write a page, with notes and records before those of its results; return its data, and what it concludes."""
+    from bupo.report.collect import collect
+    from bupo.report.conclusion import conclude
+    from bupo.report.page import write_page
+
+    data = collect(paths)
+    data.notes[:0], data.records[:0] = notes, records
+    write_page(output, title, data)
+    conclusion = conclude(data.evaluations, data.differences)
+    shown = {"headline": conclusion.headline, "tone": conclusion.tone, "lines": conclusion.lines}
+    return data, {**shown, "comparisons": data.differences, "notes": data.notes}
