@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,10 +15,6 @@ from rich.console import Console
 from bupo.cli import options
 from bupo.errors import InputError
 from bupo.run_folder import claim, describe_run, write_json, write_text
-
-if TYPE_CHECKING:
-    from bupo.data.problems import Problem
-    from bupo.data.rollouts import Rollout
 
 # Keys of analysis.json that the printed JSON leaves out.
 _LONG = ("sites", "standard_errors", "entropy_change", "residual_cosine", "statistics")
@@ -153,9 +149,7 @@ def analyze(
         typer.echo(f"wrote {output}/analysis.json and {len(figures)} figure files")
 
 
-def _generate(
-    model: Any, tokenizer: Any, problems: list[Problem], progress: options.Progress, config: Mapping[str, Any]
-) -> list[Rollout]:
+def _generate(model: Any, tokenizer: Any, problems: Any, progress: options.Progress, config: Mapping[str, Any]) -> Any:
     """Sample the model's own responses to the problems, of at most 512 tokens where the user names no number."""
     from bupo.data.prompts import prompt_ids
     from bupo.data.rollouts import Rollout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,12 +60,13 @@ def evaluate(
     """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     passed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    log = partial(typer.echo, err=True)
     options.refuse_launcher("bupo eval", "start one process per GPU with --shard 1/n to n/n")
     if regrade is not None:
         _refuse(passed - {"regrade", "as_json"}, "--regrade", "it grades the saved responses in place")
         from bupo.evaluate.finished import regrade as grade_again
 
-        _show(grade_again(regrade, log=_log), regrade, as_json)
+        _show(grade_again(regrade, log=log), regrade, as_json)
         return
     if model is None or tasks is None or output is None:
         missing = ", ".join(f"--{name}" for name in ("model", "tasks", "output") if not context.params[name])
@@ -88,13 +90,9 @@ def evaluate(
     with options.Progress() as bars:
         loaded, tokenizer, describe = load_engine(config, device=device, trust_remote_code=trust_remote_code)
         results = run(
-            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, log=_log, on_progress=bars.move
+            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, log=log, on_progress=bars.move
         )
     _show(results, output, as_json)
-
-
-def _log(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _refuse(names: set[str], what: str, reason: str) -> None:

@@ -80,14 +80,13 @@ def train(
     if main:
         if (figure := write_training_figure(output)) is not None:
             say(f"wrote {figure}")
-        print(json.dumps(summary) if as_json else _text(summary))
+        print(json.dumps(summary) if as_json else _text(**summary))
     return 130 if summary["interrupted"] else 0
 
 
-def _text(summary: dict[str, Any]) -> str:
+def _text(rollouts: int, reward_first: float | None, reward_last: float | None, **summary: Any) -> str:
     if summary["interrupted"]:
         then = f"Continue with: bupo train --resume --output {summary['output']}"
-        return f"stopped after rollout batch {summary['rollouts']}; checkpoint saved. {then}"
-    first, last = summary["reward_first"], summary["reward_last"]
-    rewards = f", reward {first:.3f} -> {last:.3f}" if first is not None and last is not None else ""
-    return f"{summary['rollouts']} rollout batches in {summary['seconds']:.0f} s{rewards}; model in {summary['model']}"
+        return f"stopped after rollout batch {rollouts}; checkpoint saved. {then}"
+    rewards = "" if None in (reward_first, reward_last) else f", reward {reward_first:.3f} -> {reward_last:.3f}"
+    return f"{rollouts} rollout batches in {summary['seconds']:.0f} s{rewards}; model in {summary['model']}"
