@@ -161,18 +161,19 @@ def train(
 
     Args:
         sampled: the model samples; else `responses`, the same for one process and for two.
-        script: of a `ScriptedGuard`.
+        script: for `training.scripted`.
     """
     import torch
     from safetensors.torch import save_file
 
-    from tests.support.training import ScriptedGuard, losses, make_trainer
+    from bupo.train import guard
+    from tests.support.training import losses, make_trainer, scripted
 
     torch.set_num_threads(1)
     more = {} if sampled else {"rollout_func": responses}
     trainer = make_trainer(folder, **more, **engine_settings(engine), **(settings or {}))
     if script is not None:
-        trainer.monitor.guard = ScriptedGuard(script)
+        guard.decide = scripted(script)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if engine == "zero3":
@@ -206,8 +207,9 @@ def analyse(folder: str, rank: int, engine: str) -> None:
     import torch
 
     from bupo.lens.analyze import analyze_rollouts
+    from bupo.recipe import Recipe
     from bupo.train.auto_layer import analyze_responses, choose_layer, spread_responses
-    from bupo.train.diagnostics import EntropyFlow
+    from bupo.train.diagnostics import Diagnostics
     from tests.support.training import make_trainer
 
     torch.set_num_threads(1)
@@ -226,7 +228,8 @@ def analyse(folder: str, rank: int, engine: str) -> None:
         choice = choose_layer(trainer.model, batch, trainer.accelerator)
         told["choice"], told["analysis"] = [choice.layer, choice.message], choice.analysis
 
-    trainer.on_rollout += [look, EntropyFlow(trainer, Path(folder, "flow"), 1, print)]
+    recipe = Recipe.model_validate({"model": "?", "dataset": "?", "flow_every": 1, "internal_layer": None})
+    trainer.on_rollout += [look, Diagnostics(recipe, trainer, None, Path(folder), print, None)]
     trainer.train()
     Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
 

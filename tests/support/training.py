@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from bupo.train.config import BuPOConfig
-from bupo.train.guard import Decision, PhaseGuard
+from bupo.train.guard import Decision
 from bupo.train.trainer import BuPOTrainer
 from tests.support.tiny import tiny_model
 
 VOCABULARY, L = 97, 4
+LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,7 +79,8 @@ def config(folder: Any, kind: type = BuPOConfig, **changes: Any) -> Any:
 
 def make_trainer(folder: Any, kind: type = BuPOTrainer, args: Any = None, model: Any = None, **changes: Any) -> Any:
     """A trainer on a tiny random model (4 layers), ready to train."""
-    more = {k: changes.pop(k) for k in ("rollout_func", "peft_config", "callbacks", "train_dataset") if k in changes}
+    names = ("rollout_func", "peft_config", "callbacks", "train_dataset", "optimizers")
+    more = {k: changes.pop(k) for k in names if k in changes}
     more.setdefault("train_dataset", prompts())
     trainer = kind(
         model=model if model is not None else tiny_model("qwen3", spread=3.0),
@@ -165,21 +169,18 @@ class Gradients(TrainerCallback):
         self.updates.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-class ScriptedGuard(PhaseGuard):
-    """Decides by a script, one letter per batch: k keep, s switch, r restore, anything else continue."""
+def scripted(script: str) -> Callable[[Any], Decision]:
+    """Stands in for `guard.decide`: one letter per batch, k keep, s switch, r restore, anything else continue."""
 
-    def __init__(self, script: str) -> None:
-        super().__init__()
-        self.script = script
-
-    def observe(self, signals: Any) -> Decision:
-        self.history.append(signals)
-        letter = self.script[len(self.history) - 1]
+    def decide(history: Any) -> Decision:
+        letter = script[len(history) - 1]
         action: Any = {"s": "switch", "r": "restore"}.get(letter, "continue")
         return Decision(action, "as scripted" if action != "continue" else "", keep=letter == "k")
 
+    return decide
 
-def internal_logps(model: Any, inputs: Any, layer: int, norm: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+
+def internal_logps(model: Any, inputs: Any, layer: int, norm: bool = False, temperature: float = 1.0) -> Any:
     """log pi^l of the responses from an ordinary forward's hidden states, and its entropies."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -188,7 +189,8 @@ def internal_logps(model: Any, inputs: Any, layer: int, norm: bool = False) -> t
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     hook.remove()
     state = model.model.norm(states[0]) if norm else states[0]
-    logps = (state @ model.lm_head.weight.T)[:, inputs["prompt_ids"].size(1) - 1 : -1].log_softmax(-1)
+    logits = state @ model.lm_head.weight.T / temperature
+    logps = logits[:, inputs["prompt_ids"].size(1) - 1 : -1].log_softmax(-1)
     return logps.gather(-1, inputs["completion_ids"][..., None])[..., 0], -(logps.exp() * logps).sum(-1)
 
 

@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
+from bupo.train import guard
 from bupo.train.auto_layer import spread_rows
-from bupo.train.guard import WINDOW, PhaseGuard, Signals
-from bupo.train.monitor import repeated_ngrams
+from bupo.train.guard import WINDOW, Signals, decide, repeated_ngrams
 from tests.support.training import (
     Recorder,
-    ScriptedGuard,
     above,
     internal_logps,
     losses,
-    make_trainer,
     phases,
     resumed,
     same_weights,
+    scripted,
     trained,
     weights,
 )
 
 GOOD = Signals(reward=0.5, reward_error=0.05, perplexity=1.2, divergence=2.0, transfer=0.4, transfer_responses=32)
+UNKNOWN = GOOD._replace(transfer=None, transfer_responses=0)
 
 
 def observe(history):
     """The first decision that is not to continue, with the number of the batch it came after, else the last one."""
-    guard = PhaseGuard()
-    for number, signals in enumerate(history, start=1):
-        decision = guard.observe(signals)
-        if decision.action != "continue":
-            return number, decision
-    return len(history), decision
-
-
-# -- rules -----------------------------------------------------------------------------------------------------------
+    decisions = [decide(history[: i + 1]) for i in range(len(history))]
+    return next(((i, d) for i, d in enumerate(decisions, 1) if d.action != "continue"), (len(history), decisions[-1]))
 
 
 def test_a_phase_that_serves_the_full_policy_goes_on():
     draws = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).tolist()
-    history = [
-        Signals(0.4 + 0.004 * i + 0.04 * a, 0.05, 1.2 + 0.02 * b, 2.0 + 0.1 * c, 0.4, 32)
-        for i, (a, b, c) in enumerate(draws)
-    ]
-    assert observe(history)[1].action == "continue"
-    bad = replace(GOOD, reward=0.4, perplexity=1.25, divergence=2.3)  # one bad batch is no harm
+    noisy = [(0.4 + 0.004 * i + 0.04 * a, 0.05, 1.2 + 0.02 * b, 2 + 0.1 * c) for i, (a, b, c) in enumerate(draws)]
+    assert observe([Signals(*one, 0.4, 32) for one in noisy])[1].action == "continue"
+    bad = GOOD._replace(reward=0.4, perplexity=1.25, divergence=2.3)  # one bad batch is no harm
     assert observe([GOOD] * 6 + [bad] + [GOOD] * 6)[1].action == "continue"
 
 
@@ -62,7 +50,7 @@ def test_a_phase_that_serves_the_full_policy_goes_on():
     ],
 )
 def test_harm_is_named_and_undone(change, reason):
-    number, decision = observe([GOOD] * 6 + [replace(GOOD, **change)] * WINDOW)
+    number, decision = observe([GOOD] * 6 + [GOOD._replace(**change)] * WINDOW)
     assert 6 < number <= 6 + WINDOW
     assert reason in decision.reason
     # where the reward is no lower, the weights that the phase ended with are the best
@@ -70,9 +58,8 @@ def test_harm_is_named_and_undone(change, reason):
 
 
 def test_the_best_weights_are_kept_and_gone_back_to():
-    guard = PhaseGuard()
-    rewards = [0.3, 0.3, 0.4, 0.4, 0.5, 0.6, 0.5, 0.4, 0.2, 0.1, 0.1]
-    decisions = [guard.observe(replace(GOOD, reward=r)) for r in rewards]
+    history = [GOOD._replace(reward=r) for r in (0.3, 0.3, 0.4, 0.4, 0.5, 0.6, 0.5, 0.4, 0.2, 0.1, 0.1)]
+    decisions = [decide(history[: i + 1]) for i in range(len(history))]
     assert [d.keep for d in decisions] == [False] * 3 + [True] * 5 + [False] * 3  # while the mean of four does not fall
     assert [d.action for d in decisions].index("restore") == 8
     assert "reward fell from 0.500 to 0.425" in decisions[8].reason
@@ -80,29 +67,14 @@ def test_the_best_weights_are_kept_and_gone_back_to():
 
 @pytest.mark.parametrize("mean", [-0.3, 0.0, 0.1])
 def test_updates_that_do_not_serve_the_full_policy_end_the_phase(mean):
-    first = replace(GOOD, transfer=None, transfer_responses=0)
-    number, decision = observe([first] + [replace(GOOD, transfer=mean)] * 10)
+    number, decision = observe([UNKNOWN] + [GOOD._replace(transfer=mean)] * 10)
     assert number == WINDOW + 1  # as soon as a window of it is known
     assert decision.action == "switch"
     assert f"{mean:+.3f} (standard error {1 / math.sqrt(WINDOW * 32):.3f})" in decision.reason
-
-
-def test_more_responses_make_a_small_transfer_count():
-    assert observe([replace(GOOD, transfer=0.1, transfer_responses=512)] * 9)[1].action == "continue"
-    assert observe([replace(GOOD, transfer=0.1, transfer_responses=32)] * 9)[1].action == "switch"
-    assert observe([replace(GOOD, transfer=None, transfer_responses=0)] * 9)[1].action == "continue"
-
-
-def test_a_guard_continues_from_its_state():
-    one, two = PhaseGuard(), PhaseGuard()
-    history = [replace(GOOD, reward=0.5 - 0.02 * i, transfer=None if i == 0 else 0.3) for i in range(12)]
-    for signals in history[:6]:
-        one.observe(signals)
-    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
-    assert [one.observe(s) for s in history[6:]] == [two.observe(s) for s in history[6:]]
-
-
-# -- measuring -------------------------------------------------------------------------------------------------------
+    # more responses make a small transfer count
+    if mean > 0:
+        assert observe([GOOD._replace(transfer=mean, transfer_responses=512)] * 9)[1].action == "continue"
+    assert observe([UNKNOWN] * 9)[1].action == "continue"
 
 
 def test_transfer_is_the_correlation_of_advantage_and_change(tmp_path):
@@ -127,21 +99,22 @@ def test_repetition_and_rows():
     assert spread_rows(3, 9).tolist() == [0, 1, 2]
 
 
-# -- in the trainer --------------------------------------------------------------------------------------------------
-
-
 GUARDED = {"internal_steps": "auto", "internal_max_steps": 5, "max_steps": 12, "updates_per_rollout": 2}
 
 
-def guarded(folder, script, **changes):
-    trainer = make_trainer(folder, Recorder, **{**GUARDED, **changes})
-    trainer.monitor.guard = ScriptedGuard(script)
-    return trainer
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    """Train under a guard that decides by a script."""
+
+    def guarded(script, folder=tmp_path, **changes):
+        monkeypatch.setattr(guard, "decide", scripted(script))
+        return trained(folder, Recorder, **{**GUARDED, **changes})
+
+    return guarded
 
 
-def test_a_switch_equals_the_schedule_with_that_many_steps(tmp_path):
-    early = guarded(tmp_path / "a", "...s")
-    early.train()
+def test_a_switch_equals_the_schedule_with_that_many_steps(tmp_path, guarded):
+    early = guarded("...s", tmp_path / "a")
     fixed = trained(tmp_path / "b", internal_steps=3, max_steps=12, updates_per_rollout=2)
     assert early.schedule == fixed.schedule
     assert early.phase_end == {"rollouts": 3, "action": "switch", "reason": "as scripted"}
@@ -150,9 +123,8 @@ def test_a_switch_equals_the_schedule_with_that_many_steps(tmp_path):
     assert phases(early) == phases(fixed) == [1, 1, 1, 2, 2, 2]
 
 
-def test_restoring_goes_back_to_the_best_weights_and_samples_anew(tmp_path):
-    trainer = guarded(tmp_path, "..k.r")
-    trainer.train()
+def test_restoring_goes_back_to_the_best_weights_and_samples_anew(guarded):
+    trainer = guarded("..k.r")
     kept, after = trainer.seen[4][0], trainer.seen[8][0]  # before the third and the fifth rollout batch's updates
     assert same_weights(weights(kept), weights(after))
     assert not same_weights(weights(kept), weights(trainer.seen[7][0]))
@@ -165,42 +137,30 @@ def test_restoring_goes_back_to_the_best_weights_and_samples_anew(tmp_path):
     row = trainer.state.log_history[4]
     assert (row["phase"], row["rollout"]) == (2, 5)
     assert not any(name.startswith("internal") for name in row)
-    assert not trainer.monitor.best_weights
-    assert not trainer.monitor.samples
+    assert trainer.monitor.best_weights == trainer.monitor.samples == {}
     steps = {int(trainer.optimizer.state[p]["step"]) for p in trainer.model.parameters()}
     assert steps == {4}  # moments do not survive: four updates since the restore, in every layer
 
 
-def test_the_phase_ends_at_the_latest_at_its_limit(tmp_path):
-    trainer = guarded(tmp_path, "......", internal_max_steps=2)
-    trainer.train()
+def test_the_phase_ends_at_its_limit_and_only_what_it_trains_is_kept(guarded):
+    assert phases(guarded("......", internal_max_steps=2)) == [1, 1, 2, 2, 2, 2]
+    trainer = guarded(".k....", internal_max_steps=3, max_steps=6)
     assert trainer.phase_end is None
-    assert phases(trainer) == [1, 1, 2, 2, 2, 2]
-
-
-def test_a_decision_waits_for_the_end_of_an_update(tmp_path):
-    # an update spans two rollout batches
+    lower = {name for name, _ in trainer.model.named_parameters() if not above(name, 2)}
+    assert lower <= set(trainer.monitor.best_weights) <= lower | {"model.norm.weight"}
+    # a decision waits for the end of an update, which spans two rollout batches here
     batches = {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "updates_per_rollout": None}
-    trainer = guarded(tmp_path, ".sss......", internal_max_steps=6, max_steps=4, **batches)
-    trainer.train()
-    assert trainer.phase_end["rollouts"] == 2
+    assert guarded(".sss......", internal_max_steps=6, max_steps=4, **batches).phase_end["rollouts"] == 2
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 5], ids=["early", "kept", "ended", "after"])
-def test_a_resumed_run_decides_the_same(tmp_path, at, monkeypatch):
-    monkeypatch.setattr("bupo.train.monitor.PhaseGuard", lambda: ScriptedGuard("..k.r"))
+def test_a_resumed_run_decides_the_same(tmp_path, at, guarded):
     settings = {**GUARDED, "save_strategy": "steps", "save_steps": 2}
-    whole = trained(tmp_path, **settings)
+    whole = guarded("..k.r", **settings)
     assert whole.phase_end == {"rollouts": 4, "action": "restore", "reason": "as scripted"}
-    assert resumed(tmp_path / "rest", whole, 2 * at, **settings).phase_end == whole.phase_end
-
-
-def test_only_what_the_phase_trains_is_kept(tmp_path):
-    trainer = guarded(tmp_path, ".k....", internal_max_steps=3, max_steps=6)
-    trainer.train()
-    names = {name for name, _ in trainer.model.named_parameters()}
-    lower = {name for name in names if not above(name, 2)}
-    assert lower <= set(trainer.monitor.best_weights) <= lower | {"model.norm.weight"}
+    rest = resumed(tmp_path / "rest", whole, 2 * at, **settings)
+    assert rest.phase_end == whole.phase_end
+    assert rest.monitor.history == whole.monitor.history
 
 
 def test_a_real_guard_in_a_real_run(tmp_path):
@@ -211,4 +171,4 @@ def test_a_real_guard_in_a_real_run(tmp_path):
     assert phases(trainer) == [1] * internal + [2] * (8 - internal)
     assert internal == (trainer.phase_end["rollouts"] if trainer.phase_end else 7)
     assert internal >= WINDOW
-    assert len(trainer.monitor.guard.history) in (internal, internal + 1)
+    assert len(trainer.monitor.history) in (internal, internal + 1)

@@ -13,19 +13,19 @@ reinforce++-baseline   a_i = r_i - mean_G, then (a_i - mean_B(a)) / (std_B(a) + 
 ppo                    generalised advantage estimation with a critic, whitened over tokens critic.py
 =====================  ===================================================================  ===========
 
-Sources: GRPO (arXiv 2402.03300), RLOO (2402.14740), REINFORCE++ (2501.03262), PPO (1707.06347). Means and deviations
-over B count responses, not tokens (some implementations weigh them by length). Dr. GRPO and DAPO are TRL settings:
-``loss_type: dr_grpo`` with ``scale_rewards: none``, and ``epsilon_high: 0.28``.
+Sources, in this order: arXiv 2402.03300, 2402.14740, 2501.03262 (both), 1707.06347. B counts responses, not tokens.
+Dr. GRPO and DAPO are TRL settings: ``loss_type: dr_grpo`` with ``scale_rewards: none``, and ``epsilon_high: 0.28``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-ESTIMATORS = ("grpo", "rloo", "reinforce++", "reinforce++-baseline", "ppo")
 COMPUTED_HERE = ("rloo", "reinforce++", "reinforce++-baseline")
-_EPSILON = 1e-4  # as in TRL
+ESTIMATORS = ("grpo", *COMPUTED_HERE, "ppo")
 
 
 def total_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
@@ -36,29 +36,21 @@ def total_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
 
 
 def outcome_advantages(name: str, rewards: Tensor, group: int) -> Tensor:
-    """Advantages of one rollout batch.
+    """Advantages (N,) of one rollout batch, whose ``rewards`` (N,) have the responses to one question side by side.
 
-    Args:
-        name: one of `COMPUTED_HERE`.
-        rewards: (N,), the responses to one question next to each other. A response with reward NaN could not be scored:
-            it enters no mean and gets advantage 0.
-        group: G, the number of responses per question.
-
-    Returns: advantages, (N,).
+    A response with reward NaN could not be scored: it enters no mean and gets advantage 0.
     """
-    if name == "reinforce++":
-        return _normalise(rewards).nan_to_num(nan=0.0)
     grouped = rewards.view(-1, group)
-    count = (~grouped.isnan()).sum(dim=1, keepdim=True)
     centred = grouped - grouped.nanmean(dim=1, keepdim=True)
     if name == "rloo":  # n / (n - 1) times the distance from the mean is the distance from the others' mean
+        count = (~grouped.isnan()).sum(dim=1, keepdim=True)
         return (centred * count / (count - 1).clamp(min=1)).flatten().nan_to_num(nan=0.0)
-    if name == "reinforce++-baseline":
-        return _normalise(centred.flatten()).nan_to_num(nan=0.0)
-    raise ValueError(f"unknown estimator {name!r}; one of {', '.join(COMPUTED_HERE)}")
-
-
-def _normalise(values: Tensor) -> Tensor:
+    values = {"reinforce++": rewards, "reinforce++-baseline": centred.flatten()}[name]
     scored = values[~values.isnan()]
-    deviation = scored.std() if scored.numel() > 1 else torch.zeros((), device=values.device)
-    return (values - scored.mean()) / (deviation + _EPSILON)
+    deviation = scored.std() if scored.numel() > 1 else 0.0
+    return ((values - scored.mean()) / (deviation + 1e-4)).nan_to_num(nan=0.0)  # 1e-4 as in TRL
+
+
+def sums(accelerator: Any, *values: Tensor) -> list[float]:
+    """The sum of each tensor over its elements and all processes, in float64."""
+    return accelerator.reduce(torch.stack([v.double().sum() for v in values]), reduction="sum").tolist()

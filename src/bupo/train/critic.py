@@ -1,18 +1,17 @@
-"""PPO's advantages (arXiv 1707.06347): a critic, trained on the returns of every rollout batch.
+"""PPO's advantages (arXiv 1707.06347): a critic and generalised advantage estimation (1506.02438).
 
-As in verl, the paper's framework: values before a rollout batch's updates, GAE, advantages whitened over its tokens,
-then the critic's updates (as many mini-batches and passes as the policy's), then the policy's. The advantages depend on
-rewards and critic alone, never on the policy in the ratio, so they serve every schedule.
+As in verl: values before a rollout batch's updates, GAE, advantages whitened over its tokens, then the critic's updates
+(as many mini-batches and passes as the policy's), then the policy's. The critic trains what the policy trains when it
+is made (all weights, or the adapters) and its head. Every process holds a whole critic; gradients are summed.
 
-The critic trains what the policy trains when it is made (all weights, or the adapters) and its head. Every process
-holds a whole critic; gradients are summed over processes.
-
-Shapes: B responses of this process, T response tokens.
+Shapes: B responses of this process, T response tokens. ``mask`` (B, T) is 1 for tokens that the policy chose, and 0 for
+padding and for the output of a tool, over which values and advantages are carried unchanged.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,31 @@ from torch import Tensor, nn
 
 from bupo.errors import TrainingStopped
 from bupo.models.layout import find_layout
-from bupo.train.gae import clipped_value_loss, gae, rewards_at_last_token
+from bupo.train.advantages import sums
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of every token, (B, T) each, 0 where the mask is 0; ``rewards`` (B,) are of the responses.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t`` and ``A_t = delta_t + gamma lam A_{t+1}``, with ``V = A = 0`` after the last
+    token, which gets the reward (truncated or not). ``V_t`` is of the state before t; the return is ``A_t + V_t``.
+    """
+    next_value = carried = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in range(values.size(1) - 1, -1, -1):
+        chosen = mask[:, t].bool()
+        delta = rewards + gamma * next_value - values[:, t]
+        rewards = torch.where(chosen, 0.0, rewards)
+        carried = torch.where(chosen, delta + gamma * lam * carried, carried)
+        next_value = torch.where(chosen, values[:, t], next_value)
+        advantages[:, t] = torch.where(chosen, carried, 0.0)
+    return advantages, (advantages + values) * mask
+
+
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2`` for each token, as in verl and TRL."""
+    near = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
 class Critic(nn.Module):
@@ -31,19 +54,14 @@ class Critic(nn.Module):
         super().__init__()
         layout = find_layout(policy)
         self.backbone = copy.deepcopy(layout.backbone)
-        weight = layout.final_norm.weight if hasattr(layout.final_norm, "weight") else layout.unembedding.weight
-        self.head = nn.Linear(layout.unembedding.weight.shape[1], 1, device=weight.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(layout.unembedding.weight.shape[1], 1, device=layout.unembedding.weight.device)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, responses: int) -> Tensor:
         """Values of the states before each of the last ``responses`` tokens, (B, responses), float32."""
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.head(states[:, -responses - 1 : -1].to(self.head.weight.dtype))[..., 0].float()
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 class PPO:
@@ -54,13 +72,10 @@ class PPO:
         self.critic = Critic(policy).to(accelerator.device).eval()
         if args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = torch.optim.AdamW(
-            self.critic.trained().values(),
-            lr=args.critic_learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-        )
+        self.trained = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
+        rate, betas = args.critic_learning_rate, (args.adam_beta1, args.adam_beta2)
+        more = {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=rate, betas=betas, **more)
         self.targets: dict[str, Tensor] = {}  # old values, returns and mask of the rollout batch, (B, T) each
 
     def values(self, batch: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
@@ -72,60 +87,34 @@ class PPO:
 
     @torch.no_grad()
     def advantages(self, batch: Mapping[str, Tensor], rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages, whitened over the tokens of the rollout batch of all processes; keeps what `learn` needs.
+        """Advantages (B, T), whitened over the tokens of all processes, and their mean for each response (B,).
 
-        Args:
-            rewards: of this process's responses, (B,). The tokens of a response with reward NaN (it could not be
-                scored) count nowhere.
-
-        Returns: advantages (B, T), and their mean for each response (B,).
+        The tokens of a response with reward NaN (it could not be scored) count nowhere. Keeps what `learn` needs.
         """
-        chosen = (batch["completion_mask"] * batch.get("tool_mask", 1)).float()
-        mask = chosen * (~rewards.isnan()).float()[:, None]
+        mask = (batch["completion_mask"] * batch.get("tool_mask", 1) * ~rewards.isnan()[:, None]).float()
         micro = self.args.per_device_train_batch_size
         values = torch.cat([self.values(batch, slice(i, i + micro)) for i in range(0, len(rewards), micro)])
-        token_rewards = rewards_at_last_token(rewards.nan_to_num(nan=0.0).float(), chosen)
-        raw, returns = gae(token_rewards, values, mask, self.args.gae_gamma, self.args.gae_lambda)
+        raw, returns = gae(rewards.float(), values, mask, self.args.gae_gamma, self.args.gae_lambda)
         self.targets = {"values": values, "returns": returns, "mask": mask}
-        advantages = self._whiten(raw, mask)
+        count, total = sums(self.accelerator, mask, raw * mask)
+        mean = total / max(count, 1.0)
+        (square,) = sums(self.accelerator, (raw - mean) ** 2 * mask)
+        advantages = (raw - mean) / (square / max(count - 1.0, 1.0) + 1e-8) ** 0.5 * mask
         return advantages, (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
-    def _whiten(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        count, total = self._sums(mask, advantages * mask)
-        mean = total / max(count, 1.0)
-        (square,) = self._sums((advantages - mean) ** 2 * mask)
-        deviation = (square / max(count - 1.0, 1.0) + 1e-8) ** 0.5
-        return (advantages - mean) / deviation * mask
-
-    def _sums(self, *values: Tensor) -> list[float]:
-        """Sums over all elements and processes."""
-        return self.accelerator.reduce(torch.stack([v.double().sum() for v in values]), reduction="sum").tolist()
-
     def learn(self, batch: Mapping[str, Tensor], position: str) -> dict[str, float]:
-        """Train the critic on the rollout batch: whole prompts in order, as many updates as the policy takes.
-
-        Args:
-            position: where training is, for an error message.
-
-        Returns: metrics by name.
-
-        Raises:
-            TrainingStopped: the loss or the gradient is not finite; the weights were not updated with it.
-        """
-        self.critic.train()
+        """Train the critic on the rollout batch, as many updates as the policy takes; ``position`` is for an error."""
         updates = self.args.steps_per_generation // self.args.gradient_accumulation_steps
-        size = len(self.targets["values"]) // updates
-        history: dict[str, list[float]] = {"loss": [], "grad_norm": [], "clip_ratio": []}
-        for _ in range(self.args.num_iterations):
-            for start in range(0, updates * size, size):
-                for name, value in self.update(batch, slice(start, start + size), position).items():
-                    history[name].append(value)
+        size = len(self.targets["values"]) // updates  # whole prompts, in order
+        parts = [slice(start, start + size) for start in range(0, updates * size, size)]
+        self.critic.train()
+        history = [self.update(batch, rows, position) for _ in range(self.args.num_iterations) for rows in parts]
         self.critic.eval()
-        values, returns, mask = (self.targets[name] for name in ("values", "returns", "mask"))
-        count, error, square, total, value = self._sums(
-            mask, (values - returns) ** 2 * mask, returns**2 * mask, returns * mask, values * mask
+        metrics = {f"critic/{name}": sum(update[name] for update in history) / len(history) for name in history[0]}
+        values, returns, mask = self.targets.values()
+        count, error, square, total, value = sums(
+            self.accelerator, mask, (values - returns) ** 2 * mask, returns**2 * mask, returns * mask, values * mask
         )
-        metrics = {f"critic/{name}": sum(numbers) / len(numbers) for name, numbers in history.items()}
         metrics["critic/value"] = value / max(count, 1.0)
         variance = square - total**2 / max(count, 1.0)
         if variance > 0:  # 1: the values predicted every return; 0: no better than the mean return
@@ -134,43 +123,41 @@ class PPO:
 
     def update(self, batch: Mapping[str, Tensor], rows: slice, position: str) -> dict[str, float]:
         """One update on these rows: the token mean of the clipped value loss, over all processes."""
-        (tokens,) = self._sums(self.targets["mask"][rows])
+        (tokens,) = sums(self.accelerator, self.targets["mask"][rows])
         micro, clip = self.args.per_device_train_batch_size, self.args.critic_clip
-        loss_sum = clipped_sum = torch.zeros((), dtype=torch.float64, device=self.targets["values"].device)
+        losses, clipped = [], []
         for first in range(rows.start, rows.stop, micro):
             part = slice(first, min(first + micro, rows.stop))
-            old, returns, mask = (self.targets[name][part] for name in ("values", "returns", "mask"))
+            old, returns, mask = (target[part] for target in self.targets.values())
             values = self.values(batch, part)
             loss = (clipped_value_loss(values, old, returns, clip) * mask).sum() / max(tokens, 1.0)
             loss.backward()
-            loss_sum = loss_sum + loss.detach().double()
-            clipped_sum = clipped_sum + (((values.detach() - old).abs() > clip) * mask).double().sum()
-        trained = list(self.critic.trained().values())
+            losses.append(loss.detach())
+            clipped.append((((values.detach() - old).abs() > clip) * mask).sum())
         if self.accelerator.num_processes > 1:
-            for parameter in trained:  # every process takes part, even if its rows do not reach this parameter
+            for parameter in self.trained.values():  # every process takes part, even if its rows do not reach this one
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
-        loss_value, clipped = self._sums(loss_sum, clipped_sum)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.args.max_grad_norm or float("inf")))
-        if not torch.isfinite(torch.tensor([loss_value, norm])).all():
+        loss_sum, clipped_sum = sums(self.accelerator, torch.stack(losses), torch.stack(clipped))
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.args.max_grad_norm or math.inf).item()
+        if not math.isfinite(loss_sum + norm):
             raise TrainingStopped(
                 f"non-finite loss or gradient of the critic in {position}; lower critic_learning_rate and start from "
                 "the last checkpoint"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss_value, "grad_norm": norm, "clip_ratio": clipped / max(tokens, 1.0)}
+        return {"loss": loss_sum, "grad_norm": norm, "clip_ratio": clipped_sum / max(tokens, 1.0)}
 
     def state_dict(self) -> dict[str, Any]:
         """Trained weights and optimizer state, on the main process (they are the same on every process)."""
         if not self.accelerator.is_main_process:
             return {}
-        weights = {name: p.detach() for name, p in self.critic.trained().items()}
-        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+        return {"weights": {n: p.detach() for n, p in self.trained.items()}, "optimizer": self.optimizer.state_dict()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the `state_dict` of the main process."""
-        with torch.no_grad():
-            for name, parameter in self.critic.trained().items():
-                parameter.copy_(state["weights"][name])
+        for name, parameter in self.trained.items():
+            parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,12 +1,12 @@
-"""What trackers show beside TRL's own curves: gradient norms by layer group, and the entropy flow as a figure.
-
-Trackers (``report_to``) get every metric of ``log.jsonl``. Figures are drawn by a function that the caller passes.
-"""
+"""What a run shows beside TRL's own curves: gradient norms by layer group, entropy flows and readings of its inside."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +16,102 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 
+from bupo.data.rollouts import read_responses
 from bupo.errors import ConfigError, InputError
+from bupo.lens.batching import check_rollouts
+from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
+from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout, unwrap
-from bupo.run_folder import write_json
-from bupo.train.auto_layer import analyze_responses, spread_responses
+from bupo.recipe import Recipe
+from bupo.run_folder import write_bytes, write_json, write_text
+from bupo.train.auto_layer import analyze_responses, first_process_responses, spread_responses
 
 # draws an analysis: (analysis, folder, file name without suffix) -> the PNG
 Draw = Callable[[Mapping[str, Any], Path, str], Path]
-FLOW_RESPONSES = 16
-FLOW_PANEL = "internal/entropy_flow"
+FLOW_RESPONSES, INSIDE_RESPONSES, INSIDE_TOKENS, FLOW_PANEL = 16, 64, 512, "internal/entropy_flow"
 
 
 def check_trackers(names: Iterable[str]) -> None:
     """Raise `ConfigError` if the package of a tracker is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
+    how = "the package is not installed (pip install {0}, or leave it out)"
     if missing:
-        raise ConfigError(
-            [
-                f"report_to {name}: the package is not installed (pip install {name}, or leave it out)"
-                for name in missing
-            ]
-        )
+        raise ConfigError([f"report_to {name}: {how.format(name)}" for name in missing])
 
 
-class GradientNorms(TrainerCallback):
-    """Logs ``grad_norm/embedding``, ``/layers_to_l``, ``/layers_above_l`` and ``/head`` (with the final norm).
+class Diagnostics(TrainerCallback):
+    """What a recipe's ``report_to``, ``flow_every`` and ``inside_every`` ask for.
 
-    They are L2 norms before clipping, so their squares add up to that of ``grad_norm``. A tied unembedding counts as
-    embedding. l is the layer of the internal phase, also after it; a run without one logs ``/layers`` instead. A group
-    without gradients (the layers above l in an internal phase) has norm 0.
+    - With trackers, ``grad_norm/embedding``, ``/layers_to_l``, ``/layers_above_l`` and ``/head`` (with the final norm):
+      L2 norms before clipping, so that their squares add up to that of ``grad_norm``. l is the layer of the internal
+      phase, also after it; a run without one logs ``/layers`` instead.
+    - Every ``flow_every`` rollout batches an analysis of the model on some of its responses, in
+      ``flow/rollout-0001.json`` with the figure beside it, which trackers that take images get too.
+    - Every ``inside_every`` rollout batches and at the end the metrics of `bupo compare`, always on the same responses:
+      those of a file, or of the run's first rollout batch. ``inside/`` gets ``responses.jsonl``, ``baseline.npy`` (the
+      first reading token by token, with which a resumed run is paired too) and ``after-0000.json``, ... by the rollout
+      batches trained on. The log gets ``inside/perplexity`` of the full policy, ``inside/entropy`` of layer l's policy,
+      ``inside/cosine_top`` (layer l's states to layer L's) and ``inside/divergence`` (KL of its policy to the output).
+
+    Readings draw no random number and leave the model unchanged. If it cannot be read, one line says so, and the run
+    continues without them. Raises `InputError` if ``inside_layer`` does not exist or the responses cannot be read.
     """
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
+    def __init__(
+        self, recipe: Recipe, trainer: Any, tokenizer: Any, folder: Path, log: Callable[[str], None], draw: Draw | None
+    ):
+        self._recipe, self._trainer, self._folder, self._log, self._draw = recipe, trainer, folder, log, draw
+        self._main = trainer.accelerator.is_main_process
+        self._ended: set[str] = set()  # kinds of readings that failed
+        self._responses: Sequence[Any] | None = None
+        self._baseline: LayerMeasurements | None = None
+        layer = recipe.inside_layer or recipe.internal_layer
+        self._layer = layer if isinstance(layer, int) else None  # None: the layer of the internal phase, once known
+        if recipe.inside_every and self._layer is not None:
+            check_layer(find_layout(trainer.model).n_layers, self._layer)
+        if recipe.inside_responses is not None:
+            self._responses = read_responses(recipe.inside_responses, tokenizer, recipe.template)[:INSIDE_RESPONSES]
+            check_rollouts(trainer.model, self._responses)
+        for callback in trainer.callback_handler.callbacks:
+            if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+                callback.logging_dir = str(folder / "tensorboard")
+
+    def __call__(self, batch: Mapping[str, Tensor], rollout: int) -> None:
+        """Take the rollout batch with this number, counted from 0."""
+        flow_every, inside_every = self._recipe.flow_every, self._recipe.inside_every
+        if flow_every and rollout % flow_every == 0:
+            self._read("entropy flow", self._flow, batch, rollout)
+        if inside_every and self._responses is None:
+            self._responses = self._first_responses(batch)
+        if inside_every and rollout % inside_every == 0:
+            reading = self._read("readings inside", self._inside, rollout)
+            if reading is not None:
+                metrics, layer = self._trainer._metrics["train"], reading["layer"]
+                metrics["inside/perplexity"] = [reading["perplexity"]["value"]]
+                metrics["inside/entropy"] = [reading["entropy"]["mean"][layer - 1]]
+                metrics["inside/cosine_top"] = [reading["cosine_of_layer"]["mean"][-1]]
+                metrics["inside/divergence"] = [reading["divergence"]["mean"][-1]]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and self._recipe.inside_every and self._responses is not None:
+            self._read("readings inside", self._inside, self._trainer.rollout)
+
+    def _read(self, kind: str, read: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``read`` returns; None once it has failed, which the first time is said."""
+        try:
+            return read(*arguments) if kind not in self._ended else None
+        except InputError as error:
+            self._ended.add(kind)
+            return self._log(f"no {kind}: {error}")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._recipe.report_to:
+            return
         trainer = self._trainer
         layer = trainer.phase.layer or next(iter(reversed(trainer.schedule.layers)), None)
         groups = parameter_groups(trainer.accelerator.unwrap_model(trainer.model), layer)
-        squares = torch.stack([self._square(parameters) for parameters in groups.values()])
-        norms = squares.sqrt().tolist()
-        total = sum(norm**2 for norm in norms) ** 0.5
-        unclipped = trainer.unclipped_norm
+        norms = torch.stack([self._square(parameters) for parameters in groups.values()]).sqrt().tolist()
+        total, unclipped = sum(norm**2 for norm in norms) ** 0.5, trainer.unclipped_norm
         scale = 1.0 if unclipped is None or total == 0 else float(unclipped) / total  # clipping has happened by now
         for name, norm in zip(groups, norms, strict=True):
             trainer._metrics["train"][f"grad_norm/{name}"].append(norm * scale)
@@ -65,79 +119,76 @@ class GradientNorms(TrainerCallback):
     def _square(self, parameters: Iterable[Tensor]) -> Tensor:
         """The squared norm of the gradients, over all shards."""
         accelerator = self._trainer.accelerator
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
         local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
         local = [g for g in local if g.numel()]
-        total = torch.zeros((), device=accelerator.device)
-        if local:
-            total = total + torch.stack(torch._foreach_norm(local)).float().square().sum().to(total.device)
+        norms = torch.stack(torch._foreach_norm(local)) if local else torch.zeros(1)
+        total = norms.float().square().sum().to(accelerator.device)
         return accelerator.reduce(total, reduction="sum") if any(hasattr(g, "to_local") for g in grads) else total
+
+    def _flow(self, batch: Mapping[str, Tensor], rollout: int) -> None:
+        responses = spread_responses(batch, FLOW_RESPONSES)
+        analysis = analyze_responses(self._trainer.model, responses, self._trainer.accelerator)
+        if not self._main:
+            return
+        name, folder = f"rollout-{rollout + 1:04d}", self._folder / "flow"
+        write_json(folder / f"{name}.json", {**analysis, "rollout": rollout + 1})
+        image: Any = self._draw(analysis, folder, name) if self._draw is not None else None
+        for callback in self._trainer.callback_handler.callbacks if image is not None else ():
+            tracker = getattr(callback, "_trackio", getattr(callback, "_wandb", None))
+            if tracker is not None:
+                tracker.log({FLOW_PANEL: tracker.Image(str(image))})
+            elif getattr(callback, "tb_writer", None) is not None:
+                pixels, step = np.asarray(Image.open(image).convert("RGB")), self._trainer.state.global_step
+                callback.tb_writer.add_image(FLOW_PANEL, pixels, step, dataformats="HWC")
+
+    def _first_responses(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The first process's responses of this rollout batch, or those that a resumed run began with."""
+        path = self._folder / "inside" / "responses.jsonl"
+        if path.exists():
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        responses = first_process_responses(batch)[:INSIDE_RESPONSES]
+        if self._main:
+            write_text(path, "".join(json.dumps(response) + "\n" for response in responses))
+        self._trainer.accelerator.wait_for_everyone()
+        return responses
+
+    def _inside(self, done: int) -> dict[str, Any]:
+        """Measure the model as it is after ``done`` rollout batches, on every process; the first writes the result."""
+        layers = self._trainer.schedule.layers if self._layer is None else [self._layer]
+        if not layers:
+            raise InputError("no layer to compare with is known yet; set inside_layer")
+        reading = measure_layers(self._trainer.model, self._responses or [], layers[-1], tokens=INSIDE_TOKENS)
+        reading = replace(reading, values=reading.values.float().double())  # as it comes back from the file
+        path = self._folder / "inside" / "baseline.npy"
+        if self._baseline is None and path.exists():  # of the part before a resume
+            values = torch.from_numpy(np.load(path, allow_pickle=False)).double()
+            self._baseline = replace(reading, values=values)
+        elif self._baseline is None:
+            self._baseline, stream = reading, io.BytesIO()
+            np.save(stream, reading.values.float().numpy(), allow_pickle=False)
+            if self._main:
+                write_bytes(path, stream.getvalue())
+        joined = compare_models([("start", self._baseline), ("now", reading)])
+        item = joined["models"][1]
+        result: dict[str, Any] = {"schema": 1, "kind": "inside", "rollouts_done": done}
+        result |= {name: joined[name] for name in ("layer", "layers", "tokens", "samples", "standard_error_method")}
+        result |= {name: value for name, value in item.items() if name not in ("name", "cosine")}
+        result["change"] = {name: value for name, value in item["change"].items() if name != "cosine"}
+        if self._main:
+            write_json(self._folder / "inside" / f"after-{done:04d}.json", result)
+        return result
 
 
 def parameter_groups(model: Any, layer: int | None) -> dict[str, list[Tensor]]:
-    """Trainable parameters by group: embedding, layers up to and above l (or all layers), head with the final norm."""
-    layout = find_layout(model)
-    embedding = list(unwrap(model).get_input_embeddings().parameters())
-    lower = [p for m in layout.layers[:layer] for p in m.parameters()]
-    groups = {"embedding": embedding, "layers" if layer is None else "layers_to_l": lower}
-    if layer is not None:
-        groups["layers_above_l"] = [p for m in layout.layers[layer:] for p in m.parameters()]
+    """Trainable parameters by group: embedding, layers up to and above l (or all layers), head with the final norm.
+
+    A tied unembedding counts as embedding.
+    """
+    layers = find_layout(model).layers
+    parts = {"layers": layers} if layer is None else {"layers_to_l": layers[:layer], "layers_above_l": layers[layer:]}
+    groups = {"embedding": list(unwrap(model).get_input_embeddings().parameters())}
+    groups |= {name: [p for module in modules for p in module.parameters()] for name, modules in parts.items()}
     grouped = {id(p) for parameters in groups.values() for p in parameters}
     groups["head"] = [p for p in model.parameters() if id(p) not in grouped]
     return {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
-
-
-class EntropyFlow:
-    """Analyses the model every N rollout batches, starting with the first, and saves and plots the result.
-
-    The trainer calls it with each rollout batch, before its updates. It writes ``flow/rollout-0001.json`` (an analysis)
-    and the figure beside it, which trackers that take images get as ``internal/entropy_flow``. If the model cannot be
-    analysed, one line says so and the figures end; the run continues.
-    """
-
-    def __init__(self, trainer: Any, folder: Path, every: int, log: Callable[[str], None], draw: Draw | None = None):
-        self._trainer, self._folder, self._every, self._log, self._draw = trainer, folder, every, log, draw
-        self._broken = False
-
-    def __call__(self, batch: Mapping[str, Tensor], rollout: int) -> None:
-        """Take the rollout batch with this number, counted from 0."""
-        if rollout % self._every or self._broken:
-            return
-        try:
-            responses = spread_responses(batch, FLOW_RESPONSES)
-            analysis = analyze_responses(self._trainer.model, responses, self._trainer.accelerator)
-        except InputError as error:
-            self._broken = True
-            self._log(f"no entropy flow: {error}")
-            return
-        if not self._trainer.accelerator.is_main_process:
-            return
-        name = f"rollout-{rollout + 1:04d}"
-        write_json(self._folder / f"{name}.json", {**analysis, "rollout": rollout + 1})
-        if self._draw is not None:
-            self._show(self._draw(analysis, self._folder, name))
-
-    def _show(self, image: Path) -> None:
-        step = self._trainer.state.global_step
-        for callback in self._trainer.callback_handler.callbacks:
-            kind = type(callback).__name__
-            if kind == "TensorBoardCallback" and callback.tb_writer is not None:
-                pixels = np.asarray(Image.open(image).convert("RGB"))
-                callback.tb_writer.add_image(FLOW_PANEL, pixels, step, dataformats="HWC")
-            elif kind == "TrackioCallback":
-                callback._trackio.log({FLOW_PANEL: callback._trackio.Image(str(image))})
-            elif kind == "WandbCallback":
-                callback._wandb.log({FLOW_PANEL: callback._wandb.Image(str(image))})
-
-
-def add_diagnostics(
-    trainer: Any, folder: Path, *, trackers: bool, flow_every: int, log: Callable[[str], None], draw: Draw | None
-) -> None:
-    """Attach what a recipe's ``report_to`` and ``flow_every`` ask for."""
-    if trackers:
-        trainer.add_callback(GradientNorms(trainer))
-    if flow_every:
-        trainer.on_rollout.append(EntropyFlow(trainer, folder / "flow", flow_every, log, draw))
-    for callback in trainer.callback_handler.callbacks:
-        if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
-            callback.logging_dir = str(folder / "tensorboard")

@@ -1,12 +1,16 @@
-"""The phase guard ends the internal phase when it no longer serves the full policy, and undoes it when it has hurt it.
+"""Measures what an internal phase does to the full policy, and ends or undoes a phase that no longer serves it.
 
-A fixed ``s_inter`` is brittle (arXiv 2512.19673, Qwen3-4B: 30 steps gain 3.4 points, 50 lose 13, 70 destroy the model).
-Once per rollout batch the guard looks at what the phase does to the *full* policy. The most informative signal is the
-**transfer** of the last batch's updates: the correlation, over responses, between the advantage and the change of the
-response's log-probability under the full policy. A GRPO update makes it clearly positive; an internal update does so
-only as far as the internal policy's gradient serves the full policy too.
+Measured once per rollout batch on some of its responses, with the weights that sampled them:
 
-The rules compare windows of `WINDOW` rollout batches. The first decision comes after one window and one batch:
+- ``entropy`` of the full policy, in nats per token, and its ``perplexity`` on these responses, ``exp(mean(-log pi))``;
+- ``internal/divergence``: ``mean(log pi - log pi^l)``, an unbiased estimate of KL(full || internal), in nats per token;
+- ``repetition``: the share of a response's 4-grams that occurred in it before;
+- ``internal/transfer`` of the last batch's updates: the correlation, over responses, between the advantage and the
+  change of the response's log-probability under the full policy, which a GRPO update makes clearly positive.
+
+With ``internal_steps: auto`` the phase guard decides from these, because a fixed ``s_inter`` is brittle (arXiv
+2512.19673, Qwen3-4B: 30 steps gain 3.4 points, 50 lose 13, 70 destroy the model). It compares windows of `WINDOW`
+rollout batches, from one window and one batch on. Restored weights sampled the last batch of the best reward window.
 
 ============  =============================================================================================  ========
 signal        the phase ends when                                                                            weights
@@ -16,114 +20,210 @@ perplexity    the mean surprisal rose by half and by 0.1 nats per token over the
 divergence    KL(full || internal) rose by half and by 0.1 nats per token over its lowest window              restored
 transfer      its mean is not above zero by two standard errors, ``1 / sqrt(responses)`` each                 kept
 ============  =============================================================================================  ========
-
-Restored weights are those that sampled the last rollout batch of the best window of rewards, if that window is an
-earlier one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from bupo.models.layout import find_layout
+from bupo.train.advantages import sums, total_rewards
+from bupo.train.auto_layer import spread_rows
+from bupo.train.schedule import FULL
 
 WINDOW = 4
-_RISE = 0.1  # nats per token; smaller changes are not worth a decision
-
-Action = Literal["continue", "switch", "restore"]
+_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 
 
-@dataclass(frozen=True)
-class Signals:
-    """What was measured on one rollout batch of the internal phase, before its updates.
-
-    ``reward_error`` is the standard error of the mean reward over questions. ``transfer`` belongs to the batch before
-    (None where unknown) and was measured on ``transfer_responses`` responses.
-    """
+class Signals(NamedTuple):
+    """What was measured on one rollout batch of the internal phase, before its updates."""
 
     reward: float
-    reward_error: float
+    reward_error: float  # standard error of the mean over questions
     perplexity: float
     divergence: float
-    transfer: float | None = None
-    transfer_responses: int = 0
+    transfer: float | None = None  # of the batch before; None where unknown
+    transfer_responses: int = 0  # that it was measured on
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What to do, why, and whether the weights that sampled this batch are the best so far and worth keeping."""
+class Decision(NamedTuple):
+    """What to do about the phase, and why."""
 
-    action: Action
+    action: Literal["continue", "switch", "restore"]
     reason: str = ""
-    keep: bool = False
+    keep: bool = False  # the weights that sampled this batch, which are the best so far
 
 
-class PhaseGuard:
-    """Decides after every rollout batch of an internal phase, from the signals so far and nothing else."""
+def decide(history: Sequence[Signals]) -> Decision:
+    """The guard's decision after the last of these rollout batches, from their signals and nothing else."""
+    windows = [history[start : start + WINDOW] for start in range(len(history) - WINDOW + 1)]
+    rewards = [_mean(signals.reward for signals in window) for window in windows]
+    keep = bool(windows) and rewards[-1] >= max(rewards)
+    if len(windows) < 2:
+        return Decision("continue", keep=keep)
+    if harm := _harm(windows, rewards):
+        return Decision("switch" if keep else "restore", harm, keep)
+    known = [signals for signals in windows[-1] if signals.transfer is not None]
+    transfer = _mean(signals.transfer or 0.0 for signals in known)
+    error = 1 / math.sqrt(sum(signals.transfer_responses for signals in known) or 1)
+    if len(known) < WINDOW or transfer > 2 * error:
+        return Decision("continue", keep=keep)
+    reason = "the internal updates do not serve the full policy: correlation of advantage and change of its"
+    return Decision("switch", f"{reason} log-probability {transfer:+.3f} (standard error {error:.3f})", keep)
 
-    def __init__(self) -> None:
-        self.history: list[Signals] = []
 
-    def observe(self, signals: Signals) -> Decision:
-        """Take the signals of the next rollout batch and decide."""
-        self.history.append(signals)
-        number = len(self.history)
-        if number < WINDOW:
-            return Decision("continue")
-        rewards = [self._mean("reward", end) for end in range(WINDOW, number + 1)]
-        keep = rewards[-1] >= max(rewards)
-        if number == WINDOW:
-            return Decision("continue", keep=keep)
-        if harm := self._harm(rewards):
-            return Decision("switch" if keep else "restore", harm, keep)
-        useless = self._useless()
-        return Decision("switch" if useless else "continue", useless, keep)
+def _harm(windows: list[Sequence[Signals]], rewards: list[float]) -> str:
+    """Why the full policy is worse than it was; empty if it is not."""
+    first, best, last = windows[0], windows[rewards.index(max(rewards))], windows[-1]
+    error = math.sqrt(sum(signals.reward_error**2 for signals in (*last, *best))) / WINDOW
+    if max(rewards) - rewards[-1] > 2 * error:
+        return f"reward fell from {max(rewards):.3f} to {rewards[-1]:.3f} (standard error {error:.3f})"
+    before, now = (_mean(math.log(signals.perplexity) for signals in window) for window in (first, last))
+    if _rose(before, now):
+        before, now = math.exp(before), math.exp(now)
+        return f"the full policy's perplexity on its responses rose from {before:.3f} to {now:.3f}"
+    divergences = [_mean(signals.divergence for signals in window) for window in windows]
+    if _rose(min(divergences), divergences[-1]):
+        return f"KL(full || internal) rose from {min(divergences):.2f} to {divergences[-1]:.2f} nats per token"
+    return ""
 
-    def _mean(self, name: str, end: int | None = None) -> float:
-        """Mean of a signal over the window that ends before index ``end`` (default: the last window)."""
-        end = len(self.history) if end is None else end
-        return sum(getattr(s, name) for s in self.history[end - WINDOW : end]) / WINDOW
 
-    def _harm(self, rewards: list[float]) -> str:
-        """Why the full policy is worse than it was; empty if it is not."""
-        end = WINDOW + max(range(len(rewards)), key=lambda i: rewards[i])
-        last, best, first = self.history[-WINDOW:], self.history[end - WINDOW : end], self.history[:WINDOW]
-        error = math.sqrt(sum(s.reward_error**2 for s in (*last, *best))) / WINDOW
-        if max(rewards) - rewards[-1] > 2 * error:
-            return f"reward fell from {max(rewards):.3f} to {rewards[-1]:.3f} (standard error {error:.3f})"
-        then, now = (sum(math.log(s.perplexity) for s in part) / WINDOW for part in (first, last))
-        if _rose(then, now):
-            return (
-                f"the full policy's perplexity on its responses rose from {math.exp(then):.3f} to {math.exp(now):.3f}"
-            )
-        lowest = min(self._mean("divergence", end) for end in range(WINDOW, len(self.history) + 1))
-        if _rose(lowest, divergence := self._mean("divergence")):
-            return f"KL(full || internal) rose from {lowest:.2f} to {divergence:.2f} nats per token"
-        return ""
-
-    def _useless(self) -> str:
-        """Why the phase does not serve the full policy; empty if it does, or if that is not known yet."""
-        last = self.history[-WINDOW:]
-        known = [s.transfer for s in last if s.transfer is not None]
-        if len(known) < WINDOW:
-            return ""
-        transfer, error = sum(known) / WINDOW, 1 / math.sqrt(sum(s.transfer_responses for s in last))
-        if transfer > 2 * error:
-            return ""
-        return (
-            "the internal updates do not serve the full policy: correlation of advantage and change of its "
-            f"log-probability {transfer:+.3f} (standard error {error:.3f})"
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The signals so far (JSON-able)."""
-        return {"history": [asdict(s) for s in self.history]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the signals of `state_dict`."""
-        self.history = [Signals(**s) for s in state["history"]]
+def _mean(window: Iterable[float]) -> float:
+    return sum(window) / WINDOW
 
 
 def _rose(before: float, now: float) -> bool:
-    return now > before * 1.5 and now > before + _RISE
+    return now > before * 1.5 and now > before + 0.1  # smaller changes are not worth a decision
+
+
+class PhaseMonitor:
+    """Measures each rollout batch of an internal phase; with ``internal_steps: auto`` it keeps what the guard needs."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.history: list[Signals] = []  # of the guarded phase
+        self.samples: dict[str, Tensor] = {}  # of the last rollout batch, with the full policy's log-probabilities then
+        self.best_weights: dict[str, Tensor] = {}  # in host memory, of the parameters that the phase trains
+
+    def before_updates(self, batch: dict[str, Any]) -> Decision:
+        """Measure and log the current phase's rollout batch; where there is a guard, return its decision."""
+        trainer, metrics = self._trainer, self._trainer._metrics["train"]
+        transfer, measured = self._transfer(), self._measure(batch)
+        if transfer is not None:
+            measured["internal/transfer"] = transfer[0]
+        for name, value in measured.items():
+            if name != "entropy" or trainer.phase.weight == 1.0:  # the joint loss logs entropy on every response
+                metrics[name].append(value)
+        if not trainer.args.guarded:
+            return Decision("continue")
+        perplexity, divergence = measured["perplexity"], measured["internal/divergence"]
+        self.history.append(Signals(*self._reward_and_error(), perplexity, divergence, *(transfer or ())))
+        decision = broadcast_object_list([decide(self.history)], from_process=0)[0]  # the same on every process
+        if decision.keep:
+            self.best_weights = {name: _local(p).to("cpu", copy=True) for name, p in self._trained().items()}
+        return decision
+
+    def _transfer(self) -> tuple[float, int] | None:
+        """The transfer of the last batch's updates and the responses it was measured on; None where it is not known."""
+        if not self.samples:
+            return None
+        now, _ = self._trainer.score(self.samples, FULL)
+        x = ((now - self.samples["logps"]) * self.samples["mask"]).sum(dim=1).double()
+        y = self.samples["advantages"].double()
+        n, sx, sy, sxx, syy, sxy = sums(self._trainer.accelerator, torch.ones_like(x), x, y, x * x, y * y, x * y)
+        spread = (n * sxx - sx * sx) * (n * syy - sy * sy)
+        known = n >= 3 and spread > 0  # not if all advantages are equal
+        return ((n * sxy - sx * sy) / spread**0.5, int(n)) if known else None
+
+    def _measure(self, batch: dict[str, Any]) -> dict[str, float]:
+        """The full policy, and its distance from the internal one, on some responses, which are kept."""
+        trainer, size, device = self._trainer, len(batch["prompt_ids"]), batch["prompt_ids"].device
+        n = trainer.args.probe_samples or max(trainer.args.per_device_train_batch_size, size // 8)
+        rows = spread_rows(size, n).to(device)
+        some = {key: batch[key][rows] for key in _KEYS if key in batch}
+        full, entropies = trainer.score(some, FULL, compute_entropy=True)
+        internal, _ = trainer.score(some, trainer.phase)
+        mask, advantages = some["completion_mask"] * some.get("tool_mask", 1), batch["advantages"][rows]
+        if advantages.dim() == 2:  # of a critic, one per token
+            advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        self.samples = {**some, "mask": mask, "logps": full, "advantages": advantages}
+        kept = zip(some["completion_ids"], mask.bool(), strict=True)
+        counts = repeated_ngrams(row[keep].tolist() for row, keep in kept)
+        totals = [(values * mask).sum() for values in (entropies, -full, full - internal)]
+        totals += [mask.sum(), *torch.tensor(counts, device=device)]
+        entropy, surprisal, divergence, tokens, repeated, ngrams = sums(trainer.accelerator, *totals)
+        tokens = max(tokens, 1.0)
+        return {
+            "entropy": entropy / tokens,
+            "perplexity": math.exp(min(surprisal / tokens, 700.0)),
+            "internal/divergence": divergence / tokens,
+            "repetition": repeated / max(ngrams, 1.0),
+        }
+
+    def _reward_and_error(self) -> tuple[float, float]:
+        """Mean reward of the batch and its standard error over questions."""
+        rewards = total_rewards(self._trainer.rewards, self._trainer.reward_weights)
+        questions = rewards.view(-1, self._trainer.args.num_generations).nanmean(dim=1)
+        questions = questions[~questions.isnan()]
+        error = questions.std().item() / len(questions) ** 0.5 if len(questions) > 1 else 0.0
+        return questions.mean().item() if len(questions) else 0.0, error
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The parameters that an internal phase can change, by name."""
+        trainer = self._trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what the last forward gathered are copies
+        joint = any(phase.weight < 1.0 for phase in trainer.schedule.internal)
+        above = () if joint else find_layout(model).layers[max(trainer.schedule.layers) :]
+        unused = {id(p) for layer in above for p in layer.parameters()}
+        return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in unused}
+
+    def restore_best_weights(self) -> None:
+        """Put the best weights back, with fresh optimizer state (its moments belong to the discarded updates)."""
+        trainer = self._trainer
+        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        for name, parameter in self._trained().items():
+            _local(parameter).copy_(self.best_weights[name])
+            optimizer.state.pop(parameter, None)
+        trainer._last_loaded_step = -1  # an engine with a copy of the weights must load them again
+
+    def leave_phase(self) -> None:
+        """Free what only an internal phase needs."""
+        self.samples, self.best_weights = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each process's own responses; the best weights once, or under FSDP2 each process's shards."""
+        accelerator = self._trainer.accelerator
+        state: dict[str, Any] = {
+            "samples": self.samples,
+            "guard": {"history": [signals._asdict() for signals in self.history]},
+        }
+        if accelerator.is_fsdp2 or accelerator.is_main_process:
+            state["best_weights"] = self.best_weights
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.samples = {name: t.to(self._trainer.accelerator.device) for name, t in state["samples"].items()}
+        self.best_weights = dict(state["best_weights"])
+        self.history = [Signals(**signals) for signals in state.get("guard", {"history": []})["history"]]
+
+
+def repeated_ngrams(responses: Iterable[Sequence[int]], n: int = 4) -> tuple[int, int]:
+    """How many n-grams of tokens occurred in the same response before, and how many n-grams there are in all."""
+    ngrams = [[tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)] for tokens in responses]
+    return sum(len(one) - len(set(one)) for one in ngrams), sum(map(len, ngrams))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process holds (all of it except under FSDP2), in the same memory."""
+    return cast(Any, parameter).to_local().detach() if hasattr(parameter, "to_local") else parameter.detach()

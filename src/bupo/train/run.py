@@ -24,9 +24,7 @@ from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json
 from bupo.train.build import build
 from bupo.train.callbacks import LogWriter, StopOnSignal
 from bupo.train.checkpoint import last_checkpoint, rotate
-from bupo.train.diagnostics import Draw, add_diagnostics
-from bupo.train.layer_drift import FOLDER as INSIDE
-from bupo.train.layer_drift import LayerDrift
+from bupo.train.diagnostics import Diagnostics, Draw
 from bupo.train.lora import merge_adapters
 from bupo.train.rewards import AnswerReward, OwnReward
 from bupo.train.trainer import BuPOTrainer
@@ -91,13 +89,13 @@ def train(
     if "result" in earlier and (folder / "model").is_dir():
         say(f"the run in {folder} is finished; nothing to do")
         return earlier["result"]
-    run = _set_up(recipe, folder, checkpoint, say)
+    run = _set_up(recipe, folder, checkpoint, say, draw)
     with closing(run.reward):
         record = earlier if "result" in earlier else _record(run)
         if run.main:
             _tidy(run, overwrite)
             write_json(folder / RUN_FILE, record)
-        stopped = _load_finished(run) if finished else _train(run, draw)
+        stopped = _load_finished(run) if finished else _train(run)
         if not stopped:
             save_final(run)
         if "result" not in record:
@@ -107,15 +105,14 @@ def train(
     return record["result"]
 
 
-def _set_up(recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say) -> _Run:
+def _set_up(recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say, draw: Draw | None) -> _Run:
     """Load and check everything; if something is wrong, the folder is left as it was."""
     existed = folder.is_dir()
     try:
         trainer, tokenizer, reward = build(recipe, folder, say)
-        if recipe.inside_every:
-            drift = LayerDrift(recipe, trainer, tokenizer, folder, say)
-            trainer.on_rollout.append(drift)
-            trainer.add_callback(drift)
+        diagnostics = Diagnostics(recipe, trainer, tokenizer, folder, say, draw)
+        trainer.on_rollout.append(diagnostics)
+        trainer.add_callback(diagnostics)
     except BaseException:
         _remove_if_empty(folder / "checkpoints", folder if not existed else None)
         raise
@@ -136,12 +133,10 @@ def _load_finished(run: _Run) -> bool:
     return False
 
 
-def _train(run: _Run, draw: Draw | None) -> bool:
+def _train(run: _Run) -> bool:
     """Run the updates; returns whether a signal stopped them."""
     recipe, folder, trainer = run.recipe, run.folder, run.trainer
     stop = StopOnSignal(trainer, run.say)
-    trackers = bool(recipe.report_to)
-    add_diagnostics(trainer, folder, trackers=trackers, flow_every=recipe.flow_every, log=run.say, draw=draw)
     trainer.add_callback(LogWriter(folder / LOG_FILE, trainer, show=run.say, rollouts=recipe.rollouts))
     trainer.add_callback(stop)
     try:
@@ -252,7 +247,7 @@ def _tidy(run: _Run, overwrite: bool) -> None:
     if overwrite:
         for name in files:
             (run.folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "model", "adapter", "flow", INSIDE, "tensorboard"):
+        for name in ("checkpoints", "model", "adapter", "flow", "inside", "tensorboard"):
             shutil.rmtree(run.folder / name, ignore_errors=True)
         (run.folder / "checkpoints").mkdir(parents=True)
     for path in (path for name in files for path in run.folder.glob(f".{name}.*")):

@@ -1,9 +1,7 @@
-"""Narrows the tiles of logits that TRL's head computes on devices without Triton, where it folds tiles in torch.
+"""Narrows the tiles of logits that TRL's head computes on devices without Triton: 32,768 words for all tokens at once.
 
-TRL's head computes 32,768 vocabulary entries at a time for all tokens of a micro-batch, and about seven float32 tensors
-of that size in the backward pass. In an internal phase few layers run, so these are most of an update's memory and a
-good part of its time. Narrower tiles change neither the result nor the products. Outside internal phases the tiles are
-TRL's, so that losses are TRL's bit for bit.
+About seven float32 tensors of that size are most of the memory, and a good part of the time, of an internal phase's
+update, in which few layers run. Narrower tiles change neither the result nor the products.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import Any
 TILE_TOKENS = 4096  # TRL's `TOKEN_CHUNK_SIZE`
 TILE_BYTES = 4 * 2**20  # of one float32 tile; about what stays in a cache (docs/decisions.md)
 NARROWEST, WIDEST = 1024, 32_768  # narrower products are slow
-_WIDTH = "_CHUNKED_LOGPROB_CHUNK_SIZE"
 
 
 def tile_width(tokens: int) -> int:
@@ -26,17 +23,11 @@ def tile_width(tokens: int) -> int:
 
 @contextmanager
 def narrow_tiles(head: Any, device: Any, tokens: int) -> Iterator[None]:
-    """Within this context the fused head uses tiles of `tile_width` on ``device``; backward may run after it.
-
-    Args:
-        head: the module that defines the head (`trl.trainer.utils`).
-    """
-    before = getattr(head, _WIDTH, None)
-    if before is None or head._use_triton(device):
-        yield
-        return
-    setattr(head, _WIDTH, min(before, tile_width(tokens)))
+    """Within this context the fused head of ``head`` (`trl.trainer.utils`) uses tiles of `tile_width` on ``device``."""
+    before = head._CHUNKED_LOGPROB_CHUNK_SIZE
+    if not head._use_triton(device):
+        head._CHUNKED_LOGPROB_CHUNK_SIZE = min(before, tile_width(tokens))
     try:
-        yield
+        yield  # backward may run after the context
     finally:
-        setattr(head, _WIDTH, before)
+        head._CHUNKED_LOGPROB_CHUNK_SIZE = before

@@ -18,15 +18,15 @@ from trl.trainer import utils as trl_utils
 
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
+from bupo.models.layout import find_layout
 from bupo.train.advantages import outcome_advantages, total_rewards
 from bupo.train.auto_layer import LayerChoice, choose_layer
 from bupo.train.callbacks import SaveBetweenRollouts
 from bupo.train.checkpoint import Checkpointer, PassSampler
 from bupo.train.config import BuPOConfig, frozen_problems
 from bupo.train.critic import PPO
-from bupo.train.layerwise import freeze_layers, scale_upper_learning_rate
+from bupo.train.guard import PhaseMonitor
 from bupo.train.lora import upcast_adapters
-from bupo.train.monitor import PhaseMonitor
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
 from bupo.train.tiles import narrow_tiles
 from bupo.train.unsupported import model_problems
@@ -43,16 +43,13 @@ class BuPOTrainer(GRPOTrainer):
       phases, losses are TRL's bit for bit.
     - `PhaseMonitor` measures each rollout batch of an internal phase before its updates, and its guard may end it.
     - The advantages may come from an estimator that TRL lacks (`bupo.train.advantages`, `PPO`).
-    - Layers may be frozen, or learn at another rate (`bupo.train.layerwise`).
+    - ``frozen_layers`` and ``upper_learning_rate_scale`` are the methods that the paper compares BuPO with (Table 11).
     - `Checkpointer` saves between rollout batches, so that a resumed run equals the uninterrupted one.
-    - Training stops at a loss or gradient that is not finite, before the weights are updated with it.
+    - `TrainingStopped` is raised at a loss or gradient that is not finite, before the weights are updated with it, and
+      if ``internal_layer: auto`` finds no boundary layer. `ConfigError`: the settings do not fit the model or the data.
 
     Additional metrics are ``phase`` (1 internal, 2 full) and ``rollout`` (from 1). In an internal phase
     ``internal/entropy`` and ``internal/clip_ratio/*`` are the internal policy's; all others stay the full policy's.
-
-    Raises:
-        ConfigError: the settings do not fit the model or the data.
-        TrainingStopped: a loss or gradient is not finite, or ``internal_layer: auto`` finds no boundary layer.
     """
 
     _tag_names = ["trl", "bupo"]  # noqa: RUF012  (as TRL declares it)
@@ -61,7 +58,6 @@ class BuPOTrainer(GRPOTrainer):
         "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
         "id": "2512.19673",
     }
-
     args: BuPOConfig
     model: Any  # the parent types it as possibly absent
     train_dataset: Any
@@ -80,14 +76,14 @@ class BuPOTrainer(GRPOTrainer):
         self.on_rollout: list[Callable[[dict[str, Any], int], None]] = []  # called with each batch and its number
         self.rewards: Any = None  # of the last rollout batch, (N, functions), of all processes
         self.unclipped_norm: Any = None  # of the last update's gradient
-        self._scored: Phase = FULL  # the policy that is scored right now
+        self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if problems := model_problems(self):
             raise ConfigError(problems)
         upcast_adapters(self.model)
-        inner = self.accelerator.unwrap_model(self.model)
-        self.critic = PPO(inner, args, self.accelerator) if args.estimator == "ppo" else None
-        freeze_layers(self.model, args.frozen_layers)
+        self.critic = PPO(self.model, args, self.accelerator) if args.estimator == "ppo" else None
+        for layer in find_layout(self.model).layers[: args.frozen_layers] if args.frozen_layers else ():
+            layer.requires_grad_(False)  # with LoRA: its adapters
         self.monitor = PhaseMonitor(self)
         self.checkpointer = Checkpointer(self)
         self.add_callback(SaveBetweenRollouts(self))
@@ -119,8 +115,6 @@ class BuPOTrainer(GRPOTrainer):
         where = f"{phase.name} phase" + (f", layer {phase.layer}" if phase.layer else "")
         return f"update {self.state.global_step + 1} (rollout batch {self.rollout + 1}, {where})"
 
-    # -- scoring -----------------------------------------------------------------------------------------------------
-
     @contextmanager
     def _scoring(self, phase: Phase) -> Iterator[None]:
         """Within this context log-probabilities and entropies are those of the phase's policy."""
@@ -131,28 +125,24 @@ class BuPOTrainer(GRPOTrainer):
             self._scored = FULL
 
     def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        score = super()._get_per_token_logps_and_entropies
-        if self.phase.layer is None:  # as TRL does it, bit for bit
-            return score(model, input_ids, *args, **kwargs)
-        tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
         with ExitStack() as stack:
-            stack.enter_context(narrow_tiles(trl_utils, input_ids.device, tokens))
-            if self._scored.layer is not None:
-                inner, layer = self.accelerator.unwrap_model(model), cast(int, self._scored.layer)
-                norm, temperature = self.args.internal_norm, self.args.internal_temperature
+            if self.phase.layer is not None:  # else as TRL does it, bit for bit
+                tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
+                stack.enter_context(narrow_tiles(trl_utils, input_ids.device, tokens))
+            if isinstance(self._scored.layer, int):
+                inner, layer, norm = self.accelerator.unwrap_model(model), self._scored.layer, self.args.internal_norm
+                temperature = self.args.internal_temperature
                 stack.enter_context(internal_policy(inner, layer, norm=norm, temperature=temperature))
-            return score(model, input_ids, *args, **kwargs)
+            return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
     def score(self, batch: dict[str, Any], phase: Phase, *, compute_entropy: bool = False) -> tuple[Tensor, Any]:
         """Log-probabilities (B, T) of a batch's responses under the phase's policy, and entropies (B, T) or None."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        how = {"batch_size": self.args.per_device_train_batch_size, "compute_entropy": compute_entropy}
-        checkpointing, length = cast(Any, self.args.gradient_checkpointing_kwargs), batch["completion_ids"].size(1)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing), self._scoring(phase):
-            return self._get_per_token_logps_and_entropies(self.model, ids, mask, length, **how)[:2]
-
-    # -- rollout batches ---------------------------------------------------------------------------------------------
+        length, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
+        checkpointing = disable_gradient_checkpointing(self.model, cast(Any, self.args.gradient_checkpointing_kwargs))
+        with torch.no_grad(), checkpointing, self._scoring(phase):
+            return self._get_per_token_logps_and_entropies(self.model, ids, mask, length, size, compute_entropy)[:2]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.model.training:  # evaluations are always the full policy's
@@ -161,24 +151,9 @@ class BuPOTrainer(GRPOTrainer):
         self.phase = self.schedule.at(rollout)
         if self.phase is FULL:
             self.monitor.leave_phase()
-        transfer = self.monitor.transfer()
-        logged = {name: list(values) for name, values in metrics.items()}
-        # TRL's old log-probabilities can be the internal policy's at once, unless the full policy's are needed too
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
-        at_once = isinstance(self.phase.layer, int) and self.phase.weight == 1.0 and not corrected
-        batch = self._sample(inputs, self.phase if at_once else FULL)
-        if self.phase.layer == "auto":
-            self._resolve_auto_layer(batch)
-        if self.phase.layer is not None:
-            if not at_once and "old_per_token_logps" in batch:
-                prefix = "" if self.phase.weight == 1.0 else "internal_"  # a joint phase needs both policies'
-                batch[f"{prefix}old_per_token_logps"], _ = self.score(batch, self.phase)
-            decision = self.monitor.before_updates(batch, transfer)
-            ended = self.schedule.ended_before(rollout)
-            if decision.action != "continue" and not self.alignment_problems(ended):
-                self.schedule, self.phase = ended, FULL
-                self.phase_end = {"rollouts": rollout, "action": decision.action, "reason": decision.reason}
-                batch = self._as_full(batch, inputs, logged if decision.action == "restore" else None)
+            batch = self._sample(inputs, FULL)
+        else:
+            batch = self._internal_batch(inputs)
         if self.critic is not None:
             for name, value in self.critic.learn(batch, self.position()).items():
                 metrics[name].append(value)
@@ -189,45 +164,26 @@ class BuPOTrainer(GRPOTrainer):
             metrics["internal/temperature"] = [self.args.internal_temperature]
         return batch
 
-    def _sample(self, inputs: Any, scored: Phase) -> dict[str, Any]:
-        """A rollout batch of the full policy, with its old log-probabilities under the policy of ``scored``."""
-        with self._scoring(scored):
-            batch = super()._generate_and_score_completions(inputs)
-        if self.args.estimator != "grpo":
-            rewards = total_rewards(self.rewards, self.reward_weights)
-            size = len(batch["advantages"])
-            mine = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
-            if self.critic is not None:
-                batch["advantages"], means = self.critic.advantages(batch, rewards[mine])
-                advantages = self.accelerator.gather(means)
-            else:
-                advantages = outcome_advantages(self.args.estimator, rewards, cast(int, self.num_generations))
-                batch["advantages"] = advantages[mine]
-            self._logs["advantages"].extend(advantages.tolist())  # the table holds one rollout batch: replaces TRL's
-        return batch
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.rewards = super()._calculate_rewards(*args, **kwargs)
-        return self.rewards
-
-    def _resolve_auto_layer(self, batch: dict[str, Any]) -> None:
-        """Replace ``auto`` in the schedule by the boundary layer found on this rollout batch."""
-        self.auto_layer = choice = choose_layer(self.model, batch, self.accelerator)
-        if choice.layer is None:
-            raise TrainingStopped(choice.message)
-        self.schedule = self.schedule.with_layer(choice.layer)
-        self.phase = self.schedule.at(self.rollout)
-        for problem in frozen_problems(self.args.frozen_layers, self.schedule):
-            raise TrainingStopped(f"{choice.message}; {problem}")
-
-    def _as_full(self, batch: dict[str, Any], inputs: Any, logged: dict[str, list[float]] | None) -> dict[str, Any]:
-        """This rollout batch scored as the full policy's; or, if the best weights are to be restored, a new one.
-
-        Args:
-            logged: the metrics from before the batch, which replace its own after a restore; None otherwise.
-        """
-        metrics = self._metrics["train"]
-        if logged is not None:
+    def _internal_batch(self, inputs: Any) -> dict[str, Any]:
+        """A rollout batch of an internal phase, measured; or of the full policy, if the guard ends the phase here."""
+        rollout, metrics = self.rollout, self._metrics["train"]
+        logged = {name: list(values) for name, values in metrics.items()}
+        # TRL's old log-probabilities can be the internal policy's at once, unless the full policy's are needed too
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        at_once = self.phase.layer != "auto" and self.phase.weight == 1.0 and not corrected
+        batch = self._sample(inputs, self.phase if at_once else FULL)
+        if self.phase.layer == "auto":
+            self._find_layer(batch)
+        if not at_once and "old_per_token_logps" in batch:
+            prefix = "" if self.phase.weight == 1.0 else "internal_"  # a joint phase needs both policies'
+            batch[f"{prefix}old_per_token_logps"], _ = self.score(batch, self.phase)
+        decision = self.monitor.before_updates(batch)
+        ended = self.schedule.ended_before(rollout)
+        if decision.action == "continue" or self.alignment_problems(ended):
+            return batch
+        self.schedule, self.phase = ended, FULL
+        self.phase_end = {"rollouts": rollout, "action": decision.action, "reason": decision.reason}
+        if decision.action == "restore":
             self.monitor.restore_best_weights()
             metrics.clear()
             metrics.update(logged)
@@ -239,36 +195,58 @@ class BuPOTrainer(GRPOTrainer):
         self.monitor.leave_phase()
         return batch
 
+    def _find_layer(self, batch: dict[str, Any]) -> None:
+        """Replace ``auto`` in the schedule by the boundary layer found on this rollout batch."""
+        self.auto_layer = choice = choose_layer(self.model, batch, self.accelerator)
+        if choice.layer is None:
+            raise TrainingStopped(choice.message)
+        self.schedule = self.schedule.with_layer(choice.layer)
+        self.phase = self.schedule.at(self.rollout)
+        for problem in frozen_problems(self.args.frozen_layers, self.schedule):
+            raise TrainingStopped(f"{choice.message}; {problem}")
+
+    def _sample(self, inputs: Any, scored: Phase) -> dict[str, Any]:
+        """A rollout batch of the full policy, with its old log-probabilities under the policy of ``scored``."""
+        with self._scoring(scored):
+            batch = super()._generate_and_score_completions(inputs)
+        if self.args.estimator == "grpo":
+            return batch
+        rewards, size = total_rewards(self.rewards, self.reward_weights), len(batch["advantages"])
+        mine = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        if self.critic is not None:
+            batch["advantages"], means = self.critic.advantages(batch, rewards[mine])
+            advantages = self.accelerator.gather(means)
+        else:
+            advantages = outcome_advantages(self.args.estimator, rewards, cast(int, self.num_generations))
+            batch["advantages"] = advantages[mine]
+        self._logs["advantages"].extend(advantages.tolist())  # the table holds one rollout batch: replaces TRL's
+        return batch
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.rewards = super()._calculate_rewards(*args, **kwargs)
+        return self.rewards
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         phase = self.phase if self.model.training else FULL
         if phase.layer is None:
             loss = super()._compute_loss(model, inputs)
         else:
             old = inputs.get("internal_old_per_token_logps", inputs.get("old_per_token_logps"))
-            with self._internal_metrics(), self._scoring(phase):
+            metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+            with self._scoring(phase):
                 loss = phase.weight * super()._compute_loss(model, {**inputs, "old_per_token_logps": old})
+            internal, self._metrics["train"] = self._metrics["train"], metrics
+            for name, values in internal.items():
+                metrics[f"internal/{name}" if name.split("/")[0] in _RENAMED else name].extend(values)
             if phase.weight < 1.0:
                 loss = loss + (1.0 - phase.weight) * super()._compute_loss(model, inputs)
         self._check_finite(loss, "loss")
         return loss
 
-    @contextmanager
-    def _internal_metrics(self) -> Iterator[None]:
-        """Within this context the loss logs its metrics under the internal policy's names."""
-        metrics, new = self._metrics["train"], defaultdict[str, list[float]](list)
-        self._metrics["train"] = new
-        try:
-            yield
-        finally:
-            self._metrics["train"] = metrics
-        for name, values in new.items():
-            metrics[f"internal/{name}" if name.split("/")[0] in _RENAMED else name].extend(values)
-
     def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
+        self.unclipped_norm = norm = super()._clip_grad_norm(model)
         if norm is not None and not self.args.fp16:  # fp16 skips such updates by itself
             self._check_finite(norm, "gradient")
-        self.unclipped_norm = norm
         return norm
 
     def _check_finite(self, value: Any, name: str) -> None:
@@ -279,10 +257,17 @@ class BuPOTrainer(GRPOTrainer):
             )
 
     def create_optimizer(self, model: Any = None) -> Any:
-        own = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if own:
-            scale_upper_learning_rate(optimizer, self.model if model is None else model, self.args)
+        above, scale = self.args.upper_learning_rate_above, cast(float, self.args.upper_learning_rate_scale)
+        new = self.optimizer is None
+        optimizer: Any = super().create_optimizer(model)
+        if new and above is not None:
+            layout = find_layout(self.model if model is None else model)
+            upper = {id(p) for part in (*layout.layers[above:], layout.final_norm) for p in part.parameters()}
+            for group in list(optimizer.param_groups):  # they keep their places: the logged rate is the unscaled one
+                moved = [p for p in group["params"] if id(p) in upper]
+                group["params"] = [p for p in group["params"] if id(p) not in upper]
+                if moved:
+                    optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
         return optimizer
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler:
