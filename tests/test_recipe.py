@@ -153,8 +153,6 @@ WRONG = [
     ({"inside_layer": 2}, "inside_layer and inside_responses need inside_every"),
     ({"inside_every": 2}, "inside_every needs a layer to compare with the others"),
     ({"internal_ladder": [[6, 20]]}, "internal_ladder was removed; write phases: [{layer: 6, rollouts: 30}"),
-    ({"internal_weight": 0.5}, "internal_weight was removed; give the weight to a phase"),
-    ({"internal_rule": "recommended"}, "internal_rule was removed; internal_layer: auto takes the boundary layer"),
     ({"internal_temperature": "auto"}, "internal_temperature: auto was removed; give a number"),
     ({"estimator": "dapo"}, "estimator: dapo was removed; set estimator: grpo and epsilon_high: 0.28"),
     ({"trl": {"estimator": "dr_grpo"}}, "estimator: dr_grpo was removed; set estimator: grpo, loss_type: dr_grpo"),

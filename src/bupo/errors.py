@@ -51,10 +51,7 @@ _OURS = {  # words that replace pydantic's
 
 
 def describe(name: str, errors: Iterable[Mapping[str, Any]], valid: Iterable[str] = ()) -> str:
-    """One sentence about the setting ``name`` from pydantic's errors about it (one for each member of a union).
-
-    ``valid`` are the names that an unknown key, or a mapping in its place, may have.
-    """
+    """One sentence from pydantic's errors about a setting; ``valid`` are the keys that may stand there, or in it."""
     expected: dict[str, None] = {}
     for error in errors:
         text, kind = error["msg"], error["type"]

@@ -1,9 +1,7 @@
 """Recipes: the settings of a training run, read from YAML and checked without importing torch.
 
 The keys are the fields of `Recipe` and every other field of `BuPOConfig`, which checks those itself
-(`bupo.train.build.check_recipe` reports both). A rollout batch has prompts_per_rollout * samples_per_prompt samples, in
-the paper 128 * 8 = 1,024. They split evenly into updates_per_rollout updates (4 of 256 samples), these into processes
-and micro-batches of micro_batch samples, whose gradients are accumulated; micro_batch changes memory and speed only.
+(`bupo.train.build.check_recipe` reports both).
 """
 
 from __future__ import annotations
@@ -105,10 +103,7 @@ class Recipe(BaseModel):
         return rollouts * self.updates_per_rollout * int(self.trainer.get("num_iterations", 1))
 
     def trainer_settings(self, processes: int | None = None) -> dict[str, Any]:
-        """Keyword arguments of `BuPOConfig`, except the output folder and the precision (those need torch).
-
-        Raises `ConfigError` if the samples do not split evenly over ``processes`` (default: the launcher's WORLD_SIZE).
-        """
+        """Keyword arguments of `BuPOConfig`, except those that need torch (the output folder and the precision)."""
         processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
         settings: dict[str, Any] = {
             "num_generations": self.samples_per_prompt,
@@ -133,7 +128,10 @@ class Recipe(BaseModel):
         return {**settings, **self.trainer}
 
     def _accumulation(self, processes: int) -> int:
-        """Number of micro-batches per update and process, or `ConfigError` if a rollout batch does not split evenly."""
+        """Number of micro-batches per update and process, or `ConfigError` if a rollout batch does not split evenly.
+
+        In the paper, 128 prompts * 8 samples make 4 updates of 256; ``micro_batch`` changes memory and speed only.
+        """
         samples, updates, micro = self.samples_per_rollout(), self.updates_per_rollout, self.micro_batch
         share, left = divmod(samples, updates * processes)
         product = f"prompts_per_rollout {self.prompts_per_rollout} x samples_per_prompt {self.samples_per_prompt}"
@@ -212,10 +210,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def override(raw: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Apply ``key=value`` changes; the value is YAML, and dots reach into nested keys (``trl.epsilon_high=0.28``).
-
-    Raises `ConfigError` if a change is not of this form, or reaches into something that is not a mapping.
-    """
+    """Apply ``key=value`` changes; the value is YAML, and dots reach into nested keys (``trl.epsilon_high=0.28``)."""
     result, problems = copy.deepcopy(dict(raw)), []
     for change in changes:
         name, equals, text = (part.strip() for part in change.partition("="))

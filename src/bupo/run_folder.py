@@ -22,11 +22,7 @@ _PACKAGES = ("bupo", "torch", "transformers", "trl", "accelerate", "peft", "data
 
 
 def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Check that ``folder`` can be written by one run; nothing is written into it yet.
-
-    Raises `InputError` if it is a file, cannot be written, or holds any file at all and neither ``overwrite`` nor
-    ``resume`` was asked for.
-    """
+    """Return ``folder`` if it can be written, and is empty unless ``overwrite`` or ``resume``; write nothing."""
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; name a folder")

@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import dispatch_model
-from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from bupo import internal_policy, load_model
 from bupo.data.rollouts import Rollout
 from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 from bupo.models.layout import find_layout
+from bupo.models.load import load_tokenizer
 from tests.support.tiny import COMMON, tiny_model, tokens
 from tests.support.zoo_checks import decodes_alike, read_all
 
@@ -78,10 +72,9 @@ def test_layers_that_text_alone_skips_are_refused():
         model(input_ids=tokens(), use_cache=False)
 
 
-def test_a_saved_multimodal_model_loads(tmp_path):
+def test_a_saved_multimodal_model_loads(tmp_path, tiny_folder):
     multimodal_model("llava").save_pretrained(tmp_path)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), eos_token="a")
-    tokenizer.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path))
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert find_layout(model).n_layers == 4
