@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bupo.cli import main
-from bupo.cli.demo import count_steps, run_jobs
+from bupo.cli.demo import run_jobs
 from bupo.errors import BupoError
 
 
@@ -46,9 +46,3 @@ def test_jobs_log_and_a_failing_one_stops_the_others(tmp_path, monkeypatch):
     with pytest.raises(BupoError, match="bad failed: pass either --dataset"):
         run_jobs({"bad": bad, "never": ["--version"]}, tmp_path, 1, quiet=True)
     assert not (tmp_path / "never.log").exists()
-
-
-def test_progress_counts_whole_lines(tmp_path):
-    assert count_steps(["train", str(tmp_path)]) == count_steps(["analyze", str(tmp_path)]) == 0
-    (tmp_path / "log.jsonl").write_text("a\nb\nhalf")
-    assert count_steps(["train", str(tmp_path)]) == 2

@@ -14,23 +14,11 @@ from bupo.cli import main
 from tests.support import training
 from tests.support.training import same_weights
 
-RECIPE = {
-    "reward": "tests.support.training:digits",
-    "rollouts": 4,
-    "prompts_per_rollout": 2,
-    "samples_per_prompt": 4,
-    "updates_per_rollout": 2,
-    "micro_batch": 4,
-    "max_prompt_length": 12,
-    "max_completion_length": 6,
-    "learning_rate": 3e-3,
-    "internal_layer": 2,
-    "internal_steps": 2,
-    "gradient_checkpointing": False,
-    "save_every": 1,
-    "keep_checkpoints": None,
-    "seed": 5,
-}
+RECIPE = yaml.safe_load("""{
+    reward: "tests.support.training:digits", rollouts: 4, prompts_per_rollout: 2, samples_per_prompt: 4,
+    updates_per_rollout: 2, micro_batch: 4, max_prompt_length: 12, max_completion_length: 6, learning_rate: 0.003,
+    internal_layer: 2, internal_steps: 2, gradient_checkpointing: false, save_every: 1, keep_checkpoints: null, seed: 5
+}""")
 
 
 def write_recipe(folder, **changes):

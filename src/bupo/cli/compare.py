@@ -107,10 +107,10 @@ def _trained_layer(models: Iterable[str]) -> int:
             trained = (run.get("result") or {}).get("internal_layer")
             layers |= {trained} if trained and run["config"].get("internal_steps") else set()
     found = sorted(layers)
-    if not found:
-        raise InputError("none of the models is a training run with an internal layer; choose one with --layer")
-    if len(found) > 1:
-        raise InputError(f"these runs trained layers {', '.join(map(str, found))}; choose one with --layer")
+    if len(found) != 1:
+        none = "none of the models is a training run with an internal layer"
+        several = f"these runs trained layers {', '.join(map(str, found))}"
+        raise InputError(f"{several if found else none}; choose one with --layer")
     return found[0]
 
 

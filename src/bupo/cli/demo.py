@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from bupo.run_folder import claim, write_json
 RECIPE = Path(__file__).parent.parent / "assets" / "demo.yaml"
 # Where the model has no boundary layer, the middle one is trained, and everything shown says so.
 FALLBACK = "the middle of the model (a choice of this demonstration, not a finding)"
+_GROWING = {"train": "log.jsonl", "eval": "responses.partial.jsonl"}  # gets a line with each step of the command
 
 
 def demo(
@@ -104,8 +106,8 @@ def demo(
 def run_jobs(jobs: Mapping[str, Sequence[str]], logs: Path, steps: int, quiet: bool = False) -> dict[str, float]:
     """Run bupo commands by name, two at a time with an equal share of the cores each; return the seconds they took.
 
-    A bar counts the ``steps`` of each command, and what it prints goes to a file in ``logs``. Raises `BupoError` where
-    one failed, with the last line of its output; the others are stopped.
+    A command's last argument is its folder, a bar counts its ``steps``, and what it prints goes to a file in ``logs``.
+    Raises `BupoError` where one failed, with the last line of its output; the others are stopped.
     """
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = min(2, cores, len(jobs))
@@ -117,11 +119,13 @@ def run_jobs(jobs: Mapping[str, Sequence[str]], logs: Path, steps: int, quiet: b
         if stop.is_set():
             return 0.0
         log, started, bar = logs / f"{name.replace(' ', '-')}.log", time.monotonic(), bars.add_task(name, total=steps)
+        growing = Path(jobs[name][-1]) / _GROWING.get(jobs[name][0], "none")
         with log.open("wb") as stream:
             command, nothing = [sys.executable, "-m", "bupo", *jobs[name]], subprocess.DEVNULL
             process = subprocess.Popen(command, stdin=nothing, stdout=stream, stderr=stream, env=environment)
         while process.poll() is None and not stop.wait(0.2):
-            bars.update(bar, completed=min(steps, count_steps(jobs[name])))
+            with suppress(OSError):  # there is no such file yet, or no longer
+                bars.update(bar, completed=min(steps, growing.read_bytes().count(b"\n")))
         if process.returncode:
             stop.set()
             last = (log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
@@ -137,12 +141,3 @@ def run_jobs(jobs: Mapping[str, Sequence[str]], logs: Path, steps: int, quiet: b
             return dict(zip(jobs, pool.map(run, jobs), strict=True))
         finally:
             stop.set()
-
-
-def count_steps(arguments: Sequence[str]) -> int:
-    """The lines of the file that a command extends with each step; there may be none yet, or no longer."""
-    growing = {"train": "log.jsonl", "eval": "responses.partial.jsonl"}.get(arguments[0], "")
-    try:
-        return (Path(arguments[-1]) / growing).read_bytes().count(b"\n")
-    except OSError:
-        return 0

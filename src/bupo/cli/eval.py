@@ -58,8 +58,7 @@ def evaluate(
       bupo eval --regrade runs/start
       bupo eval --model Qwen/Qwen3-4B --tasks math500 --output runs/qwen3 --shard 1/2   (2/2 on another GPU)
     """
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    passed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    passed = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
     log = partial(typer.echo, err=True)
     options.refuse_launcher("bupo eval", "start one process per GPU with --shard 1/n to n/n")
     if regrade is not None:
