@@ -131,8 +131,7 @@ def run_jobs(jobs: Mapping[str, Sequence[str]], logs: Path, steps: int, quiet: b
             last = (log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
             raise BupoError(f"{name} failed: {last.removeprefix('bupo: error: ')} (all of its output: {log})")
         process.terminate()  # if it still runs, another one failed
-        process.wait()
-        bars.update(bar, completed=steps)
+        bars.update(bar, completed=steps if process.wait() == 0 else None)
         bars.stop_task(bar)
         return time.monotonic() - started
 
