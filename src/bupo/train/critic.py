@@ -74,8 +74,7 @@ class PPO:
             self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
         rate, betas = args.critic_learning_rate, (args.adam_beta1, args.adam_beta2)
-        more = {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=rate, betas=betas, **more)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), rate, betas, args.adam_epsilon, args.weight_decay)
         self.targets: dict[str, Tensor] = {}  # old values, returns and mask of the rollout batch, (B, T) each
 
     def values(self, batch: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:

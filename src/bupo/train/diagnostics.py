@@ -33,10 +33,10 @@ FLOW_RESPONSES, INSIDE_RESPONSES, INSIDE_TOKENS, FLOW_PANEL = 16, 64, 512, "inte
 
 def check_trackers(names: Iterable[str]) -> None:
     """Raise `ConfigError` if the package of a tracker is not installed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    how = "the package is not installed (pip install {0}, or leave it out)"
+    problem = "report_to {0}: the package is not installed (pip install {0}, or leave it out)"
+    missing = [problem.format(name) for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError([f"report_to {name}: {how.format(name)}" for name in missing])
+        raise ConfigError(missing)
 
 
 class Diagnostics(TrainerCallback):
@@ -99,10 +99,11 @@ class Diagnostics(TrainerCallback):
     def _read(self, kind: str, read: Callable[..., Any], *arguments: Any) -> Any:
         """What ``read`` returns; None once it has failed, which the first time is said."""
         try:
-            return read(*arguments) if kind not in self._ended else None
+            return None if kind in self._ended else read(*arguments)
         except InputError as error:
             self._ended.add(kind)
-            return self._log(f"no {kind}: {error}")
+            self._log(f"no {kind}: {error}")
+            return None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._recipe.report_to:
@@ -129,12 +130,13 @@ class Diagnostics(TrainerCallback):
     def _flow(self, batch: Mapping[str, Tensor], rollout: int) -> None:
         responses = spread_responses(batch, FLOW_RESPONSES)
         analysis = analyze_responses(self._trainer.model, responses, self._trainer.accelerator)
-        if not self._main:
-            return
         name, folder = f"rollout-{rollout + 1:04d}", self._folder / "flow"
-        write_json(folder / f"{name}.json", {**analysis, "rollout": rollout + 1})
-        image: Any = self._draw(analysis, folder, name) if self._draw is not None else None
-        for callback in self._trainer.callback_handler.callbacks if image is not None else ():
+        if self._main:
+            write_json(folder / f"{name}.json", {**analysis, "rollout": rollout + 1})
+        if self._draw is None or not self._main:
+            return
+        image = self._draw(analysis, folder, name)
+        for callback in self._trainer.callback_handler.callbacks:
             tracker = getattr(callback, "_trackio", getattr(callback, "_wandb", None))
             if tracker is not None:
                 tracker.log({FLOW_PANEL: tracker.Image(str(image))})

@@ -203,10 +203,8 @@ class PhaseMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Each process's own responses; the best weights once, or under FSDP2 each process's shards."""
         accelerator = self._trainer.accelerator
-        state: dict[str, Any] = {
-            "samples": self.samples,
-            "guard": {"history": [signals._asdict() for signals in self.history]},
-        }
+        history = [signals._asdict() for signals in self.history]
+        state: dict[str, Any] = {"samples": self.samples, "guard": {"history": history}}
         if accelerator.is_fsdp2 or accelerator.is_main_process:
             state["best_weights"] = self.best_weights
         return state
