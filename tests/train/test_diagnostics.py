@@ -16,7 +16,7 @@ from bupo.models.load import load_model
 from bupo.report.results import read_json
 from bupo.train import diagnostics
 from bupo.train.diagnostics import parameter_groups
-from tests.cli.test_cli_train import recipe, rows, untimed  # noqa: F401  (one is a fixture)
+from tests.cli.test_cli_train import recipe, rows  # noqa: F401  (one is a fixture)
 from tests.support.tiny import tiny_model
 from tests.support.training import INTERRUPT_IN_ROLLOUT
 
@@ -91,8 +91,8 @@ def test_groups_are_all_trainable_parameters_once():
 
 def test_readings_change_nothing_and_are_those_of_compare(train, tiny_folder, tmp_path):
     plain, watched = train("plain"), train("watched", inside_every=2, flow_every=1)
-    without = [{k: v for k, v in row.items() if not k.startswith("inside/")} for row in untimed(watched)]
-    assert without == untimed(plain)
+    without = [{k: v for k, v in row.items() if not k.startswith("inside/")} for row in rows(watched)]
+    assert without == rows(plain)
     assert len(list((watched / "flow").glob("*.json"))) == 4
     assert not (plain / "flow").exists()
     found = readings(watched)

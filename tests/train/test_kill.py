@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from bupo.train.checkpoint import last_checkpoint
-from tests.cli.test_cli_train import RECIPE, untimed
+from tests.cli.test_cli_train import RECIPE, rows
 from tests.support.training import same_weights
 
 GUARDED = {"internal_steps": "auto", "internal_max_steps": 6, "rollouts": 8}
@@ -42,7 +42,7 @@ class Runs:
 
 
 def the_same(one, two):
-    assert untimed(one) == untimed(two)
+    assert rows(one) == rows(two)
     assert same_weights(*(load_file(f / "model" / "model.safetensors") for f in (one, two)))
     assert sorted(p.name for p in one.rglob("*")) == sorted(p.name for p in two.rglob("*"))
 
