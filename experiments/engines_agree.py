@@ -38,19 +38,18 @@ def write_questions(folder: Path, count: int) -> Path:
     return path
 
 
-def load(name: str, model: str, questions: Path, samples: int, new_tokens: int) -> tuple[EvalConfig, Any, Any]:
-    """Return configuration, engine and tokenizer."""
+def load(name: str, model: str, questions: Path, samples: int, new_tokens: int) -> tuple[EvalConfig, Any]:
+    """Return configuration and engine."""
     config = EvalConfig(
         model=model, tasks=(str(questions),), n=samples, max_new_tokens=new_tokens, dtype="float32", engine=name
     )
-    engine, tokenizer, _ = load_engine(config, device=None if name == "vllm" else "cpu")
-    return config, engine, tokenizer
+    return config, load_engine(config, device=None if name == "vllm" else "cpu")
 
 
-def measure(loaded: tuple[EvalConfig, Any, Any], output: Path) -> tuple[list[list[int]], np.ndarray, dict[str, Any]]:
+def measure(loaded: tuple[EvalConfig, Any], output: Path) -> tuple[list[list[int]], np.ndarray, dict[str, Any]]:
     """Return the prompt token ids per response, the share of correct samples per question, and the results."""
-    config, engine, tokenizer = loaded
-    results = evaluate(config, engine, tokenizer, output)
+    config, engine = loaded
+    results = evaluate(config, lambda: engine, output)
     rows = pyarrow.parquet.read_table(output / "responses.parquet").to_pylist()
     assert all(row["response_ids"] and row["finished"] == (row["response_ids"][-1] in engine.end_ids) for row in rows)
     right = [re.search(rf"(?<!\d){row['answer']}(?!\d)", row["response"]) is not None for row in rows]
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prompts[name], shares[name], results = measure(loaded, Path(folder) / name)
             task = results["tasks"]["sums"]
             accuracies[name] = {
-                **bootstrap(shares[name]).to_json(),
+                **bootstrap(shares[name]),
                 "mean_length": task["mean_length"],
                 "truncation_rate": task["truncation_rate"],
                 "seconds": time.perf_counter() - start,
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for first, second in combinations(shares, 2):
         same = prompts[first] == prompts[second]
         pairs.append({"first": first, "second": second, "same_prompt_ids": same})
-        pairs[-1].update(compare(shares[first], shares[second]).to_json())
+        pairs[-1].update(compare(shares[first], shares[second]))
         print(json.dumps(pairs[-1]))
     if options.output:
         settings = {"questions": options.questions, "samples": options.samples, "new_tokens": options.new_tokens}

@@ -96,7 +96,7 @@ def difference(
     over = bootstrap(by_problem)
     return {
         **interval(by_seed),
-        "ci95_problems": [round(100 * over.low, 2), round(100 * over.high, 2)],
+        "ci95_problems": [round(100 * bound, 2) for bound in over["ci95"]],
         "each": {str(s): round(100 * v, 2) for s, v in zip(both, by_seed, strict=True)},
     }
 

@@ -11,8 +11,10 @@ from transformers import GenerationConfig
 
 from bupo.errors import ConfigError, InputError
 from bupo.evaluate import hf_engine
-from bupo.evaluate.engines import Batch, Sampling, choose_engine, cut_at_end
+from bupo.evaluate.config import EvalConfig
+from bupo.evaluate.engines import Batch, Sampling, cut_at_end
 from bupo.evaluate.hf_engine import TransformersEngine, sample
+from bupo.evaluate.load import choose_engine
 from bupo.models.load import load_model
 from tests.support.zoo import ZOO, zoo_model
 
@@ -105,15 +107,15 @@ def test_internal_policy_is_what_is_sampled(tiny):
             ids.append(token)
 
 
-def test_wrong_settings(tiny):
-    with pytest.raises(ConfigError, match=r"max_new_tokens must be at least 1.*temperature.*top_p"):
-        Sampling(0, temperature=float("inf"), top_p=2)
+def test_wrong_settings():
+    with pytest.raises(
+        ConfigError, match=r"same name: sums, sums; top_p must.*; Avg@4 needs.*; the internal norm.*; a shard"
+    ):
+        EvalConfig("m", ("sums.json", "a/sums.jsonl"), k=4, n=2, top_p=2, internal_norm=True, shard="3/2")
     with pytest.raises(InputError, match="unknown engine"):
         choose_engine("vlm")
     with pytest.raises(InputError, match="cannot sample from an internal policy"):
         choose_engine("vllm", internal_layer=3)
-    with pytest.raises(InputError, match="exceed the model's context of 512"):
-        sample(*tiny, PROMPTS, Sampling(510), samples=1)
 
 
 def test_non_finite_probabilities_are_one_clear_line(tiny_folder):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, pass_curve
+from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, task_results
 
 
 def test_pass_at_k_equals_enumeration_of_subsets():
@@ -44,11 +44,28 @@ def test_pass_at_k_refuses_nonsense(case):
         pass_at_k(*case)
 
 
-def test_curve_has_only_the_ks_that_the_samples_allow():
-    curve = pass_curve([0, 4, 16], 16)
-    assert [k for k, _ in curve] == [1, 4, 16]
-    assert curve[0][1].mean == pytest.approx(np.mean([0, 4 / 16, 1]))
-    assert curve[-1][1].mean == pytest.approx(2 / 3)
+def rows(correct, samples, **changes):
+    row = {"reward": 0.0, "length": 3, "finished": True, **changes}
+    return [
+        {"problem_id": str(problem), "status": "correct" if sample < right else "wrong", **row}
+        for problem, right in enumerate(correct)
+        for sample in range(samples)
+    ]
+
+
+def test_results_have_only_the_ks_that_the_samples_allow():
+    results = task_results(rows([0, 4, 16], 16), k=8)
+    curve = results["pass_at_k"]
+    assert [entry["k"] for entry in curve] == [1, 4, 8, 16]
+    assert curve[0]["mean"] == results["avg_at_k"]["mean"] == pytest.approx(np.mean([0, 4 / 16, 1]))
+    assert curve[-1]["mean"] == pytest.approx(2 / 3)
+
+
+def test_results_need_equal_samples_and_survive_no_usable_problem():
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        task_results(rows([0, 0], 2)[:3], k=1)
+    empty = task_results(rows([0], 1, status="bad_gold"), k=1)
+    assert (empty["n_problems"], empty["left_out"]) == (0, ["0"])
 
 
 def simulated_means(generator, problems, samples):
@@ -61,7 +78,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     covered = 0
     for trial in range(400):
         estimate = bootstrap(simulated_means(generator, 60, 8), resamples=600, seed=trial)
-        covered += estimate.low <= 2 / 7 <= estimate.high
+        covered += estimate["ci95"][0] <= 2 / 7 <= estimate["ci95"][1]
     assert 0.91 <= covered / 400 <= 0.98  # 95 % within three standard errors, less what the percentile method loses
 
 
@@ -69,13 +86,13 @@ def test_interval_is_of_problems_not_of_samples():
     """Treating the samples of a problem as independent would give an interval far too narrow."""
     generator = np.random.default_rng(2)
     shares = (generator.random(50) < 0.5).astype(float)  # every problem is always or never solved
-    estimate = bootstrap(shares)
+    low, high = bootstrap(shares)["ci95"]
     by_samples = 2 * 1.96 * np.sqrt(0.25 / (50 * 16))
-    assert estimate.high - estimate.low > 3 * by_samples
+    assert high - low > 3 * by_samples
 
 
 def test_bootstrap_edge_cases():
-    assert bootstrap([0.5]).to_json() == {"mean": 0.5, "ci95": [0.5, 0.5]}
+    assert bootstrap([0.5]) == {"mean": 0.5, "ci95": [0.5, 0.5]}
     assert bootstrap([1, 0, 1], seed=3) == bootstrap([1, 0, 1], seed=3)
     with pytest.raises(ValueError, match="at least one problem"):
         bootstrap([])
@@ -87,12 +104,12 @@ def test_comparison_finds_a_difference_and_keeps_its_level():
     for trial in range(200):  # no difference
         difficulty = generator.beta(2, 5, size=40)
         first, second = generator.binomial(8, difficulty) / 8, generator.binomial(8, difficulty) / 8
-        rejected += compare(first, second, resamples=500, seed=trial).p_value < 0.05
+        rejected += compare(first, second, resamples=500, seed=trial)["p_value"] < 0.05
     assert rejected / 200 <= 0.10  # 5 % and three standard errors
     difficulty = generator.beta(2, 5, size=40)
     better = compare(generator.binomial(8, difficulty) / 8, generator.binomial(8, np.minimum(difficulty + 0.2, 1)) / 8)
-    assert better.p_value < 0.01
-    assert better.low > 0
+    assert better["p_value"] < 0.01
+    assert better["ci95"][0] > 0
 
 
 def test_comparison_equals_enumerated_sign_flips():
@@ -100,6 +117,6 @@ def test_comparison_equals_enumerated_sign_flips():
     differences = np.subtract(second, first)
     flips = [abs(np.dot(signs, differences)) for signs in product((1, -1), repeat=5)]
     exact = np.mean([flip >= abs(differences.sum()) - 1e-12 for flip in flips])
-    assert compare(first, second, resamples=50_000).p_value == pytest.approx(exact, abs=0.01)
+    assert compare(first, second, resamples=50_000)["p_value"] == pytest.approx(exact, abs=0.01)
     with pytest.raises(ValueError, match="same problems, not 5 and 4"):
         compare(first, second[:4])

@@ -11,12 +11,10 @@ import pytest
 
 from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
-from bupo.evaluate.config import EvalConfig
-from bupo.evaluate.finished import regrade
+from bupo.evaluate.config import TASKS, EvalConfig, Task, task_problems
 from bupo.evaluate.hf_engine import TransformersEngine
-from bupo.evaluate.results import task_results
-from bupo.evaluate.run import check_output, evaluate
-from bupo.evaluate.tasks import TASKS, Task, task_problems
+from bupo.evaluate.responses import regrade
+from bupo.evaluate.run import evaluate
 from bupo.models.load import load_model
 
 
@@ -37,8 +35,7 @@ def run(output, tiny, questions, *, engine=None, **changes):
     settings = {"model": "tiny", "tasks": (str(questions),), "n": 4, "k": 2, "max_new_tokens": 5, "batch_size": 3}
     config = EvalConfig(**{**settings, **changes})
     engine = engine or TransformersEngine(*tiny, batch_size=config.batch_size)
-    check_output(config, output, overwrite=False)
-    return evaluate(config, engine, engine.tokenizer, output)
+    return evaluate(config, lambda: engine, output)
 
 
 def rows_of(folder):
@@ -169,15 +166,6 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(InputError, match=r"longest prompt has 4 tokens.*context of 512"):
         run(tmp_path / "out", tiny, questions, max_new_tokens=509)
     assert not (tmp_path / "out").exists()
-
-
-def test_results_need_equal_samples_and_survive_no_usable_problem():
-    row = {"problem_id": "a", "reward": 0.0, "status": "wrong", "length": 3, "finished": True}
-    with pytest.raises(ValueError, match="different numbers of samples"):
-        task_results([row, row, {**row, "problem_id": "b"}], k=1)
-    empty = task_results([{**row, "status": "bad_gold"}], k=1)
-    assert empty["n_problems"] == 0
-    assert empty["left_out"] == ["a"]
 
 
 def test_every_task_of_the_paper_loads_from_a_folder(shared_data):

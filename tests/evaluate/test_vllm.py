@@ -33,9 +33,9 @@ def test_first_tokens_come_from_the_models_distribution(engines):
     from bupo.data.prompts import prompt_ids
     from bupo.evaluate.engines import Sampling
 
-    _, vllm, tokenizer = engines["vllm"]
+    _, vllm = engines["vllm"]
     model = engines["transformers"][1].model
-    prompt = prompt_ids([{"role": "user", "content": "Name a colour."}], tokenizer)
+    prompt = prompt_ids([{"role": "user", "content": "Name a colour."}], vllm.tokenizer)
     n = 300
     (batch,) = vllm.plan(1, n, 3)
     responses = vllm.run([prompt], batch, Sampling(1, seed=3))
@@ -64,7 +64,7 @@ def test_the_engines_agree(engines, tmp_path):
         assert results["engine"] == name
     assert 0 < np.mean(shares["transformers"]) < 1
     assert prompts["vllm"] == prompts["transformers"]
-    assert compare(shares["transformers"], shares["vllm"]).p_value > 0.001
+    assert compare(shares["transformers"], shares["vllm"])["p_value"] > 0.001
 
 
 # -- as the sampler of a training run --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bupo.evaluate.results import task_results
+from bupo.evaluate.metrics import task_results
 from bupo.report.collect import ReportData
 from bupo.report.conclusion import compare_evaluations
 from bupo.report.logs import TrainingRun

