@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from bupo.errors import ConfigError
 from bupo.train.checkpoint import fill_optimizer_state
@@ -24,17 +29,10 @@ WANTED = {  # what accelerate makes of each: kind, machines, processes
 }
 
 
-def test_every_launch_config_is_known():
-    assert {path.stem for path in CONFIGS} == set(WANTED)
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
 def test_launch_configs_are_what_accelerate_reads(path, monkeypatch):
     """Through accelerate's own loader, and its launcher's translation into the environment of the processes."""
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
+    assert {one.stem for one in CONFIGS} == set(WANTED)
     loaded = load_config_from_file(str(path))  # raises for keys that it does not know
     kind, machines, processes = WANTED[path.stem]
     assert (loaded.distributed_type.value, loaded.num_machines, loaded.num_processes) == (kind, machines, processes)
@@ -42,9 +40,8 @@ def test_launch_configs_are_what_accelerate_reads(path, monkeypatch):
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     assert args.num_processes == processes
     assert (args.use_fsdp, args.use_deepspeed) == (kind == "FSDP", kind == "DEEPSPEED")
-    text = path.read_text()
-    assert f"--config_file recipes/accelerate/{path.name}" in text
-    assert "not run" in text.lower()
+    assert f"--config_file recipes/accelerate/{path.name}" in path.read_text()
+    assert "not run" in path.read_text().lower()
     if kind == "DEEPSPEED":
         assert args.zero_stage == int(path.stem[-1])
     if kind == "FSDP":
@@ -52,11 +49,8 @@ def test_launch_configs_are_what_accelerate_reads(path, monkeypatch):
             if name.startswith(("FSDP", "ACCELERATE_USE")):
                 monkeypatch.setenv(name, value)
         monkeypatch.setenv("WORLD_SIZE", "1")
-        from accelerate.utils import FullyShardedDataParallelPlugin
-
         plugin = FullyShardedDataParallelPlugin()
-        assert plugin.fsdp_version == 2
-        assert plugin.reshard_after_forward is True
+        assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
         assert "SHARDED" in str(plugin.state_dict_type)
         assert engine(SimpleNamespace(deepspeed=None, fsdp=None, world_size=16)) == "fsdp2"
 
@@ -66,21 +60,20 @@ def test_the_engine_is_found_in_settings_and_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def found(**settings):
-        return engine(
-            SimpleNamespace(**{"deepspeed": None, "fsdp": None, "fsdp_config": None, "world_size": 2, **settings})
-        )
+        return engine(SimpleNamespace(**{"deepspeed": None, "fsdp": None, "world_size": 2, **settings}))
 
     assert found(world_size=1) == "one"
     assert found() == "ddp"
     assert found(fsdp=True, fsdp_config={"version": 2}) == "fsdp2"
     assert found(fsdp=True, fsdp_config={"version": 1}) == "fsdp1"
     assert found(deepspeed={"zero_optimization": {}}) == "deepspeed"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert found() == "fsdp1"
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    assert found() == "fsdp2"
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert found() == "deepspeed"
+    for name, value, wanted in [
+        ("ACCELERATE_USE_FSDP", "true", "fsdp1"),
+        ("FSDP_VERSION", "2", "fsdp2"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed"),
+    ]:
+        monkeypatch.setenv(name, value)
+        assert found() == wanted
 
 
 def test_what_deepspeed_cannot_do_is_refused(tmp_path, monkeypatch):
@@ -92,13 +85,8 @@ def test_what_deepspeed_cannot_do_is_refused(tmp_path, monkeypatch):
         config(tmp_path, internal_steps="auto", internal_max_steps=2)
 
 
-# -- optimizer state of layers that were not trained yet -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)], ids=["adamw", "sgd"]
-)
-def test_filled_optimizer_state_changes_no_update(make):
+@pytest.mark.parametrize("make", [torch.optim.AdamW, partial(torch.optim.SGD, lr=1e-3, momentum=0.9)])
+def test_filled_optimizer_state_of_untrained_layers_changes_no_update(make):
     runs = []
     for fill in (False, True):
         torch.manual_seed(0)
@@ -116,7 +104,7 @@ def test_filled_optimizer_state_changes_no_update(make):
 
 
 def test_an_optimizer_with_other_shapes_is_refused():
-    lower, upper = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(3, 2))
+    lower, upper = (torch.nn.Parameter(torch.randn(3, 2)) for _ in range(2))
     optimizer = torch.optim.Adafactor([lower, upper])
     lower.sum().backward()
     optimizer.step()

@@ -7,8 +7,6 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, task_results
 
@@ -19,29 +17,11 @@ def test_pass_at_k_equals_enumeration_of_subsets():
             samples = [True] * correct + [False] * (n - correct)
             subsets = list(combinations(samples, k))
             assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
-
-
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-@settings(max_examples=200)
-def test_pass_at_k_equals_exact_binomials(case):
-    n, correct, k = case
-    exact = 1 - comb(n - correct, k) / comb(n, k)
-    assert pass_at_k(n, correct, k) == pytest.approx(exact, abs=1e-9)
-
-
-def test_pass_at_k_is_unbiased():
-    """Its mean over draws is 1 - (1-p)^k."""
-    generator = np.random.default_rng(0)
-    p, n, k = 0.1, 20, 8
-    draws = generator.binomial(n, p, size=20_000)
-    table = np.array([pass_at_k(n, c, k) for c in range(n + 1)])[draws]
-    assert abs(table.mean() - (1 - (1 - p) ** k)) < 4 * table.std() / np.sqrt(draws.size)
-
-
-@pytest.mark.parametrize("case", [(0, 0, 1), (4, 5, 1), (4, 1, 0), (4, 1, 5), (4, -1, 1)])
-def test_pass_at_k_refuses_nonsense(case):
-    with pytest.raises(ValueError, match="need 0 <= correct"):
-        pass_at_k(*case)
+    for n, correct, k in [(2000, 3, 700), (2000, 700, 3), (1999, 1000, 1), (1500, 20, 1480), (300, 299, 2)]:
+        assert pass_at_k(n, correct, k) == pytest.approx(1 - comb(n - correct, k) / comb(n, k), abs=1e-9)
+    for case in [(0, 0, 1), (4, 5, 1), (4, 1, 0), (4, 1, 5), (4, -1, 1)]:
+        with pytest.raises(ValueError, match="need 0 <= correct"):
+            pass_at_k(*case)
 
 
 def rows(correct, samples, **changes):
@@ -60,40 +40,24 @@ def test_results_have_only_the_ks_that_the_samples_allow():
     assert curve[0]["mean"] == results["avg_at_k"]["mean"] == pytest.approx(np.mean([0, 4 / 16, 1]))
     assert curve[-1]["mean"] == pytest.approx(2 / 3)
 
-
-def test_results_need_equal_samples_and_survive_no_usable_problem():
     with pytest.raises(ValueError, match="different numbers of samples"):
         task_results(rows([0, 0], 2)[:3], k=1)
     empty = task_results(rows([0], 1, status="bad_gold"), k=1)
     assert (empty["n_problems"], empty["left_out"]) == (0, ["0"])
 
 
-def simulated_means(generator, problems, samples):
-    """Share of right samples per problem where problems differ in difficulty (mean 2/7)."""
-    return generator.binomial(samples, generator.beta(2, 5, size=problems)) / samples
-
-
 def test_interval_covers_the_truth_as_often_as_it_says():
+    """Problems differ in difficulty (mean 2/7); an interval over samples would be far too narrow."""
     generator = np.random.default_rng(1)
     covered = 0
     for trial in range(400):
-        estimate = bootstrap(simulated_means(generator, 60, 8), resamples=600, seed=trial)
+        estimate = bootstrap(generator.binomial(8, generator.beta(2, 5, size=60)) / 8, resamples=600, seed=trial)
         covered += estimate["ci95"][0] <= 2 / 7 <= estimate["ci95"][1]
     assert 0.91 <= covered / 400 <= 0.98  # 95 % within three standard errors, less what the percentile method loses
 
 
-def test_interval_is_of_problems_not_of_samples():
-    """Treating the samples of a problem as independent would give an interval far too narrow."""
-    generator = np.random.default_rng(2)
-    shares = (generator.random(50) < 0.5).astype(float)  # every problem is always or never solved
-    low, high = bootstrap(shares)["ci95"]
-    by_samples = 2 * 1.96 * np.sqrt(0.25 / (50 * 16))
-    assert high - low > 3 * by_samples
-
-
 def test_bootstrap_edge_cases():
     assert bootstrap([0.5]) == {"mean": 0.5, "ci95": [0.5, 0.5]}
-    assert bootstrap([1, 0, 1], seed=3) == bootstrap([1, 0, 1], seed=3)
     with pytest.raises(ValueError, match="at least one problem"):
         bootstrap([])
 

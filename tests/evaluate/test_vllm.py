@@ -7,8 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from trl.generation.vllm_generation import VLLMGeneration
 
+from bupo.data.prompts import prompt_ids
+from bupo.evaluate.engines import Sampling
+from bupo.evaluate.metrics import compare
 from experiments import engines_agree
+from tests.evaluate.test_hf_engine import assert_drawn_from
+from tests.support.tiny import tiny_model
+from tests.support.training import make_trainer, tiny_tokenizer
 
 MODEL = Path(__file__).parents[2] / "models" / "smollm2"
 pytestmark = [
@@ -22,17 +31,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     questions = engines_agree.write_questions(tmp_path_factory.mktemp("data"), 8)
-    names = ("vllm", "transformers")
-    return {name: engines_agree.load(name, str(MODEL), questions, 8, 24) for name in names}
+    return {name: engines_agree.load(name, str(MODEL), questions, 8, 24) for name in ("vllm", "transformers")}
 
 
 def test_first_tokens_come_from_the_models_distribution(engines):
     """Samples of one request against the softmax that transformers computes for the same prompt token ids."""
-    import torch
-
-    from bupo.data.prompts import prompt_ids
-    from bupo.evaluate.engines import Sampling
-
     _, vllm = engines["vllm"]
     model = engines["transformers"][1].model
     prompt = prompt_ids([{"role": "user", "content": "Name a colour."}], vllm.tokenizer)
@@ -44,20 +47,11 @@ def test_first_tokens_come_from_the_models_distribution(engines):
     assert vllm.run([prompt], batch, Sampling(1, seed=3)) == responses  # the same seed, the same samples
     with torch.no_grad():
         p = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
-    counts = np.bincount([r[0] for r in responses], minlength=p.size)
-    large = p * n >= 5
-    assert large.sum() >= 5
-    expected = np.append(p[large], p[~large].sum()) * n
-    observed = np.append(counts[large], counts[~large].sum())
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    degrees = len(expected) - 1
-    assert statistic < degrees + 5 * np.sqrt(2 * degrees)
+    assert_drawn_from([r[0] for r in responses], p, spread=5)
 
 
 def test_the_engines_agree(engines, tmp_path):
     """The same prompt token ids, and accuracies that differ by no more than sampling explains."""
-    from bupo.evaluate.metrics import compare
-
     shares, prompts = {}, {}
     for name, loaded in engines.items():
         prompts[name], shares[name], results = engines_agree.measure(loaded, tmp_path / name)
@@ -67,14 +61,9 @@ def test_the_engines_agree(engines, tmp_path):
     assert compare(shares["transformers"], shares["vllm"])["p_value"] > 0.001
 
 
-# -- as the sampler of a training run --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def vllm_trains_on_a_cpu(monkeypatch):
-    """TRL builds its engine for a GPU. Without one vLLM needs other options, and must not pack its linear weights:
-    packed ones cannot be loaded again after an update."""
-    import torch
+    """TRL builds its engine for a GPU; on a CPU, packed linear weights could not be loaded again after an update."""
     import vllm
     import vllm.model_executor.layers.utils as layers
 
@@ -97,16 +86,7 @@ def vllm_trains_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("synced", [True, False], ids=["synced", "control"])
 def test_training_samples_from_the_full_policy_in_both_phases(tmp_path, vllm_trains_on_a_cpu, monkeypatch, synced):
-    """Colocated vLLM: its log-probabilities are those of the full policy of the updated weights, rollout by rollout.
-
-    In the control the updated weights are withheld from the engine, and the differences grow.
-    """
-    from transformers import AutoModelForCausalLM
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    from tests.support.tiny import tiny_model
-    from tests.support.training import make_trainer, tiny_tokenizer
-
+    """Colocated vLLM's log-probabilities are the updated full policy's; in the control it does not get the weights."""
     tiny_model("qwen3", spread=3.0, head_dim=32).save_pretrained(tmp_path / "start")
     tiny_tokenizer().save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
@@ -117,9 +97,6 @@ def test_training_samples_from_the_full_policy_in_both_phases(tmp_path, vllm_tra
     trainer.train()
     rows = [row for row in trainer.state.log_history if "phase" in row]
     assert [row["phase"] for row in rows] == [1, 1, 2, 2]
-    differences = [row["sampling/sampling_logp_difference/max"] for row in rows]
-    assert differences[0] < 1e-4
-    if synced:
-        assert max(differences) < 1e-4
-    else:
-        assert all(difference > 1e-2 for difference in differences[1:])
+    first, *later = [row["sampling/sampling_logp_difference/max"] for row in rows]
+    assert first < 1e-4
+    assert max(later) < 1e-4 if synced else min(later) > 1e-2
