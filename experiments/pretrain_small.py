@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import re
 import string
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from bupo.data.arithmetic import draw_from, problems, split_of
+from bupo.data.arithmetic import draw, problems, split_of
 from bupo.run_folder import machine, versions, write_text
 
 BOXED = "\\boxed{"
@@ -69,12 +70,23 @@ def build_model(arch: str, tied: bool, size: int, layers: int, width: int) -> to
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
+def working(prompt: str) -> list[str]:
+    """Return the lines that solve ``(a+b)*c=``, ``(a-b)*c=`` or ``(a+b)*c-d=``."""
+    parts = re.fullmatch(r"\((\d+)([+-])(\d+)\)\*(\d+)(?:-(\d+))?=", prompt)
+    a, sign, b, c, d = parts.groups()
+    inner = int(a) + int(b) if sign == "+" else int(a) - int(b)
+    product = inner * int(c)
+    lines = [f"{a}{sign}{b}={inner}", f"{inner}*{c}={product}"]
+    return [*lines, f"{product}-{d}={product - int(d)}"] if d else lines
+
+
 def example(generator: random.Random, left_out: float) -> tuple[str, str]:
     """Draw a prompt and a response of the mixture."""
     kind = generator.random()
     if kind < 0.7:
-        task = draw_from(generator, "train", "standard" if kind < 0.6 else "hard")
-        return task.prompt + "\n", task.response(with_steps=generator.random() >= left_out)
+        prompt, answer = draw(generator, "train", "standard" if kind < 0.6 else "hard")
+        steps = working(prompt) if generator.random() >= left_out else []
+        return prompt + "\n", "\n".join([*steps, f"{BOXED}{answer}}}"])
     a, b, c = generator.randint(10, 198), generator.randint(10, 99), generator.randint(2, 9)
     prompt, answer = [(f"{a}+{b}=", a + b), (f"{max(a, b)}-{min(a, b)}=", abs(a - b)), (f"{a}*{c}=", a * c)][
         generator.randrange(3)

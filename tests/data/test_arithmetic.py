@@ -1,7 +1,5 @@
 """The built-in tasks and the model that ships with them: disjoint splits, right answers, and room to learn."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter
@@ -13,91 +11,43 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo.data.answers import last_boxed
-from bupo.data.arithmetic import LEVELS, SIZES, TEST_SHARE, draw, draw_from, problems, split_of
+from bupo.data.arithmetic import SIZES, TEST_SHARE, draw, problems, split_of
 from bupo.data.problems import load_problems
 from bupo.errors import InputError
 from bupo.models.load import SMALL_MODEL
 
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
-STANDARD = re.compile(r"\((\d+)([+-])(\d+)\)\*(\d+)=")
-HARD = re.compile(r"\((\d+)\+(\d+)\)\*(\d+)-(\d+)=")
-STEP = re.compile(r"(-?\d+)([+*-])(\d+)=(-?\d+)")
+FORMS = {"standard": r"\((\d+)([+-])(\d+)\)\*(\d+)()=", "hard": r"\((\d+)(\+)(\d+)\)\*(\d+)-(\d+)="}
 
 
-def recomputed(prompt: str) -> int:
-    """The answer, from the prompt's text alone."""
-    if match := STANDARD.fullmatch(prompt):
-        a, b, c = int(match[1]), int(match[3]), int(match[4])
-        return (a + b if match[2] == "+" else a - b) * c
-    match = HARD.fullmatch(prompt)
-    assert match, prompt
-    a, b, c, d = map(int, match.groups())
-    return (a + b) * c - d
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_answers_and_every_line_of_working_are_right(level):
-    generator = random.Random(5)
-    for _ in range(500):
-        task = draw(generator, level)
-        assert task.answer == recomputed(task.prompt)
-        assert len(task.steps) == (2 if level == "standard" else 3)
-        for line in task.steps:
-            left, sign, right, result = STEP.fullmatch(line).groups()
-            a, b = int(left), int(right)
-            assert {"+": a + b, "-": a - b, "*": a * b}[sign] == int(result), line
-        assert task.steps[-1].endswith(f"={task.answer}")
-        assert last_boxed(task.response()) == last_boxed(task.response(with_steps=False)) == str(task.answer)
-        assert task.response() == "\n".join([*task.steps, task.response(with_steps=False)])
-
-
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FORMS)
 def test_rows_are_distinct_and_hold_the_right_answers(level):
     rows = problems(300, seed=3, split="test", level=level)
     assert len({r["id"] for r in rows}) == len({r["prompt"] for r in rows}) == 300
     for row in rows:
-        assert row["prompt"].endswith("=\n")
-        assert row["answer"] == str(recomputed(row["prompt"].strip()))
-        assert row["id"] == f"arithmetic/{level}/{row['prompt'].strip()}"
+        text = row["prompt"].removesuffix("\n")
+        a, sign, b, c, d = re.fullmatch(FORMS[level], text).groups()
+        inner = int(a) + int(b) if sign == "+" else int(a) - int(b)
+        assert row["answer"] == str(inner * int(c) - int(d or 0))
+        assert row["id"] == f"arithmetic/{level}/{text}"
 
 
-def test_levels_share_no_problem_and_hard_has_an_operation_more():
-    standard, hard = (
-        {r["prompt"].strip() for s in ("train", "test") for r in problems(300, split=s, level=level)}
-        for level in LEVELS
-    )
-    assert all(STANDARD.fullmatch(p) for p in standard)
-    assert all(HARD.fullmatch(p) for p in hard)
-
-
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FORMS)
 def test_splits_are_disjoint_for_any_seeds(level):
-    train = {r["prompt"] for seed in range(3) for r in problems(1000, seed=seed, split="train", level=level)}
-    test = {r["prompt"] for seed in range(3) for r in problems(1000, seed=seed, split="test", level=level)}
-    assert not train & test
-    assert {split_of(p.strip()) for p in train} == {"train"}
-    assert {split_of(p.strip()) for p in test} == {"test"}
-
-
-def test_share_of_the_test_split():
-    generator = random.Random(0)
-    share = sum(split_of(draw(generator).prompt) == "test" for _ in range(5000)) / 5000
-    assert share == pytest.approx(TEST_SHARE, abs=0.02)  # 4.7 standard errors
+    for split in ("train", "test"):
+        prompts = {r["prompt"] for seed in range(3) for r in problems(1000, seed=seed, split=split, level=level)}
+        assert {split_of(p.strip()) for p in prompts} == {split}
 
 
 def test_deterministic_by_seed_and_a_longer_list_begins_with_the_shorter():
-    torch.manual_seed(1)
     random.seed(1)
     first = problems(50, seed=7, split="train")
-    torch.manual_seed(2)
     random.seed(2)
     assert problems(80, seed=7, split="train")[:50] == first
     assert problems(50, seed=8, split="train") != first
     # fixed for good: measured figures name these problems
     assert [r["prompt"] for r in problems(3, seed=0, split="test")] == ["(54+59)*9=\n", "(76+70)*2=\n", "(57+83)*9=\n"]
-
-
-def test_the_loader_gives_the_same_rows():
+    assert draw(random.Random(5), "test", "hard") == ("(93+77)*2-69=", 271)
     rows = problems(5, seed=2, split="train", level="hard")
     loaded = load_problems("arithmetic-hard", split="train", limit=5, seed=2)
     assert [(p.id, p.prompt, p.answer) for p in loaded] == [(r["id"], r["prompt"], r["answer"]) for r in rows]
@@ -109,15 +59,7 @@ def test_a_split_that_is_too_small_is_refused_at_once():
     prompts = {f"({a}+{b})*{c}=" for a in range(10, 100) for b in range(10, 100) for c in range(2, 10)}
     prompts |= {f"({a}-{b})*{c}=" for a in range(10, 100) for b in range(10, a + 1) for c in range(2, 10)}
     assert Counter(map(split_of, prompts)) == {split: SIZES["standard", split] for split in ("train", "test")}
-
-
-def test_wrong_split_level_or_size():
-    with pytest.raises(ValueError, match=r"unknown split 'dev'.*train, test"):
-        problems(1, split="dev")
-    with pytest.raises(ValueError, match=r"unknown level 'easy'.*standard, hard"):
-        problems(1, level="easy")
-    with pytest.raises(ValueError, match="unknown level"):
-        draw_from(random.Random(0), "train", "easy")
+    assert SIZES["standard", "test"] / len(prompts) == pytest.approx(TEST_SHARE, abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +83,7 @@ def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.unk_token_id not in ids
 
 
-def test_tokenizer_layout(tokenizer, model):
-    assert tokenizer.chat_template is None
-    assert len(tokenizer) == model.config.vocab_size == 4 + len(ASCII) + 1  # specials, characters, "\boxed{"
-    config = model.generation_config
-    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 1.0, 0, 1.0)
-
-
-def test_shipped_model_is_small_and_of_the_promised_architecture(model):
+def test_shipped_model_is_small_and_of_the_promised_architecture(model, tokenizer):
     files = [p for p in SMALL_MODEL.iterdir() if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 12 * 2**20
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}  # nothing that is unpickled
@@ -157,6 +91,11 @@ def test_shipped_model_is_small_and_of_the_promised_architecture(model):
     assert model.config.num_hidden_layers >= 8
     assert sum(p.numel() for p in model.parameters()) <= 3_000_000
     assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert tokenizer.chat_template is None
+    assert len(tokenizer) == model.config.vocab_size == 4 + len(ASCII) + 1  # specials, characters, "\boxed{"
+    config = model.generation_config
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 1.0, 0, 1.0)
 
 
 def test_shipped_model_solves_some_held_out_problems_but_far_from_all(model, tokenizer):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -10,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo.data.answers import equal_at_sight, extract_answer, is_words, plain_text, strip_answer
+from bupo.data import answers
 from bupo.data.grading import Grader, default_workers
 from bupo.data.problems import Problem, load_problems
-from bupo.data.same_answer import check_gold, grade_math
 from tests.support import hostile
 
 
@@ -27,36 +24,29 @@ def grader():
         yield grader
 
 
-def status(grader, gold, *answers, boxed=True):
-    texts = [f"so \\boxed{{{a}}}" if boxed else a for a in answers]
-    return [g.status for g in grader.grade(texts, [problem(gold)] * len(answers))]
+def status(grader, gold, *texts):
+    return [g.status for g in grader.grade([f"so \\boxed{{{a}}}" for a in texts], [problem(gold)] * len(texts))]
 
 
-@pytest.mark.parametrize(
-    ("gold", "right", "wrong"),
-    [
-        (
-            "\\frac{3}{2}",
-            ["\\dfrac32", "1.5", "3/2", "\\frac{6}{4}", "\\tfrac{3}{2}", "1\\frac{1}{2}"],
-            ["2/3", "-1.5"],
-        ),
-        ("90^\\circ", ["90", "90^{\\circ}", "90\\text{ degrees}"], ["91^\\circ", "-90"]),
-        ("10,\\!080", ["10080", "10,080"], ["10081", "1080"]),
-        ("1,-2", ["-2,1", "-2, 1"], ["1,2", "-1,-2"]),
-        ("(3,4]", ["(3, 4]", "\\left(3,4\\right]"], ["(3,4)", "[3,4]", "(4,3]"]),
-        ("(15,-29)", ["(15, -29)", "\\left( 15,-29 \\right)"], ["(-29,15)", "(15,29)"]),
-        ("x=5", ["5", "x = 5"], ["6", "x=-5"]),
-        (
-            "\\text{Evelyn}",
-            ["Evelyn", "\\text{evelyn}", "{\\mathrm{Evelyn}}", "Evelyn."],
-            ["Eve", "\\text{Navin}", "3"],
-        ),
-        ("\\text{(C)}", ["C", "(C)", "\\textbf{C}"], ["(B)", "D"]),
-        ("Yes", ["yes", "\\text{Yes}"], ["No", "sye"]),
-        ("\\infty", ["\\infty", "+\\infty"], ["-\\infty", "0"]),
-    ],
-)
-def test_equivalent_and_other_answers(grader, gold, right, wrong):
+RIGHT_AND_WRONG = {  # gold answer: right answers, wrong ones (a sentence is not searched for numbers)
+    "\\frac{3}{2}": (["\\dfrac32", "1.5", "3/2", "\\frac{6}{4}", "1\\frac{1}{2}"], ["2/3", "-1.5"]),
+    "90^\\circ": (["90", "90^{\\circ}", "90\\text{ degrees}"], ["91^\\circ", "-90"]),
+    "10,\\!080": (["10080", "10,080"], ["10081", "1080"]),
+    "1,-2": (["-2,1", "-2, 1"], ["1,2", "-1,-2"]),
+    "(3,4]": (["(3, 4]", "\\left(3,4\\right]"], ["(3,4)", "[3,4]", "(4,3]"]),
+    "(15,-29)": (["(15, -29)", "\\left( 15,-29 \\right)"], ["(-29,15)", "(15,29)"]),
+    "x=5": (["5", "x = 5"], ["6", "x=-5"]),
+    "\\text{Evelyn}": (["Evelyn", "\\text{evelyn}", "{\\mathrm{Evelyn}}", "Evelyn."], ["Eve", "\\text{Navin}", "3"]),
+    "\\text{(C)}": (["C", "(C)", "\\textbf{C}"], ["(B)", "D"]),
+    "Yes": (["yes", "\\text{Yes}"], ["No", "sye"]),
+    "\\infty": (["\\infty", "+\\infty"], ["-\\infty", "0"]),
+    "4": (["5-1", "2^2"], ["the answer is 4", "1 2 3 4", "3 \\text{ or } 4", "answer is $4$", "3,4", "4 or 5"]),
+}
+
+
+@pytest.mark.parametrize("gold", RIGHT_AND_WRONG)
+def test_right_and_wrong_answers(grader, gold):
+    right, wrong = RIGHT_AND_WRONG[gold]
     assert status(grader, gold, *right) == ["correct"] * len(right)
     assert "correct" not in status(grader, gold, *wrong)
 
@@ -69,49 +59,32 @@ def test_only_the_last_box_counts(grader):
     assert grades[0].extracted == "4"
 
 
-def test_a_sentence_in_the_box_is_not_searched_for_numbers(grader):
-    wrong = ["the answer is 4", "1 2 3 4", "3 \\text{ or } 4", "final answer is $4$", "3,4", "4 or 5"]
-    assert "correct" not in status(grader, "4", *wrong)
-
-
 def test_gold_that_cannot_be_read_is_said_and_never_counted_as_wrong(grader):
     assert status(grader, "\\frac{", "1", "\\frac{") == ["bad_gold"] * 2
-    assert status(grader, "", "1", "no box", boxed=False) == ["bad_gold"] * 2
-    assert check_gold("%%%")[1] == "bad_gold"
-    assert check_gold("none of these")[1] == "usable"
+    assert [g.status for g in grader.grade(["1", "no box"], [problem("")] * 2)] == ["bad_gold"] * 2
+    assert answers.check_gold("%%%")[1] == "bad_gold"
+    assert answers.check_gold("none of these")[1] == "usable"
 
 
 def test_words():
-    assert is_words("\\text{no}")
-    assert is_words("Yes")
-    assert not is_words("xy")  # a product
-    assert not is_words("2k")
-    assert plain_text(" $\\text{ Two  words }$. ") == "two words"
-    assert strip_answer("{ $x^{2}$ }") == "x^{2}"
-    assert strip_answer("\\{1\\}") == "\\{1\\}"
+    assert answers.is_words("\\text{no}")
+    assert answers.is_words("Yes")
+    assert not answers.is_words("xy")  # a product
+    assert not answers.is_words("2k")
+    assert answers.plain_text(" $\\text{ Two  words }$. ") == "two words"
+    assert answers.strip_answer("{ $x^{2}$ }") == "x^{2}"
+    assert answers.strip_answer("\\{1\\}") == "\\{1\\}"
 
 
-HANGING = ["9^{9^{9^{9}}}", "(10^{10})!!", "\\sqrt{" * 400 + "2" + "}" * 400, "2^{2^{2^{2^{2^{2^{2}}}}}}"]
-
-
-def test_a_hanging_answer_costs_only_itself(grader):
-    before = time.monotonic()
-    answers = [*HANGING, "4"]
-    found = status(grader, "4", *answers)
-    assert found[-1] == "correct"
-    assert "correct" not in found[:-1]
-    assert "timeout" in found
-    assert time.monotonic() - before < 60  # not a timing test: without the limit this takes for ever
-
-
-def test_hostile_answers():
+def test_hostile_answers_cost_only_themselves():
     """A few of every kind, with a short limit; all of them are graded by the slow test below."""
-    chosen = [text for kind in hostile.answers().values() for text in kind[:: max(1, len(kind) // 3)]]
-    assert len(chosen) > 50
+    chosen = [text for kind in hostile.answers().values() for text in (kind[0], kind[-1])]
     with Grader(workers=2, seconds=0.4) as grader:
-        grades = grader.grade(chosen, [problem(hostile.GOLD)] * len(chosen))
-        assert not any(g.status == "correct" for g in grades)
-        assert status(grader, "4", "5-1") == ["correct"]  # and it still works
+        found = [g.status for g in grader.grade([*chosen, "\\boxed{5-1}"], [problem("4")] * (len(chosen) + 1))]
+        assert found.index("correct") == len(chosen)
+        assert "timeout" in found
+        some = ["9^{9^{9^{9}}}", "\\frac{1}{3}", "x", "{"]
+        assert status(grader, "\\frac{2}{6}", *some) == status(grader, "\\frac{2}{6}", *some)  # and a grade repeats
 
 
 @pytest.mark.slow
@@ -144,25 +117,18 @@ def test_agreement_on_math500(shared_data, monkeypatch):
     assert perturbed <= 0.005
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer", "equal"),
-    [
-        ("4", "4", True),
-        ("4", "04", True),
-        ("4", "5", False),
-        ("\\frac{1}{2}", "2/4", True),
-        ("\\frac{1}{2}", "0.5", True),
-        ("\\frac{1}{3}", "0.333", None),  # math-verify decides about rounding
-        ("-\\dfrac{1}{2}", "-$\\frac{1}{2}$", None),
-        ("-\\dfrac{1}{2}", "\\frac{1}{2}", False),
-        ("4", "4/0", None),
-        ("4", "x", None),
-        ("x", "x", True),
-        ("4", "\u0664", None),  # another script's digit
-    ],
-)
-def test_equal_at_sight(gold, answer, equal):
-    assert equal_at_sight(gold, answer) is equal
+def test_equal_at_sight():
+    equal = [("4", "4"), ("4", "04"), ("\\frac{1}{2}", "2/4"), ("\\frac{1}{2}", "0.5"), ("x", "x")]
+    other = [("4", "5"), ("-\\dfrac{1}{2}", "\\frac{1}{2}")]
+    unclear = [
+        ("-\\dfrac{1}{2}", "-$\\frac{1}{2}$"),
+        ("4", "4/0"),
+        ("4", "x"),
+        ("4", "\u0664"),
+    ]  # another script's digit
+    unclear += [("\\frac{1}{3}", "0.333")]  # math-verify decides about rounding
+    for pairs, expected in ((equal, True), (other, False), (unclear, None)):
+        assert [(pair, answers.equal_at_sight(*pair)) for pair in pairs] == [(pair, expected) for pair in pairs]
 
 
 @given(
@@ -170,14 +136,9 @@ def test_equal_at_sight(gold, answer, equal):
 )
 @settings(max_examples=60, deadline=None)
 def test_sight_and_math_verify_agree(gold, answer):
-    equal = equal_at_sight(gold, answer)
+    equal = answers.equal_at_sight(gold, answer)
     if equal is not None:
-        assert (grade_math(gold, answer)[1] == "correct") == equal
-
-
-def test_equal_grades_when_repeated(grader):
-    answers = ["\\frac{1}{3}", "0.333", "x", "{", "9^{9^{9^{9}}}"]
-    assert status(grader, "\\frac{2}{6}", *answers) == status(grader, "\\frac{2}{6}", *answers)
+        assert (answers.grade_math(gold, answer)[1] == "correct") == equal
 
 
 def test_reasoning_gym_scorers(grader):
@@ -195,33 +156,26 @@ def test_scorers_cannot_be_made_to_act(grader, tmp_path):
     """countdown's scorer evaluates the answer as an expression."""
     (countdown,) = load_problems("reasoning_gym/countdown", limit=1)
     target = tmp_path / "touched"
-    answers = [
+    codes = [
         f"__import__('os').system('touch {target}')",
         f"open('{target}', 'w')",
         f"().__class__.__base__.__subclasses__()[0]('{target}')",
         f"exec('import os; os.mkdir(\"{target}\")')",
     ]
-    grades = grader.grade([f"<answer>{a}</answer>" for a in answers], [countdown] * len(answers))
+    grades = grader.grade([f"<answer>{a}</answer>" for a in codes], [countdown] * len(codes))
     assert not any(g.status == "correct" for g in grades)
     assert not target.exists()
 
 
 def test_extraction():
-    assert extract_answer("<answer>1</answer> <answer> 2 </answer>", tagged=True) == "2"
-    assert extract_answer("a\nb\n", tagged=True) == "b"
-    assert extract_answer("<answer>1</answer> \\boxed{3}", tagged=True) == "3"
-    assert extract_answer("<answer>1</answer>") is None
-
-
-def test_killed_processes_are_replaced(grader):
-    assert status(grader, "4", "{4}", "x") == ["correct", "wrong"]
-    for process in grading_processes():
-        process.kill()
-    assert status(grader, "4", "2^2", "y") == ["correct", "wrong"]
-    server = psutil.Process(grader._server.pid)
-    for worker in server.children():
-        worker.kill()
-    assert status(grader, "4", "2+2", "z") == ["correct", "wrong"]
+    assert answers.extract_answer("<answer>1</answer> <answer> 2 </answer>", tagged=True) == "2"
+    assert answers.extract_answer("a\nb\n", tagged=True) == "b"
+    assert answers.extract_answer("<answer>1</answer> \\boxed{3}", tagged=True) == "3"
+    assert answers.extract_answer("<answer>1</answer>") is None
+    boxes = {"a \\boxed{1} b \\boxed{2}": "2", "\\boxed{\\sqrt{2}}": "\\sqrt{2}", "\\boxed{\\{1,2\\}}": "\\{1,2\\}"}
+    boxes |= {"\\boxed {5}": "5", "\\boxed 5": "5", "\\boxed{}": "", "no box": None, "\\boxed": None, "\\boxed{": None}
+    boxes |= {"\\boxed{1} then \\boxed{2": None}
+    assert {text: answers.last_boxed(text) for text in boxes} == boxes
 
 
 def grading_processes(pid: int | None = None) -> list[psutil.Process]:
@@ -234,11 +188,17 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=20)[1]
 
 
-def test_close_ends_every_process():
-    grader = Grader(workers=2)
+def test_killed_processes_are_replaced_and_close_ends_every_one():
     before = set(grading_processes())
-    assert status(grader, "4", "5.5+x", "4.4+x") == ["wrong", "wrong"]
-    mine = [p for p in grading_processes() if p not in before]
+    grader = Grader(workers=2)
+    assert status(grader, "4", "{4}", "x+5.5") == ["correct", "wrong"]
+    for process in set(grading_processes()) - before:
+        process.kill()
+    assert status(grader, "4", "2^2", "y") == ["correct", "wrong"]
+    for worker in psutil.Process(grader._server.pid).children():
+        worker.kill()
+    assert status(grader, "4", "2+2", "z") == ["correct", "wrong"]
+    mine = set(grading_processes()) - before
     assert len(mine) == 3
     grader.close()
     assert gone(mine)

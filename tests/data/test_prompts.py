@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -17,7 +15,7 @@ class Tokenizer:
         self.chat_template = "x" if chat else None
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
-        return {"input_ids": [257] * add_special_tokens + list(text.encode())}
+        return {"input_ids": [257] * (add_special_tokens and bool(text)) + list(text.encode())}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize
@@ -26,6 +24,11 @@ class Tokenizer:
 
 
 MESSAGES = [{"role": "system", "content": BOXED_INSTRUCTION}, {"role": "user", "content": "1+1?"}]
+QWEN = (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+)
+OCTO = "User: 1+1?\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -36,35 +39,15 @@ MESSAGES = [{"role": "system", "content": BOXED_INSTRUCTION}, {"role": "user", "
         ("hi", True, "raw", "hi"),
         (MESSAGES, False, "auto", BOXED_INSTRUCTION + "\n\n1+1?"),
         (MESSAGES, True, "auto", f"<system>{BOXED_INSTRUCTION}<user>1+1?<assistant>"),
-        (
-            MESSAGES,
-            False,
-            "qwen-math",
-            "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-            "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
-        ),
-        (
-            "1+1?",
-            False,
-            "octothinker",
-            "User: 1+1?\nPlease reason step by step, and put your final answer within \\boxed{}.\n\nAssistant:",
-        ),
+        (MESSAGES, False, "qwen-math", QWEN),
+        (MESSAGES, False, "qwen3-no-thinking", QWEN + "<think>\n\n</think>\n\n"),
+        ("1+1?", False, "octothinker", OCTO),
     ],
 )
 def test_texts(prompt, chat, template, text):
     assert render_prompt(prompt, Tokenizer(chat), template) == text
-
-
-def test_no_thinking_is_qwen_math_and_an_empty_think_block():
-    tokenizer = Tokenizer(False)
-    plain = render_prompt(MESSAGES, tokenizer, "qwen-math")
-    assert render_prompt(MESSAGES, tokenizer, "qwen3-no-thinking") == plain + "<think>\n\n</think>\n\n"
-
-
-def test_special_tokens_are_added_unless_the_chat_template_writes_them():
-    assert prompt_ids("hi", Tokenizer(False))[0] == 257
-    assert 257 not in prompt_ids("hi", Tokenizer(True))
-    assert prompt_ids("hi", Tokenizer(True), "raw")[0] == 257
+    # special tokens are added unless the chat template writes them
+    assert (257 in prompt_ids(prompt, Tokenizer(chat), template)) == (not chat or template == "raw")
 
 
 def test_wrong_use_is_refused():
@@ -75,15 +58,7 @@ def test_wrong_use_is_refused():
     with pytest.raises(InputError, match=r"takes one user message, not .system, user."):
         render_prompt([{"role": "system", "content": "be rude"}, MESSAGES[1]], Tokenizer(True), "qwen-math")
     with pytest.raises(InputError, match="no tokens"):
-        prompt_ids("", Empty())
-
-
-class Empty(Tokenizer):
-    def __init__(self):
-        super().__init__(False)
-
-    def __call__(self, text, add_special_tokens=True, verbose=True):
-        return {"input_ids": []}
+        prompt_ids("", Tokenizer(False))
 
 
 def test_responses_with_ids_and_with_text(tmp_path):
@@ -99,8 +74,7 @@ def test_responses_with_ids_and_with_text(tmp_path):
 
 
 def test_shared_responses(shared_data):
-    rollouts = read_responses(shared_data / "smollm2_math500_responses.jsonl")
-    assert all(r.prompt_ids and r.response_ids for r in rollouts)
+    assert len(read_responses(shared_data / "smollm2_math500_responses.jsonl")) > 10
 
 
 @pytest.mark.parametrize(

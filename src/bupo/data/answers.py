@@ -1,20 +1,20 @@
-"""Reads answers as text: finds them in responses, and compares those that need no mathematics.
+"""Finds answers in responses, and decides whether they equal the gold answer: as words, or by math-verify.
 
-This module loads no library, so the process that trains or evaluates can use it; mathematics is compared in
-`bupo.data.grading_worker`.
+math-verify is loaded in `bupo.data.grading_worker` only, because parsing an answer can hang or exhaust the process.
 """
-
-from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+MAX_MATH_CHARS = 1_000  # longer answers are not parsed; those of benchmarks are far shorter
 
 _RATIONAL = re.compile(
     r"(-?)(?:\\[dt]?frac\{([0-9]{1,18})\}\{(?!0+\})([0-9]{1,18})\}"
     r"|([0-9]{0,9}\.[0-9]{1,9}|[0-9]{1,18}(?:/(?!0+$)[0-9]{1,18})?))"
 )
 _WRAPPER = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|textnormal|operatorname)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[a-z]+(?:[ '-]+[a-z]+)*")
 _BASE = re.compile(r"-?[0-9A-Z.]+_\{*([0-9]+|[a-z]+)\}*")
 
 
@@ -36,27 +36,22 @@ def last_boxed(text: str) -> str | None:
 
 
 def extract_answer(response: str, *, tagged: bool = False) -> str | None:
-    """Return the answer in a response: the content of its last box, or None.
-
-    If the prompt asked for ``<answer>`` tags (reasoning-gym), the answer without a box is the content of the last tag,
-    or else the last line.
-    """
+    """Return the content of the last box, or else, if the prompt asked for tags, that of the last tag or line."""
     boxed = last_boxed(response)
     if boxed is not None or not tagged:
         return boxed
-    _, tag, rest = response.rpartition("<answer>")
-    if tag:
-        return rest.split("</answer>", 1)[0].strip()
-    return response.rstrip().rsplit("\n", 1)[-1].strip() or None
+    if "<answer>" in response:
+        return response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    return response.rstrip().rpartition("\n")[2].strip() or None
 
 
-def rational(text: str) -> tuple[Fraction, bool] | None:
-    """Return the value of an integer, fraction or decimal and whether it has no decimal point; None for other text."""
+def rational(text: str) -> Fraction | None:
+    """Return the value of an integer, fraction or decimal; None for other text."""
     match = _RATIONAL.fullmatch(text.strip().strip("$").replace(" ", ""))
     if not match:
         return None
     sign, top, bottom, plain = match.groups()
-    return Fraction(sign + (plain or f"{top}/{bottom}")), "." not in match.group()
+    return Fraction(sign + (plain or f"{top}/{bottom}"))
 
 
 def equal_at_sight(gold: str, answer: str) -> bool | None:
@@ -64,9 +59,8 @@ def equal_at_sight(gold: str, answer: str) -> bool | None:
     if gold.strip() == answer.strip():
         return True
     first, second = rational(gold), rational(answer)
-    if first is None or second is None:
-        return None
-    return first[0] == second[0] or (False if first[1] and second[1] else None)
+    decides = None not in (first, second) and (first == second or "." not in gold + answer)
+    return first == second if decides else None
 
 
 def strip_answer(answer: str) -> str:
@@ -94,7 +88,7 @@ def plain_text(answer: str) -> str:
 def is_words(answer: str) -> bool:
     """Tell a word or phrase (``\\text{east}``, ``Yes``, ``none of these``) from a formula such as ``xy``."""
     text = plain_text(answer)
-    if not _WORDS.fullmatch(text):
+    if not re.fullmatch(r"[a-z]+(?:[ '-]+[a-z]+)*", text):
         return False
     letters = len(text.replace(" ", ""))
     return text in ("yes", "no") or letters >= 4 or (letters >= 2 and bool(_WRAPPER.fullmatch(answer.strip())))
@@ -102,5 +96,39 @@ def is_words(answer: str) -> bool:
 
 def in_different_bases(gold: str, answer: str) -> bool:
     """Whether both numbers name their base and the bases differ; math-verify ignores bases."""
-    bases = [_BASE.fullmatch(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, answer)]
-    return all(bases) and bases[0].group(1) != bases[1].group(1)  # type: ignore[union-attr]
+    first, second = (_BASE.fullmatch(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, answer))
+    return first is not None and second is not None and first[1] != second[1]
+
+
+@lru_cache(maxsize=4096)
+def parse_math(answer: str) -> tuple[Any, ...]:
+    """Return the sympy objects that math-verify reads; none of a sentence, in which it could find numbers."""
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    parts = parse(f"\\boxed{{{answer}}}", extraction_config=[config], parsing_timeout=None)
+    return tuple(part for part in parts if not isinstance(part, str))
+
+
+def check_gold(gold: str) -> tuple[float, str]:
+    """Return status ``usable`` for a gold answer of words, or mathematics that can be parsed; else ``bad_gold``."""
+    usable = gold.strip() and len(gold) <= MAX_MATH_CHARS and (is_words(gold) or parse_math(gold))
+    return 0.0, "usable" if usable else "bad_gold"
+
+
+def grade_math(gold: str, answer: str) -> tuple[float, str]:
+    """Return reward and status of a boxed answer."""
+    answer = strip_answer(answer) if len(answer) <= MAX_MATH_CHARS else ""
+    if not answer:
+        return 0.0, "unparsable"
+    if plain_text(gold) == plain_text(answer):
+        return 1.0, "correct"
+    if is_words(gold) or in_different_bases(gold, answer):
+        return 0.0, "wrong"
+    parsed = parse_math(answer)
+    if not parsed:
+        return 0.0, "wrong" if is_words(answer) else "unparsable"
+    from math_verify import verify
+
+    equal = verify(list(parse_math(gold)), list(parsed), timeout_seconds=None)
+    return (1.0, "correct") if equal else (0.0, "wrong")

@@ -1,20 +1,18 @@
-"""Generates problems: the built-in arithmetic and the tasks of reasoning-gym."""
-
-from __future__ import annotations
+"""Generates problems: the built-in arithmetic and the tasks of reasoning-gym, whose answers are also scored here."""
 
 import dataclasses
-import difflib
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import yaml
 
 from bupo.data import arithmetic
-from bupo.errors import InputError
+from bupo.errors import InputError, nearest
 
 BUILT_IN = ("arithmetic", "arithmetic-hard")
-REASONING_GYM = "reasoning_gym/"
 TAGGED_INSTRUCTION = "Please reason step by step, and put your final answer within <answer> </answer> tags."
 _TEST_SEED_OFFSET = 1_000_003  # generated test problems never share a seed with generated training problems
 
@@ -22,9 +20,8 @@ _TEST_SEED_OFFSET = 1_000_003  # generated test problems never share a seed with
 def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]]:
     """Generate ``size`` rows with ``id``, ``prompt``, ``answer`` and, for reasoning-gym, ``metadata``.
 
-    ``spec`` is one of `BUILT_IN`, or ``reasoning_gym/NAME`` followed by the task's options as ``/key=value``. The
-    splits ``train`` and ``test`` never overlap. Raises `InputError` for an unknown split, task or option, or if fewer
-    than ``size`` different problems exist.
+    ``spec`` is one of `BUILT_IN`, or ``reasoning_gym/NAME`` followed by the task's options as ``/key=value`` (YAML).
+    The splits ``train`` and ``test`` never overlap. `InputError`: unknown split, task or option, or too few problems.
     """
     if split not in arithmetic.SPLITS:
         raise InputError(f"generated problems have the splits train and test, not {split!r}")
@@ -36,17 +33,20 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
     name, *changes = spec.split("/")[1:]
     names = sorted(set(DATASETS) - {"composite"})
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3) or names[:3]
-        raise InputError(f"reasoning_gym has no task {name!r}; did you mean {', '.join(near)}? ({len(names)} tasks)")
-    options = _task_options(name, DATASETS[name][1], changes)
+        raise InputError(f"reasoning_gym has no task {name!r}{nearest(name, names)}; it has {len(names)}")
     task_seed = seed + (_TEST_SEED_OFFSET if split == "test" else 0)
     state = random.getstate()  # some tasks draw from the global generator
     random.seed(task_seed)
     try:
-        task = reasoning_gym.create_dataset(name, size=size, seed=task_seed, **options)
+        settings = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
+        task = reasoning_gym.create_dataset(name, size=size, seed=task_seed, **settings)
         entries = [task[index] for index in range(size)]
-    except (AssertionError, ValueError, TypeError) as error:  # the task's own checks
-        raise InputError(f"{spec}: the task refuses these options ({' '.join(str(error).split())})") from error
+    except (AssertionError, ValueError, TypeError, yaml.YAMLError) as error:  # the task's own checks
+        options = {option.name for option in dataclasses.fields(DATASETS[name][1])} - {"size", "seed"}
+        remedy = f"write /key=value with one of {', '.join(sorted(options))}"
+        raise InputError(
+            f"{spec}: the task refuses these options ({' '.join(str(error).split())}); {remedy}"
+        ) from error
     finally:
         random.setstate(state)
     instruction = {"role": "system", "content": TAGGED_INSTRUCTION}
@@ -59,22 +59,6 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
         }
         for index, entry in enumerate(entries)
     ]
-
-
-def _task_options(name: str, settings: Any, changes: Sequence[str]) -> dict[str, Any]:
-    """Parse the ``key=value`` parts of a spec; values are YAML."""
-    valid = {option.name for option in dataclasses.fields(settings)} - {"size", "seed"}
-    options = {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or key not in valid:
-            names = ", ".join(sorted(valid))
-            raise InputError(f"reasoning_gym/{name} has no option {change!r}; write /key=value with one of {names}")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"reasoning_gym/{name}: the value of {change!r} is not valid YAML") from error
-    return options
 
 
 def pack(value: Any) -> Any:
@@ -95,3 +79,18 @@ def unpack(packed: dict[str, Any]) -> Any:
     if "__tuple__" in packed:
         return tuple(packed["__tuple__"])
     return dict(packed["__items__"]) if "__items__" in packed else packed
+
+
+@cache
+def gym_task(name: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, size=1, seed=0)
+
+
+def score(task: str, entry: Any, answer: str) -> tuple[float, str]:
+    """Return the task's own score, and the status that follows from it."""
+    if len(answer) > 100_000 or re.search(r"__\w+__", answer):  # some scorers evaluate expressions
+        return 0.0, "unparsable"
+    reward = float(gym_task(task).score_answer(answer=answer, entry=entry))
+    return reward, "correct" if reward >= 0.99 else "wrong"

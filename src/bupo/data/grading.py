@@ -1,14 +1,12 @@
-"""Grades responses: whether the answer in a response equals the problem's gold answer.
+"""Grades responses, for training rewards and evaluation: whether their answers equal the problems' gold answers.
 
-Training rewards and evaluation share this module. Mathematics: the content of the **last** ``\\boxed{}`` is compared
-with the gold answer, reward 1 or 0 (the paper's rule-based reward, arXiv 2512.19673). reasoning-gym: the task's own
-scorer. An answer may be built to hang or exhaust the process that parses it, so parsing happens in worker processes
-that are killed and replaced (`bupo.data.grading_worker`).
+Mathematics gives reward 1 or 0 by the content of the **last** ``\\boxed{}`` (the paper's rule, arXiv 2512.19673),
+reasoning-gym the task's own score. An answer may be built to hang or exhaust the process that parses it, so parsing
+happens in worker processes that are killed and replaced (`bupo.data.grading_worker`).
 """
 
-from __future__ import annotations
-
 import json
+import math
 import os
 import socket
 import subprocess
@@ -20,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from bupo.data.answers import equal_at_sight, extract_answer, rational
 from bupo.data.problems import Problem
@@ -35,8 +33,8 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 class Grade:
     """The grade of one response.
 
-    Status ``unparsable``: no answer was found, or it could not be parsed. ``timeout``: parsing or comparing it exceeded
-    the limits. ``bad_gold``: the gold answer itself cannot be parsed, so the response has to be left out.
+    Status ``unparsable``: there is no answer, or it cannot be parsed. ``timeout``: parsing or comparing it exceeded the
+    limits. ``bad_gold``: the gold answer itself cannot be parsed, so the response has to be left out.
     """
 
     reward: float
@@ -48,34 +46,25 @@ class Grader:
     """Grades responses in processes that can be killed. Use it as a context manager, or call `close`.
 
     The processes start with the first answer that needs them (plain numbers do not), serve later calls too, and end
-    with this process even if it is killed. Any thread may call `grade`.
-
-    Args:
-        workers: number of worker processes (default: the processor cores, shared between the processes that a launcher
-            started on this machine; at most `MAX_WORKERS`).
-        seconds: limit on the processor time of an answer. Python code is interrupted at 60 % of it, C code at 75 %.
-        memory: MiB that a worker may allocate.
+    with this process even if it is killed. Any thread may call `grade`. There are as many workers as processor cores,
+    shared between the processes that a launcher started on this machine, unless ``workers`` says how many. An answer
+    may take ``seconds`` of processor time: Python code is interrupted at 60 % of it, C code at 75 %.
     """
 
-    def __init__(self, *, workers: int | None = None, seconds: float = 1.6, memory: int = 1024):
+    def __init__(self, *, workers: int | None = None, seconds: float = 1.6):
         self._workers, self._seconds = workers or default_workers(), seconds
-        self._arguments = [str(seconds), str(memory)]
+        self._arguments = [str(seconds)]
         self._server: subprocess.Popen[bytes] | None = None  # forks the workers
         self._idle: list[Connection | None] = []  # to workers; None is one that still has to be forked
         self._usable: dict[str, bool] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._owner = os.getpid()
 
-    def __enter__(self) -> Grader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """End all processes; a later call of `grade` starts new ones."""
-        with self._lock:
-            self._stop()
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
         """Grade ``responses[i]`` as an answer to ``problems[i]``."""
@@ -89,12 +78,9 @@ class Grader:
                 known.append(self._without_worker(problem, answers[-1]))
             asked = self._ask({one for one in known if isinstance(one, str)})
         grades = [asked[one] if isinstance(one, str) else one for one in known]
-        return [
-            Grade(reward, status, answer and answer[:_MAX_SENT])
-            for (reward, status), answer in zip(grades, answers, strict=True)
-        ]
+        return [Grade(*grade, answer and answer[:_MAX_SENT]) for grade, answer in zip(grades, answers, strict=True)]
 
-    def _without_worker(self, problem: Problem, answer: str | None) -> tuple[float, Status] | str:
+    def _without_worker(self, problem: Problem, answer: str | None) -> tuple[float, Any] | str:
         """Return reward and status where they are clear, or else the request to a worker."""
         gym = problem.metadata.get("reasoning_gym")
         if gym is None and not self._usable[problem.answer]:
@@ -109,61 +95,58 @@ class Grader:
         return (1.0, "correct") if equal else (0.0, "wrong")
 
     def _check_gold(self, golds: set[str]) -> None:
-        self._usable.update({gold: True for gold in golds if rational(gold)})
+        self._usable.update({gold: True for gold in golds if rational(gold) is not None})
         requests = {json.dumps(["gold", gold]): gold for gold in golds - set(self._usable)}
-        found = self._ask(requests)
-        self._usable.update({gold: found[request][1] == "usable" for request, gold in requests.items()})
+        self._usable.update({requests[text]: grade[1] == "usable" for text, grade in self._ask(requests).items()})
 
     def _ask(self, requests: Iterable[str]) -> dict[str, tuple[float, Any]]:
-        """Ask the workers; return reward and status of each request."""
+        """Return the workers' reward and status of each request."""
         if not (texts := sorted(requests)):
             return {}
         if any(text.startswith('["gym"') for text in texts) and "reasoning_gym" not in self._arguments:
-            self._stop()
+            self.close()
             self._arguments.append("reasoning_gym")  # imported from now on; that takes a second
-        message = ""
-        for _ in range(2):  # the server may have been killed from outside: try once more with a new one
+        while True:
             try:
-                self._start()
+                if starts := self._server is None:
+                    self._start()
                 with ThreadPoolExecutor(self._workers) as threads:
                     return dict(zip(texts, threads.map(self._ask_worker, texts), strict=True))
-            except OSError:
-                message = self._stop()
-        raise RuntimeError(f"the grading process does not start: {message or 'it printed no reason'}")
+            except OSError:  # the server was killed from outside: try once more with a new one
+                self.close()
+                if starts:
+                    raise
 
     def _ask_worker(self, request: str) -> tuple[float, Any]:
         """Ask one worker. If something else than its limits ended it, ask another one, once."""
         worker = self._idle.pop()
         try:
             for _ in range(2):
-                worker = worker or self._fork()
-                start = time.monotonic()
+                if worker is None:
+                    worker, its = Pipe()
+                    socket.send_fds(self._control, [b"fork"], [its.fileno()])
+                    its.close()
+                began = math.inf
                 try:
                     worker.send_bytes(request.encode())
+                    worker.recv_bytes()  # it has begun, so it had not been ended before
+                    began = time.monotonic()
                     return tuple(json.loads(worker.recv_bytes(1 << 20)))
                 except (EOFError, OSError, ValueError):
                     worker.close()
                     worker = None
-                if time.monotonic() - start > 0.7 * self._seconds:
+                if time.monotonic() - began > 0.7 * self._seconds:
                     break
             return 0.0, "timeout"
         finally:
             self._idle.append(worker)
 
-    def _fork(self) -> Connection:
-        mine, its = Pipe()
-        socket.send_fds(self._control, [b"fork"], [its.fileno()])
-        its.close()
-        return mine
-
     def _start(self) -> None:
-        if self._server is not None:
-            return
         self._control, its = socket.socketpair()
         self._idle = [None] * self._workers
-        self._server = subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, "-P", "-m", "bupo.data.grading_worker", *self._arguments],
-            stdin=its,
+            stdin=its.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**os.environ, **_ONE_THREAD},
@@ -171,22 +154,19 @@ class Grader:
         )
         its.close()
         if not self._control.recv(16):
-            raise ConnectionError
+            reason = server.communicate()[1].decode(errors="replace").strip().rpartition("\n")[2]
+            raise RuntimeError(f"the grading process does not start: {reason or 'it printed no reason'}")
+        self._server = server
 
-    def _stop(self) -> str:
-        """End the processes, and return the last line that the server printed."""
-        if self._server is None:
-            return ""
-        self._control.close()  # which ends the server
-        for worker in filter(None, self._idle):
-            worker.close()
-        try:
-            _, errors = self._server.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._server.kill()
-            _, errors = self._server.communicate()
-        self._server = None
-        return (errors.decode(errors="replace").strip().splitlines() or [""])[-1]
+    def close(self) -> None:
+        """End all processes; a later call of `grade` starts new ones."""
+        with self._lock:
+            if self._server is not None:
+                self._control.close()  # which ends the server
+                for worker in filter(None, self._idle):
+                    worker.close()
+                self._server.communicate()
+                self._server = None
 
 
 def default_workers() -> int:

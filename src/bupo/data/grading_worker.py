@@ -1,15 +1,11 @@
 """The processes that read answers: text written by a model is parsed here, where it can be limited and killed.
 
-`bupo.data.grading` starts ``python -m bupo.data.grading_worker SECONDS MEMORY MODULES``, whose standard input is a
-socket. For each connection that arrives there, a worker is forked. This program loads neither the caller's ``__main__`` nor torch,
-and it can fork safely, because it runs no threads. The limits count processor time, so that the load of the machine
-does not change a grade; an audit hook refuses to write files, start programs or open connections.
+`bupo.data.grading` runs ``python -m bupo.data.grading_worker SECONDS MODULES`` with a socket as standard input. This
+program forks a worker for each connection that arrives there: safely, as it runs no threads, and without the caller's
+``__main__`` or torch. Limits count processor time, so that the load of the machine does not change a grade.
 """
 
-from __future__ import annotations
-
 import contextlib
-import importlib
 import json
 import logging
 import os
@@ -18,16 +14,15 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
 
-from bupo.data import same_answer
-from bupo.data.generators import unpack
+from bupo.data import answers, generators
 
-KINDS = {"gold": same_answer.check_gold, "math": same_answer.grade_math, "gym": same_answer.grade_reasoning_gym}
+KINDS: dict[str, Any] = {"gold": answers.check_gold, "math": answers.grade_math, "gym": generators.score}
+MEMORY = 1024 * 2**20  # bytes that a worker may allocate beyond what the libraries take
 GOLD_PATIENCE = 8  # gold answers are not written by a model, so they may take this many times as long
 # An exception between two bytecodes; the end of a worker whose call into C outlasts that; the end of one that sleeps.
 _TIMERS = ((signal.ITIMER_PROF, 0.6), (signal.ITIMER_VIRTUAL, 0.75), (signal.ITIMER_REAL, 8.0))
@@ -37,7 +32,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class OutOfTime(BaseException):
-    """Raised by the processor-time alarm; a BaseException, so that no library's ``except Exception`` catches it."""
+    """Raised by the first alarm; a BaseException, so that no library's ``except Exception`` catches it."""
 
 
 def _raise_out_of_time(signum: int, frame: Any) -> None:
@@ -50,12 +45,11 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(f"{event} is not allowed while grading")
 
 
-def _confine(memory: int) -> None:
-    """Close the standard streams, allow ``memory`` MiB beyond what the libraries take, and refuse side effects."""
+def _confine() -> None:
     devnull = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(devnull, stream)
-    space = psutil.Process().memory_info().vms + memory * 2**20
+    space = psutil.Process().memory_info().vms + MEMORY
     for kind, value in ((resource.RLIMIT_AS, space), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):  # a system without this limit, or with a lower one
             resource.setrlimit(kind, (value, value))
@@ -64,7 +58,6 @@ def _confine(memory: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """Limit the time from now on; 0 removes the limit."""
     for timer, share in _TIMERS:
         signal.setitimer(timer, share * seconds)
 
@@ -73,45 +66,45 @@ def _answer(kind: str, arguments: list[Any], seconds: float) -> tuple[float, str
     random.seed(0)  # sympy's numerical checks draw from here: the same answer always gets the same grade
     try:
         if kind == "gym":
-            same_answer.gym_task(arguments[0])  # can take longer than an answer may
+            generators.gym_task(arguments[0])  # can take longer than an answer may
         try:
             _limit_time(seconds * (GOLD_PATIENCE if kind == "gold" else 1))
             return KINDS[kind](*arguments)
         finally:
-            _limit_time(0)
+            _limit_time(0)  # no limit
     except (OutOfTime, MemoryError):
         return 0.0, "timeout"
     except Exception:  # a library that fails on an answer has not read it
         return 0.0, "unparsable"
 
 
-def work(connection: Connection, seconds: float, memory: int) -> None:
-    """Answer requests until the caller is gone."""
-    _confine(memory)
+def work(connection: Connection, seconds: float) -> None:
+    _confine()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            kind, *arguments = json.loads(connection.recv_bytes(), object_hook=unpack)
+            kind, *arguments = json.loads(connection.recv_bytes(), object_hook=generators.unpack)
+            connection.send_bytes(b"begun")
             connection.send_bytes(json.dumps(_answer(kind, arguments, seconds)).encode())
 
 
-def main(seconds: float, memory: int, modules: Sequence[str]) -> None:
+def main(seconds: float, modules: list[str]) -> None:
     """Fork a worker for each connection, until the caller closes standard input; import ``modules`` for them first."""
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     for module in modules:
-        importlib.import_module(module)
+        __import__(module)
     for gold, answer in (("\\frac{1}{2}", "x^2+\\sqrt{2}"), ("1.5", "\\{1,2\\}")):
-        same_answer.grade_math(gold, answer)  # fills the caches of sympy and of the grammar
-    same_answer.parse_math.cache_clear()
+        answers.grade_math(gold, answer)  # fills the caches of sympy and of the grammar
+    answers.parse_math.cache_clear()
     caller = socket.socket(fileno=0)
     caller.send(b"ready")
     while sockets := socket.recv_fds(caller, 4, 1)[1]:
         if os.fork() == 0:
-            work(Connection(sockets[0]), seconds, memory)
+            work(Connection(sockets[0]), seconds)
             os._exit(0)
         os.close(sockets[0])
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(float(sys.argv[1]), sys.argv[2:])

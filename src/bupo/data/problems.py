@@ -1,10 +1,7 @@
 """Loads problems (a prompt and its gold answer) from files, the Hugging Face hub and generators.
 
-Every source becomes a list of `Problem`. Nothing later in the pipeline depends on the source, except that
-reasoning-gym problems carry the entry that their own scorer needs (``metadata["reasoning_gym"]``).
+Nothing later depends on the source, except that reasoning-gym problems carry what their own scorer needs.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -21,9 +18,7 @@ from bupo.data.answers import last_boxed
 from bupo.errors import InputError
 
 Prompt = str | list[dict[str, str]]
-
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
 GENERATED_SIZE = 200  # problems drawn from a generator when no limit is set
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _PROMPTS_ARE = "a prompt column (prompt, messages, problem, question)"
@@ -45,18 +40,16 @@ def load_problems(spec: str, *, split: str | None = None, limit: int | None = No
     """Load problems by name; raises `InputError` if they do not exist, lack columns, or are empty.
 
     Args:
-        spec: ``arithmetic`` or ``arithmetic-hard`` (built in), ``reasoning_gym/NAME`` (followed by the task's options
-            as ``/key=value``), a local ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset ``org/name``
-            (``org/name:config`` to choose a configuration).
-        split: hub split (default: ``test`` if it exists, else ``train``). Generated problems have the splits ``train``
-            and ``test`` (default), which never overlap. Local files have one split, so it is ignored for them.
-        limit: maximum number of problems: the first rows of a file or hub split, or the number to generate
-            (default `GENERATED_SIZE`).
+        spec: ``arithmetic`` or ``arithmetic-hard``, ``reasoning_gym/NAME`` (followed by the task's options as
+            ``/key=value``), a ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset ``org/name[:config]``.
+        split: of the hub (default: ``test`` if it exists, else ``train``), or of generated problems (``train`` or
+            ``test``, the default, which never overlap); ignored for files.
+        limit: the first rows of a file or hub split, or the number to generate (default `GENERATED_SIZE`).
         seed: seed of generated problems; files are never shuffled.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
-    if spec in generators.BUILT_IN or spec.startswith(generators.REASONING_GYM):
+    if spec in generators.BUILT_IN or spec.startswith("reasoning_gym/"):
         rows = generators.generate(spec, split or "test", limit or GENERATED_SIZE, seed)
         return [Problem(**row, source=spec) for row in rows]
     path = Path(spec).expanduser()
@@ -95,10 +88,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 rows += [json.loads(line)] if line.strip() else []
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as {suffix[1:]}{where}: {str(error).splitlines()[0]}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} must hold a list of objects, one per row")
-    if not rows:
-        raise InputError(f"{path} is empty: it has no rows")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} is empty, or not a list of objects, one per row")
     return rows
 
 
@@ -107,16 +98,13 @@ def _problems(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> l
     for index, row in enumerate(rows):
         prompt, answer = _prompt(row), _answer(row)
         if prompt is None or answer is None:
-            lacking = [_PROMPTS_ARE] * (prompt is None) + [_ANSWERS_ARE] * (answer is None)
-            columns = ", ".join(map(str, row))
-            raise InputError(f"{source}: row {index} lacks {' and '.join(lacking)}; columns found: {columns}")
+            lacking = " and ".join([_PROMPTS_ARE] * (prompt is None) + [_ANSWERS_ARE] * (answer is None))
+            raise InputError(f"{source}: row {index} lacks {lacking}; columns found: {', '.join(map(str, row))}")
         identity = row.get("id", row.get("unique_id"))
         problem = Problem(f"{name}/{index if identity is None else identity}", prompt, answer, source)
         if problem.id in problems:
             raise InputError(f"{source}: two rows have the id {problem.id}")
         problems[problem.id] = problem
-    if not problems:
-        raise InputError(f"{source} is empty: it has no rows")
     return list(problems.values())
 
 
@@ -136,9 +124,8 @@ def _prompt(row: Mapping[str, Any]) -> Prompt | None:
 def _answer(row: Mapping[str, Any]) -> str | None:
     """Return the first answer there is; of a text, what follows ``####`` (GSM8K) or its last box."""
     nested = row.get("reward_model")
-    if isinstance(nested, Mapping) and nested.get("ground_truth") is not None:
-        return str(nested["ground_truth"])
-    for column in ("answer", "final_answer", "ground_truth", "solution"):
+    row = {**row, "nested": nested.get("ground_truth") if isinstance(nested, Mapping) else None}
+    for column in ("nested", "answer", "final_answer", "ground_truth", "solution"):
         value = row.get(column)
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             value = ", ".join(value)  # OlympiadBench keeps its answers in lists, most of length one
@@ -154,23 +141,16 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _hub_rows(spec: str, split: str | None, limit: int | None) -> datasets.Dataset:
-    """Load a hub dataset; a dataset in the local cache loads offline too."""
     name, _, config = spec.partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(
-            f"unknown dataset {spec!r}: use a built-in name ({', '.join(generators.BUILT_IN)}), reasoning_gym/NAME, "
-            f"a {', '.join(SUFFIXES)} file, or a hub dataset org/name"
-        )
+        known = f"{', '.join(generators.BUILT_IN)}, reasoning_gym/NAME, a {', '.join(SUFFIXES)} file"
+        raise InputError(f"unknown dataset {spec!r}: use one of {known}, or a hub dataset org/name")
     try:
-        splits = [str(name) for name in datasets.get_dataset_split_names(name, config or None)]
-        chosen = split or next((usual for usual in ("test", "train") if usual in splits), splits[0])
-        if chosen in splits:
-            data = datasets.load_dataset(name, config or None, split=chosen)
-            return data if limit is None else data.select(range(min(limit, len(data))))
+        splits = datasets.get_dataset_split_names(name, config or None)
+        usual = [one for one in ("test", "train", *splits) if one in splits]
+        data = datasets.load_dataset(name, config or None, split=split or usual[0])
+        return data if limit is None else data.select(range(min(limit, len(data))))
     except Exception as error:  # the hub client raises many kinds: offline, missing, gated, wrong configuration
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"dataset {spec!r} cannot be loaded from the hub ({reason}); check the name and the connection, "
-            "or download it and pass a local file"
-        ) from error
-    raise InputError(f"{name} has the splits {', '.join(splits)}, not {chosen!r}")
+        advice = "check the name and the connection, or download it and pass a local file"
+        raise InputError(f"dataset {spec!r} cannot be loaded from the hub ({reason}); {advice}") from error

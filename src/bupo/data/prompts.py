@@ -1,10 +1,7 @@
-"""Turns problems into prompts: the text, then the token ids, that a model continues.
+"""Turns problems into the text, then the token ids, that a model continues, for analysis, training and evaluation.
 
-This is the only place that does so, which is why analysis, training and every evaluation engine see the same token
-ids. The paper's templates are those of arXiv 2512.19673, training set-up.
+The paper's templates are those of arXiv 2512.19673, training set-up.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,13 +31,11 @@ def _resolve(tokenizer: Any, template: str) -> str:
 
 
 def render_prompt(prompt: Prompt, tokenizer: Any, template: str = "auto") -> str:
-    """Return the text that a model continues.
+    """Return the text that a model continues; raises `InputError` if the template cannot give it.
 
     ``chat`` is the tokenizer's own chat template with the generation prompt (a plain text becomes one user message).
     ``raw`` is the text unchanged (messages are joined by blank lines). ``auto`` is ``chat`` if the tokenizer has a chat
-    template, else ``raw``. The other templates are the paper's; they contain their own instruction, which replaces a
-    problem's standard system message. Raises `InputError` for an unknown template, a tokenizer without a chat template,
-    or messages that the template cannot express.
+    template, else ``raw``. The paper's templates have their own instruction, which replaces a standard system message.
     """
     template = _resolve(tokenizer, template)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -73,13 +68,11 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, template: str = "auto") -> list[i
 def training_rows(
     problems: Sequence[Problem], tokenizer: Any, template: str, max_length: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Build the rows ``{"prompt", "problem"}`` (text and problem index) of the training set.
+    """Return the rows ``{"prompt", "problem"}`` (text and problem index) of the training set, and the number left out
+    because they have more than ``max_length`` tokens.
 
     The trainer adds the tokenizer's special tokens to every text. If the chat template has already written the
     beginning-of-text token it is removed from the text, so that it does not appear twice.
-
-    Returns the rows of prompts of at most ``max_length`` tokens, and the number of longer prompts, which are left out.
-    Raises `InputError` if every prompt is longer, or if no text gives the token ids that evaluation uses.
     """
     rows, lengths = [], []
     for index, problem in enumerate(problems):
@@ -88,14 +81,11 @@ def training_rows(
         texts = (text, text.removeprefix(tokenizer.bos_token or ""))
         same = [one for one in texts if list(tokenizer(text=[one])["input_ids"][0]) == ids]
         if not same:
-            raise InputError(
-                f"problem {problem.id}: the tokenizer adds special tokens that template {template!r} does not contain; "
-                "use another template"
-            )
+            wrong = f"problem {problem.id}: the tokenizer adds special tokens"
+            raise InputError(f"{wrong} that template {template!r} does not contain; use another template")
         lengths.append(len(ids))
         if len(ids) <= max_length:
             rows.append({"prompt": same[0], "problem": index})
     if not rows:
-        shortest = f"the shortest of {len(problems)} has {min(lengths)} tokens"
-        raise InputError(f"no prompt fits into max_prompt_length {max_length}: {shortest}")
+        raise InputError(f"no prompt fits into max_prompt_length {max_length}: the shortest has {min(lengths)} tokens")
     return rows, len(problems) - len(rows)

@@ -1,7 +1,5 @@
 """Reads responses files: sampled responses with their token ids, for analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,10 @@ class Rollout:
 def read_responses(
     path: str | Path, tokenizer: Any = None, template: str = "auto", max_length: int | None = None
 ) -> list[Rollout]:
-    """Read a ``.jsonl``, ``.json`` or ``.parquet`` responses file.
+    """Read a ``.jsonl``, ``.json`` or ``.parquet`` responses file; `InputError` names the row.
 
     A row has ``prompt_ids`` and ``response_ids``, or ``prompt`` and ``response``, which are tokenized here (without
-    special tokens after a response). With more than ``max_length`` tokens (the model's context) it is an error, as
-    truncating it would change the result. Raises `InputError` that names the row.
+    special tokens after a response). More than ``max_length`` tokens are an error: truncating would change the result.
     """
     rollouts = []
     for index, row in enumerate(read_rows(Path(path))):
@@ -60,9 +57,7 @@ def _rollout(row: dict[str, Any], tokenizer: Any, template: str, max_length: int
             raise InputError(f"the {name.removesuffix('_ids')} is empty; remove the row")
     prompt, response = len(values["prompt_ids"]), len(values["response_ids"])
     if max_length is not None and prompt + response > max_length:
-        raise InputError(
-            f"{prompt} prompt and {response} response tokens exceed the model's context of {max_length}; shorten them"
-        )
+        raise InputError(f"{prompt} prompt and {response} response tokens exceed the model's context of {max_length}")
     for name, kind in (("reward", float), ("sample", int), ("problem_id", str)):
         try:
             values[name] = None if values[name] is None else kind(values[name])
