@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from benchmarks.common import Pair
 from bupo.lens.analyze import SITES, analyze_rollouts
-from bupo.lens.softmax_stats import Tiling
+from bupo.lens.softmax_stats import tile_size
 from bupo.models.layout import find_layout
 from bupo.models.load import join_processes
 from bupo.models.unembed import get_unembedding, matmul_fp32_
@@ -60,15 +60,15 @@ def products_alone(model: nn.Module, rollouts: list[Pair]) -> None:
     weight, low_precision = unembedding.weight, unembedding.low_precision
     ids = torch.tensor([[*r.prompt_ids, *r.response_ids][:-1] for r in rollouts], device=weight.device)
     layout.backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    n, tiling = sum(len(r.response_ids) for r in rollouts), Tiling.of(weight.device)
-    rows = min(n, tiling.rows)
+    n, (rows, tile_width) = sum(len(r.response_ids) for r in rollouts), tile_size(weight.device)
+    rows = min(n, rows)
     states = torch.randn(4 * rows, weight.shape[1], device=weight.device)
     states = states.to(weight.dtype) if low_precision else states
-    out = torch.empty(4 * rows * tiling.tile, device=weight.device)
+    out = torch.empty(4 * rows * tile_width, device=weight.device)
     for first in range(0, n, rows):
         size = 4 * min(rows, n - first)
-        for start in range(0, len(weight), tiling.tile):
-            tile = weight[start : start + tiling.tile]
+        for start in range(0, len(weight), tile_width):
+            tile = weight[start : start + tile_width]
             tile = tile if low_precision and tile.is_cuda else tile.float()
             into = out[: size * len(tile)].view(size, len(tile))
             for _ in range(layout.n_layers):

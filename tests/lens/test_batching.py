@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo import internal_policy
 from bupo.errors import InputError
-from bupo.lens.batching import balance, batches, check_rollouts, subsample, subsample_evenly
-from bupo.lens.clustered import ClusterMeans, round_errors
-from tests.support.lens import Pair, pairs
+from bupo.lens.batching import ClusterMeans, balance, batches, check_rollouts, rounded, subsample, subsample_evenly
+from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
 
 
@@ -21,11 +20,11 @@ from tests.support.tiny import tiny_model
     ("responses", "words"),
     [
         ([], "no responses"),
-        ([Pair([3], [])], "response 1 is empty"),
-        ([Pair([3], [3]), Pair([], [3])], "prompt 2 is empty"),
-        ([Pair([3] * 100, [4] * 29)], "129 tokens, more than the model's context of 128"),
-        ([Pair([3], [97])], "token id 97, outside this model's vocabulary of 97"),
-        ([Pair([3, 40], [5, -1, 60])], "token id -1, outside"),
+        ([([3], [])], "response 1 is empty"),
+        ([([3], [3]), ([], [3])], "prompt 2 is empty"),
+        ([([3] * 100, [4] * 29)], "129 tokens, more than the model's context of 128"),
+        ([([3], [97])], "token id 97, outside this model's vocabulary of 97"),
+        ([([3, 40], [5, -1, 60])], "token id -1, outside"),
         ([{"prompt": "a", "response": "b"}], "response 1 is a dict without prompt_ids and response_ids"),
         ([([3], [4]), "text"], "response 2 is a str without"),
         ([([3], [4], [5])], "response 1 is a tuple without"),
@@ -37,17 +36,10 @@ def test_unusable_responses_are_refused(responses, words):
         check_rollouts(tiny_model(), responses)
 
 
-def test_pairs_and_mappings_are_responses_too():
-    responses = [([3, 4], [5]), {"prompt_ids": [6], "response_ids": [7, 8], "problem_id": "p"}, Pair([9], [10])]
-    found = check_rollouts(tiny_model(), responses)
-    assert [(r.prompt_ids, r.response_ids) for r in found] == [([3, 4], [5]), ([6], [7, 8]), ([9], [10])]
-    assert found[1].problem_id == "p"
-
-
-def test_an_open_internal_policy_is_named():
-    model = tiny_model()
-    with internal_policy(model, 3), pytest.raises(InputError, match=r"inside internal_policy\(model, 3\)"):
-        check_rollouts(model, pairs())
+def test_pairs_mappings_and_objects_are_responses():
+    mapping = {"prompt_ids": [6], "response_ids": [7, 8], "problem_id": "p"}
+    found = check_rollouts(tiny_model(), [([3, 4], [5]), mapping, SimpleNamespace(prompt_ids=[9], response_ids=[10])])
+    assert [tuple(r) for r in found] == [([3, 4], [5], None), ([6], [7, 8], "p"), ([9], [10], None)]
 
 
 def test_batches_cover_every_response_once_within_the_limit():
@@ -55,8 +47,7 @@ def test_batches_cover_every_response_once_within_the_limit():
     found = batches(responses, 20, range(6))
     assert sorted(i for batch in found for i in batch) == list(range(6))
     for batch in found:
-        longest = max(len(responses[i].response_ids) + 2 for i in batch)
-        assert len(batch) == 1 or longest * len(batch) <= 20
+        assert len(batch) == 1 or max(len(responses[i].response_ids) + 2 for i in batch) * len(batch) <= 20
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
@@ -78,8 +69,7 @@ def test_tokens_are_drawn_once_and_in_order(lengths, tokens, seed, few):
     assert not few or sum(map(bool, drawn)) <= 5
     even = subsample_evenly(lengths, tokens, seed)
     for part, spread, length in zip(drawn, even, lengths, strict=True):
-        for places in (part, spread):
-            assert places == sorted(set(places) & set(range(length)))
+        assert all(places == sorted(set(places) & set(range(length))) for places in (part, spread))
         assert len(spread) == min(length, max(2, math.ceil(tokens / sum(lengths) * length)))
 
 
@@ -95,36 +85,19 @@ def test_every_token_is_as_likely():
 def test_cluster_means_and_errors_by_their_formulas():
     torch.manual_seed(0)
     parts = [torch.randn(3, n, dtype=torch.float64) + i for i, n in enumerate((4, 9, 2, 7))]
-    one, two = ClusterMeans(), ClusterMeans()
-    for i, part in enumerate(parts):
-        (one if i % 2 else two).add(part, i)
     tokens = torch.cat(parts, 1)
     mean, error = ClusterMeans.of(tokens, [4, 9, 2, 7]).statistics()
     torch.testing.assert_close(mean, tokens.mean(1))
     residual = torch.stack([(p - tokens.mean(1, keepdim=True)).sum(1) for p in parts])
     torch.testing.assert_close(error, (residual.square().sum(0) * 4 / 3).sqrt() / 22)
-    for got, want in zip(ClusterMeans([one.rows, two.rows]).statistics(), (mean, error), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_drawn_tokens_stand_for_all_of_their_response():
-    torch.manual_seed(2)
-    parts = [torch.randn(1, n, dtype=torch.float64) + i for i, n in enumerate((40, 15, 90))]
-    found = []
-    for _ in range(600):
-        means = ClusterMeans()
-        for i, part in enumerate(parts):
-            size = part.shape[1]
-            means.add(part[:, torch.randperm(size)[: size // 3]], i, size)
-        found.append(means.statistics()[0])
-    spread = torch.cat(found)
-    assert abs(spread.mean() - torch.cat(parts, 1).mean()) < 4 * spread.std() / math.sqrt(600)
-
-
-def test_one_response_falls_back_to_tokens_and_one_token_has_no_error():
-    means = ClusterMeans()
-    values = torch.randn(1, 50, dtype=torch.float64)
-    means.add(values, 0)
-    torch.testing.assert_close(means.statistics()[1], values.std(1) / math.sqrt(50))
-    assert "single response" in means.method
-    assert round_errors(ClusterMeans.of(values[:, :1], [1]).statistics()[1]) == [None]
+    # two tokens of each response stand for all of it
+    drawn, sizes = torch.stack([part[:, :2] for part in parts], 1), torch.tensor([4.0, 9.0, 2.0, 7.0]).double()
+    mean, error = ClusterMeans.of(drawn.flatten(1), [2] * 4, [4, 9, 2, 7]).statistics()
+    torch.testing.assert_close(mean, drawn.mean(2) @ sizes / 22)
+    residual = (drawn.mean(2) - mean[:, None]) * sizes
+    torch.testing.assert_close(error, (residual.square().sum(1) * 4 / 3).sqrt() / 22)
+    # a single response falls back to its tokens, and a single token has no error
+    one = ClusterMeans.of(tokens, [22])
+    torch.testing.assert_close(one.statistics()[1], tokens.std(1) / math.sqrt(22))
+    assert "single response" in one.method
+    assert rounded(ClusterMeans.of(tokens[:, :1], [1]).statistics()[1]) == [None] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 
@@ -16,15 +15,6 @@ from bupo.lens.compare import compare_models, measure_layers
 from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
 from tests.support.zoo_checks import stream
-
-
-def moved(model, scale=0.3):
-    """The same model after a change of its second layer."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in other.model.layers[1].parameters():
-            p += scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)) * p.abs().mean()
-    return other
 
 
 @torch.no_grad()
@@ -53,18 +43,21 @@ def test_every_quantity_is_its_definition(monkeypatch, layer):
     result = compare_models([("a", measure_layers(model, rollouts, layer))])
     (found,) = result["models"]
     want = plain(model, rollouts, layer)
-    close = {"rtol": 1e-3, "atol": 1e-3}
     assert found["perplexity"]["value"] == pytest.approx(math.exp(-want["logprob"]), rel=1e-3)
-    torch.testing.assert_close(torch.tensor(found["entropy"]["mean"]).double(), want["entropy"], **close)
-    torch.testing.assert_close(torch.tensor(found["divergence"]["mean"]).double(), want["divergence"], **close)
-    torch.testing.assert_close(torch.tensor(found["cosine"]).double(), want["cosine"], **close)
+    got = {"entropy": found["entropy"]["mean"], "divergence": found["divergence"]["mean"], "cosine": found["cosine"]}
+    for name, values in got.items():
+        torch.testing.assert_close(torch.tensor(values).double(), want[name], rtol=1e-3, atol=1e-3)
     assert found["cosine_of_layer"]["mean"] == pytest.approx(found["cosine"][layer - 1], abs=1e-4)
     json.dumps(result, allow_nan=False)
 
 
 def test_changes_are_paired_by_token():
     model, rollouts = tiny_model(spread=3.0), pairs([(3, 20), (6, 25), (1, 30)])
-    readings = [("a", measure_layers(model, rollouts, 2)), ("b", measure_layers(moved(model), rollouts, 2))]
+    before = measure_layers(model, rollouts, 2)
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            parameter += 0.3 * torch.randn_like(parameter) * parameter.abs().mean()
+    readings = [("a", before), ("b", measure_layers(model, rollouts, 2))]
     one, two = compare_models(readings)["models"]
     assert "change" not in one
     change = two["change"]
@@ -81,11 +74,9 @@ def test_changes_are_paired_by_token():
 
 
 def test_the_same_tokens_are_drawn_for_every_model():
-    rollouts = pairs([(3, 40), (6, 25)])
-    part = measure_layers(tiny_model(), rollouts, 2, tokens=20, seed=4)
-    assert part.values.shape[1] == sum(part.counts) < 25
+    part, again = (measure_layers(tiny_model(), pairs([(3, 40), (6, 25)]), 2, tokens=20, seed=4) for _ in range(2))
     assert part.counts == [len(t) for t in subsample_evenly([40, 25], 20, 4)]
-    again = measure_layers(tiny_model(), rollouts, 2, tokens=20, seed=4)
+    assert part.values.shape[1] == sum(part.counts) < 25
     assert torch.equal(part.values, again.values)
 
 
@@ -93,9 +84,7 @@ def test_other_layers_and_other_depths_are_refused():
     rollouts = pairs()
     with pytest.raises(InputError, match="layer 5 does not exist"):
         measure_layers(tiny_model(), rollouts, 5)
-    readings = [
-        ("a", measure_layers(tiny_model(), rollouts, 2)),
-        ("b", measure_layers(tiny_model(num_hidden_layers=3), rollouts, 2)),
-    ]
+    models = {"a": tiny_model(), "b": tiny_model(num_hidden_layers=3)}
+    readings = [(name, measure_layers(model, rollouts, 2)) for name, model in models.items()]
     with pytest.raises(InputError, match="a has 4 layers and b has 3"):
         compare_models(readings)

@@ -10,6 +10,7 @@ from torch.distributions import Categorical
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton decorates the kernel
 pytest.importorskip("triton", reason="needs triton")
+SIZES = [(1, 16, 16), (17, 33, 100), (16, 7, 129), (5, 64, 31)]  # most are no multiples of the blocks
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] != "1" else "cpu"
 
 from bupo.lens import softmax_stats, triton_kernel  # noqa: E402
@@ -33,42 +34,25 @@ def setting(n=9, d=20, v=53, layers=2, spread=1.0, dtype=torch.float32, bias=Fal
     return before, states, Unembedding(weight, torch.randn(v, device=DEVICE) if bias else None, **rule)
 
 
-def reference(state, e):
-    z = logits_of(state, e)
-    return Categorical(logits=z).entropy(), z.logsumexp(-1)
-
-
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("spread", [1e-3, 1.0, 20.0])
-def test_a_group_equals_float64(rule, spread):
-    before, states, e = setting(spread=spread, **rule)
-    entropy, lse = triton_kernel.read(before, states, e)
-    stream = before.double()
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [({"rule": rule, "spread": spread}, None) for rule in RULES for spread in (1e-3, 1.0, 20.0)]
+    + [({"n": n, "d": d, "v": v}, parts) for n, d, v in SIZES for parts in (1, 3, None)]
+    + [({"dtype": dtype}, None) for dtype in (torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_a_group_equals_float64(sizes, parts):
+    before, states, e = setting(**{k: v for k, v in sizes.items() if k != "rule"}, **sizes.get("rule", {}))
+    found = triton_kernel.read(before, states, e, parts)
+    stream, sixteen = before.double(), e.weight.dtype != torch.float32
     for layer, every in enumerate(states.double()):
         stream = stream + every[1] + every[3]
-        for site, state in enumerate((*every, stream)):
-            want = reference(state, e)
-            torch.testing.assert_close(entropy[layer, site], want[0], rtol=1e-4, atol=2e-5)
-            torch.testing.assert_close(lse[layer, site], want[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("n", "d", "v"), [(1, 16, 16), (17, 33, 100), (16, 7, 129), (5, 64, 31)])
-@pytest.mark.parametrize("parts", [1, 3, None])
-def test_sizes_that_are_no_multiples_of_the_blocks(n, d, v, parts):
-    before, states, e = setting(n=n, d=d, v=v, layers=1)
-    entropy, lse = triton_kernel.read(before, states, e, parts)
-    for site in range(4):
-        want = reference(states[0, site], e)
-        torch.testing.assert_close(entropy[0, site], want[0], rtol=1e-4, atol=2e-5)
-        torch.testing.assert_close(lse[0, site], want[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_numbers_are_summed_in_float32(dtype):
-    before, states, e = setting(dtype=dtype, layers=1)
-    entropy, _ = triton_kernel.read(before, states, e)
-    for site in range(4):
-        torch.testing.assert_close(entropy[0, site], reference(states[0, site], e)[0], rtol=1e-4, atol=5e-5)
+        for site, state in enumerate(every if sixteen else (*every, stream)):
+            z, (entropy, lse) = logits_of(state, e), (values[layer, site] for values in found)
+            torch.testing.assert_close(
+                entropy, Categorical(logits=z).entropy(), rtol=1e-4, atol=5e-5 if sixteen else 2e-5
+            )
+            torch.testing.assert_close(lse, z.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_non_finite_logits_do_not_pass_as_numbers():
@@ -88,8 +72,8 @@ def test_the_reader_uses_it_and_agrees(monkeypatch):
     monkeypatch.setattr(softmax_stats, "_kernel", lambda device: triton_kernel)
     fused = softmax_stats.residual_group_stats(before, layers, rule)[1]
     assert calls
-    torch.testing.assert_close(fused["entropy"], plain["entropy"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fused["lse"], plain["lse"], rtol=1e-5, atol=1e-5)
+    for name in ("entropy", "lse"):
+        torch.testing.assert_close(fused[name], plain[name], rtol=1e-5, atol=1e-5)
     # what the kernel does not compute takes the other path
     extra = softmax_stats.residual_group_stats(before, layers, rule, StatsRequest(varentropy=True))[1]
     assert len(calls) == 1

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from bupo.lens.batching import TokenPair
 from bupo.models.unembed import Unembedding
 
 RULES = [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "bias": True}]
 
 
-@dataclass
-class Pair:
-    prompt_ids: list[int]
-    response_ids: list[int]
-
-
-def pairs(lengths=((3, 5), (6, 2), (1, 9), (4, 1)), seed=0) -> list[Pair]:
+def pairs(lengths=((3, 5), (6, 2), (1, 9), (4, 1)), seed=0) -> list[TokenPair]:
     """Random responses with these numbers of prompt and response tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [Pair(*(torch.randint(3, 97, (n,), generator=generator).tolist() for n in pair)) for pair in lengths]
+    return [TokenPair(*(torch.randint(3, 97, (n,), generator=generator).tolist() for n in pair)) for pair in lengths]
 
 
 def unembedding(vocabulary=50, width=7, *, scale=1.0, softcap=None, bias=False, spread=1.0) -> Unembedding:

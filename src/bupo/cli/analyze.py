@@ -90,13 +90,13 @@ def analyze(
 
     from bupo.data.problems import load_problems
     from bupo.data.rollouts import read_responses
-    from bupo.lens.analyze import AnalysisOptions, Statistics, analyze_rollouts, check_rollouts
+    from bupo.lens.analyze import AnalysisOptions, analyze_rollouts, statistic_columns
     from bupo.lens.tokens import ParquetTokenWriter, explore_rollouts
     from bupo.models.load import join_processes, load_model, model_revision
     from bupo.report.analysis_figures import write_analysis_figures
 
     started, names = time.monotonic(), options.split_names(statistics)
-    Statistics(names)  # wrong arguments are found before the model is loaded
+    statistic_columns(names)  # wrong arguments are found before the model is loaded
     problems = load_problems(dataset, split=split, limit=limit, seed=seed) if dataset is not None else []
     source: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
     if processes > 1:  # each process has a device of its own, of the type that was asked for
@@ -112,7 +112,6 @@ def analyze(
         else:
             rollouts = _generate(loaded, tokenizer, problems, progress, context.params) if rank == 0 else []
             rollouts = rollouts if processes == 1 else broadcast_object_list([rollouts])[0]
-        check_rollouts(loaded, rollouts)
         writer = ParquetTokenWriter(output) if per_token else None
         details = AnalysisOptions(model, choice, choice_tokens, writer, progress.move)
         settings: dict[str, Any] = {"max_tokens": max_tokens, "batch_tokens": batch_tokens, "seed": seed}

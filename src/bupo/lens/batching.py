@@ -1,4 +1,4 @@
-"""Validates responses, draws tokens from them, and groups them into length-sorted batches."""
+"""Checks responses, draws tokens from them, groups them into length-sorted batches, and averages over their tokens."""
 
 from __future__ import annotations
 
@@ -27,12 +27,8 @@ class TokenPair(NamedTuple):
 def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair]:
     """Check that the model can be analysed on these responses, and return them as token pairs.
 
-    Args:
-        model: a decoder-only causal LM, outside of `internal_policy`.
-        responses: objects with ``prompt_ids`` and ``response_ids``, mappings with these keys, or pairs of the two.
-
-    Raises:
-        InputError: the model or a response is unusable; the message names the first such response, counted from 1.
+    The responses are objects with ``prompt_ids`` and ``response_ids``, mappings with these keys, or pairs of the two.
+    Raises InputError where the model or a response is unusable; it names the first such response, counted from 1.
     """
     layout = find_layout(model)
     if (shadow := layout.backbone.__dict__.get(layout.layers_name)) is not None:
@@ -51,16 +47,12 @@ def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair
         if not len(pair.prompt_ids):
             raise InputError(f"prompt {number} is empty; the first response token is predicted from its last token")
         if (length := len(pair.prompt_ids) + len(pair.response_ids)) > limit:
-            raise InputError(
-                f"response {number} with its prompt has {length} tokens, more than the model's context of {limit}; "
-                f"shorten or drop it"
-            )
+            has = f"response {number} with its prompt has {length} tokens"
+            raise InputError(f"{has}, more than the model's context of {limit}; shorten or drop it")
         for token in (extreme(ids) for ids in pair[:2] for extreme in (min, max)):
             if not 0 <= token < vocabulary:
-                raise InputError(
-                    f"response {number} contains token id {token}, outside this model's vocabulary of {vocabulary}; "
-                    f"check that the ids come from this model's tokenizer"
-                )
+                what = f"response {number} contains token id {token}, outside this model's vocabulary of {vocabulary}"
+                raise InputError(f"{what}; check that the ids come from this model's tokenizer")
     return pairs
 
 
@@ -79,17 +71,7 @@ def _token_pair(number: int, response: Any) -> TokenPair:
 
 
 def subsample(lengths: Sequence[int], tokens: int, seed: int, *, max_responses: int | None = None) -> list[list[int]]:
-    """Draw tokens uniformly at random from all responses, without replacement.
-
-    Args:
-        lengths: number of tokens per response.
-        tokens: number of tokens to draw; all of them if there are fewer.
-        seed: random seed.
-        max_responses: draw from this many random responses only.
-
-    Returns:
-        For each response, the ascending indices (from 0) of its drawn tokens; often an empty list.
-    """
+    """Ascending indices (from 0) of tokens per response, drawn at random from all or ``max_responses`` responses."""
     generator = torch.Generator().manual_seed(seed)
     responses = sorted(torch.randperm(len(lengths), generator=generator)[:max_responses].tolist())
     places = [(response, token) for response in responses for token in range(lengths[response])]
@@ -101,7 +83,7 @@ def subsample(lengths: Sequence[int], tokens: int, seed: int, *, max_responses: 
 
 
 def subsample_evenly(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
-    """Draw about ``tokens`` tokens, the same share of every response and at least two; returned as by `subsample`."""
+    """About ``tokens`` tokens as by `subsample`, but the same share of every response and at least two of each."""
     share = min(1.0, tokens / sum(lengths))
     drawn = []
     for index, length in enumerate(lengths):
@@ -135,22 +117,14 @@ def balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Responses padded on the right, and the N tokens of them that are read.
+    """Responses padded on the right, and the N tokens of them that are read."""
 
-    Attributes:
-        ids, mask: (B, T); the last token of each response is only predicted.
-        positions: (B, T) bool, True at the N positions that predict the tokens read (P-1 .. P+R-2 for all of them).
-        targets: the ids of the tokens read (N,), response by response.
-        places: for each, the number of its response and its own number within it, from 1, (N, 2).
-        counts: number of tokens read per response.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    places: Tensor
-    counts: list[int]
+    # ids (the last token of each response is only predicted), mask, and bool positions, True at the N that predict the
+    # tokens read; each (B, T)
+    inputs: tuple[Tensor, Tensor, Tensor]
+    targets: Tensor  # the ids of the tokens read (N,), response by response
+    places: Tensor  # for each, the number of its response and its own number within it, from 1, (N, 2)
+    counts: list[int]  # number of tokens read per response
 
 
 def pad(
@@ -164,5 +138,61 @@ def pad(
     positions = torch.zeros_like(ids, dtype=torch.bool)
     positions[row, token + torch.tensor([len(responses[i].prompt_ids) - 1 for i in indices])[row]] = True
     targets = torch.tensor([responses[i].response_ids[token] for i in indices for token in tokens[i]])
-    ids, mask, positions, targets = (tensor.to(device) for tensor in (ids, mask, positions, targets))
-    return PaddedBatch(ids, mask, positions, targets, places[:, 1:] + 1, [len(tokens[i]) for i in indices])
+    inputs, counts = (ids.to(device), mask.to(device), positions.to(device)), [len(tokens[i]) for i in indices]
+    return PaddedBatch(inputs, targets.to(device), places[:, 1:] + 1, counts)
+
+
+class ClusterMeans:
+    """Means over tokens of K quantities, with standard errors clustered by response.
+
+    The mean is the ratio ``sum_i S_i / sum_i n_i`` over responses i; where some of the n_i tokens are read, ``S_i`` is
+    ``n_i`` times their mean. Its standard error is the linearised one of R responses,
+    ``sqrt(R/(R-1) sum_i (S_i - mean n_i)^2) / N``; of a single response, that over its tokens (NaN for one token).
+    """
+
+    def __init__(self) -> None:
+        # by the response's index: sums (K,) and sums of squares over the tokens read, their number, and the response's
+        self.rows: dict[int, tuple[Tensor, Tensor, int, int]] = {}
+
+    @classmethod
+    def of(cls, values: Tensor, counts: list[int], sizes: list[int] | None = None) -> ClusterMeans:
+        """The means of values (K, N), response by response: ``counts`` tokens of each, which stand for ``sizes``."""
+        means = cls()
+        for index, part in enumerate(values.split(counts, dim=-1)):
+            means.add(part, index, sizes[index] if sizes else None)
+        return means
+
+    def add(self, values: Tensor, response: int, size: int | None = None) -> None:
+        """Add values (K, n) of tokens of one response, which stand for ``size`` tokens (default: for themselves)."""
+        values, n = values.detach().to("cpu", torch.float64), values.shape[-1]
+        self.rows[response] = (values.sum(-1), values.square().sum(-1), n, size or n)
+
+    @property
+    def tokens(self) -> int:
+        return sum(read for _, _, read, _ in self.rows.values())
+
+    @property
+    def method(self) -> str:
+        return "clustered by response" if len(self.rows) > 1 else "over tokens (a single response)"
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Means over all tokens and their standard errors, each (K,) float64."""
+        rows = [self.rows[index] for index in sorted(self.rows)]
+        sums = torch.stack([total if read == size else total * (size / read) for total, _, read, size in rows])
+        counts = torch.tensor([size for *_, size in rows], dtype=torch.float64)
+        mean = sums.sum(0) / counts.sum()
+        if len(rows) > 1:
+            residual = sums - mean * counts[:, None]
+            return mean, (residual.square().sum(0) * len(rows) / (len(rows) - 1)).sqrt() / counts.sum()
+        total, squares, read, _ = rows[0]
+        if read == 1:
+            return mean, torch.full_like(mean, math.nan)
+        variance = (squares / read - (total / read).square()).clamp(min=0)
+        return mean, (variance / (read - 1)).sqrt()
+
+
+def rounded(values: Tensor, digits: int = 6) -> list[Any]:
+    """A plain list for JSON, nested as the tensor is; an unknown standard error (NaN) becomes None."""
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [None if math.isnan(value) else round(value, digits) for value in values.tolist()]

@@ -1,11 +1,7 @@
 """Several states of a model (before, during, after training) on the same response tokens [Fig. 5].
 
-For every model: the full policy's perplexity on the responses (5c), the entropy of each layer's policy (5b), the cosine
-between the states of the chosen layer and those of all others (5a), and the KL divergence from the chosen layer's
-policy to the later ones (5d). Changes from the first model are paired by token; standard errors are clustered by
-response. The figure is in arXiv 2512.19673.
-
-Shape legend: L layers, N tokens, d width, K quantities.
+Cosines between the states of the chosen layer and of the others (5a), entropies of the layers (5b), the full policy's
+perplexity (5c), KL divergences from the chosen layer's policy to later ones (5d); changes are paired by token.
 """
 
 from __future__ import annotations
@@ -19,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.lens.batching import batches, check_rollouts, pad, subsample_evenly
-from bupo.lens.clustered import ClusterMeans, round_errors, round_list
+from bupo.lens.batching import ClusterMeans, batches, check_rollouts, pad, rounded, subsample_evenly
 from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import lens_stats
 from bupo.models.capture import capture_layers
@@ -33,19 +28,13 @@ _BATCH_TOKENS = 2048  # padded, per forward pass
 
 @dataclass(frozen=True)
 class LayerMeasurements:
-    """One model's values per token.
+    """One model's values per token."""
 
-    Attributes:
-        values: (K, N) float64, response by response: log-prob, L entropies, L-l+1 divergences, L*L cosines.
-        layers, layer: L, and the chosen layer l, from 1.
-        counts, sizes: number of tokens read per response, and in all per response.
-    """
-
-    values: Tensor
+    values: Tensor  # (K, N) float64, response by response: log-prob, L entropies, L-l+1 divergences, L*L cosines
     layers: int
-    layer: int
-    counts: list[int]
-    sizes: list[int]
+    layer: int  # the chosen layer l, from 1
+    counts: list[int]  # number of tokens read per response
+    sizes: list[int]  # and in all per response
 
 
 def measure_layers(
@@ -57,18 +46,10 @@ def measure_layers(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LayerMeasurements:
-    """Measure one model on (some tokens of) the responses.
+    """Measure one model, whose ``layer`` was trained, on ``tokens`` tokens of the responses.
 
-    Args:
-        model, responses: as for `bupo.lens.analyze.analyze_rollouts`.
-        layer: l, from 1: the layer whose policy was trained.
-        tokens: number of tokens to draw, about the same share of every response. The draw depends only on ``seed`` and
-            the lengths, so that several models are measured on the same tokens.
-        seed: random seed of the draw.
-        progress: called with (tokens read, tokens in all).
-
-    Raises:
-        InputError: unusable responses, no such layer, or a model that cannot be read.
+    The draw depends only on ``seed`` and the lengths, so that several models are measured on the same tokens. Errors
+    are those of `bupo.lens.analyze.analyze_rollouts`; ``progress`` is called with (tokens read, tokens in all).
     """
     pairs = check_rollouts(model, responses)
     unembedding, layers = get_unembedding(model), find_layout(model).n_layers
@@ -80,7 +61,7 @@ def measure_layers(
     with eval_mode(unwrap(model)), torch.no_grad():
         for indices in batches(pairs, _BATCH_TOKENS, range(len(pairs))):
             batch = pad(pairs, drawn, indices, unembedding.weight.device)
-            states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
+            states, final = capture_layers(model, *batch.inputs)
             request = StatsRequest(targets=batch.targets, reference=states[layer - 1], kl_from_reference=True)
             stats = lens_stats(torch.cat([states, final[None]]), unembedding, request)
             logprob, entropy, kl = (stats[name] for name in ("logprob", "entropy", "kl_from_reference"))
@@ -104,17 +85,7 @@ def _cosines(states: Tensor) -> Tensor:
 
 
 def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dict[str, Any]:
-    """Compare the measurements of one or more named models with the first, the baseline.
-
-    Args:
-        measurements: names, and what `measure_layers` returned for the same responses, layer, tokens and seed.
-
-    Returns:
-        The content of ``compare.json`` (schema 1).
-
-    Raises:
-        InputError: the models do not have the same number of layers.
-    """
+    """The content of ``compare.json`` (schema 1): named models, at the same layer and tokens, against the first one."""
     first_name, first = measurements[0]
     models: list[dict[str, Any]] = []
     for name, one in measurements:
@@ -143,24 +114,21 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
 def _summary(about: LayerMeasurements, values: Tensor, perplexity: str) -> dict[str, Any]:
     """Means and standard errors by name; of the cosines, only those of the chosen layer have errors.
 
-    ``perplexity`` names ``exp(-mean log-prob)``, a ratio of perplexities for a difference; its standard error follows
-    from the logarithm's.
+    ``perplexity`` names ``exp(-mean log-prob)``, a ratio of perplexities for a difference of values.
     """
     layers, row = about.layers, about.layer - 1
     groups = (1, layers, layers - row, layers**2)
     means, errors = (part.split(groups) for part in ClusterMeans.of(values, about.counts, about.sizes).statistics())
     matrix, of_matrix = (part[-1].view(layers, layers) for part in (means, errors))
-    columns = {
-        "entropy": (means[1], errors[1]),
-        "divergence": (means[2], errors[2]),
-        "cosine_of_layer": (matrix[row], of_matrix[row]),
+
+    def column(mean: Tensor, error: Tensor) -> dict[str, list]:
+        return {"mean": rounded(mean), "standard_error": rounded(error)}
+
+    value, (error,) = math.exp(-rounded(means[0])[0]), rounded(errors[0])  # the error of the logarithm
+    return {
+        "entropy": column(means[1], errors[1]),
+        "divergence": column(means[2], errors[2]),
+        "cosine_of_layer": column(matrix[row], of_matrix[row]),
+        "cosine": rounded(matrix, 4),
+        perplexity: {"value": round(value, 6), "standard_error": None if error is None else round(value * error, 6)},
     }
-    summary: dict[str, Any] = {
-        name: {"mean": round_list(mean), "standard_error": round_errors(error)}
-        for name, (mean, error) in columns.items()
-    }
-    summary["cosine"] = [round_list(line, 4) for line in matrix]
-    value = math.exp(-round_list(means[0])[0])
-    (error,) = round_errors(errors[0])
-    error = None if error is None else round(value * error, 6)
-    return summary | {perplexity: {"value": round(value, 6), "standard_error": error}}

@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bupo.lens.batching import PaddedBatch, check_rollouts, pad
+from bupo.lens.batching import PaddedBatch, check_rollouts, pad, rounded
+from bupo.lens.layer_choice import Progress
 from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import SITES, Stats, lens_stats
 from bupo.models.capture import capture_layers
@@ -21,16 +22,19 @@ from bupo.models.layout import eval_mode, unwrap
 from bupo.models.unembed import get_unembedding
 
 TOP_K = 5  # most likely tokens that the explorer shows per layer
+PLACES, STATISTICS = (
+    ("response", "position", "token", "layer", "site"),
+    ("entropy", "logprob", "rank", "varentropy", "kl"),
+)
+COLUMNS = (*PLACES, *STATISTICS, "top", "top_probability")
+_WHOLE = {"layer": pa.int16(), "site": pa.int8()} | dict.fromkeys((*PLACES[:3], "rank", "top"), pa.int32())
 
 
 class ParquetTokenWriter:
     """Writes batches of token statistics as a parquet table with one row per response token, layer and site.
 
-    Columns: ``response`` and ``position`` (in it), from 1, ``token`` (id), ``layer``, ``site``, ``entropy``, and the
-    requested ones of ``logprob``, ``rank``, ``varentropy``, ``kl``, ``top`` (ids) and ``top_probability``.
-
-    Args:
-        near: where the table will be; it lies in a temporary folder beside that path until `close`.
+    Its columns are those of `COLUMNS` that were requested; ``position`` is that of the token in the response, ``token``
+    and ``top`` are ids. Until `close`, the table lies in a temporary folder beside the path ``near``.
     """
 
     def __init__(self, near: Path):
@@ -42,7 +46,7 @@ class ParquetTokenWriter:
 
     def __call__(self, batch: PaddedBatch, stats: Stats) -> None:
         """Append the statistics (6, L, N[, k]) of a batch, sites in the order of `SITES`."""
-        table = _parquet_table(batch, stats)
+        table = _table(batch, stats)
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._table, table.schema, compression="zstd")
         self._writer.write_table(table)
@@ -55,26 +59,23 @@ class ParquetTokenWriter:
         self._folder.cleanup()
 
 
-def _parquet_table(batch: PaddedBatch, stats: Stats) -> pa.Table:
-    shape = sites, layers, n = stats["entropy"].shape
-
-    def column(values: Tensor, dtype: pa.DataType) -> pa.Array:
-        return pa.array(values.reshape(-1).numpy()).cast(dtype, safe=False)
-
-    site = pa.array(torch.arange(sites).repeat_interleave(layers * n).numpy(), pa.int8())
-    columns = {
-        "response": column(batch.places[:, 0].expand(shape), pa.int32()),
-        "position": column(batch.places[:, 1].expand(shape), pa.int32()),
-        "token": column(batch.targets.cpu().expand(shape), pa.int32()),
-        "layer": column(torch.arange(1, layers + 1)[:, None].expand(shape), pa.int16()),
-        "site": pa.DictionaryArray.from_arrays(site, list(SITES)),
+def _table(batch: PaddedBatch, stats: Stats) -> pa.Table:
+    sites, layers, _ = shape = stats["entropy"].shape
+    places = {
+        "response": batch.places[:, 0],
+        "position": batch.places[:, 1],
+        "token": batch.targets.cpu(),
+        "layer": torch.arange(1, layers + 1)[:, None],
+        "site": torch.arange(sites)[:, None, None],
     }
-    for name in ("entropy", "logprob", "rank", "varentropy", "kl"):
-        if name in stats:
-            columns[name] = column(stats[name], pa.int32() if name == "rank" else pa.float32())
-    for name, dtype in (("top", pa.int32()), ("top_probability", pa.float32())):
-        if name in stats:
-            columns[name] = pa.FixedSizeListArray.from_arrays(column(stats[name], dtype), stats[name].shape[-1])
+    values, columns = stats | {name: place.expand(shape) for name, place in places.items()}, {}
+    for name in (name for name in COLUMNS if name in values):
+        column = pa.array(values[name].reshape(-1).numpy()).cast(_WHOLE.get(name, pa.float32()), safe=False)
+        if name == "site":
+            column = pa.DictionaryArray.from_arrays(column, list(SITES))
+        elif name.startswith("top"):
+            column = pa.FixedSizeListArray.from_arrays(column, values[name].shape[-1])
+        columns[name] = column
     return pa.table(columns)
 
 
@@ -83,52 +84,38 @@ def explore_rollouts(
     responses: Sequence[Any],
     decode: Callable[[list[int]], str],
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compute statistics of the layer policies at every response token, one response at a time.
+    """Compute statistics of the layer policies at every response token, with L vocabulary products per token.
 
-    Args:
-        model, responses: as for `bupo.lens.analyze.analyze_rollouts`; each token costs L vocabulary products.
-        decode: turns token ids into text.
-        progress: called with ("reading single tokens", responses done, responses in all).
-
-    Returns:
-        The content of ``tokens.json`` (schema 1): per sample the tokens as text and, as L rows of T numbers,
-        ``entropy`` (nats), ``logprob`` and ``rank`` (from 1) of the generated token, ``kl`` to the full policy (nats),
-        and ``top``, the most likely tokens as (text, probability) pairs.
-
-    Raises:
-        InputError: see `bupo.lens.analyze.analyze_rollouts`.
+    The model and the responses are those of `bupo.lens.analyze.analyze_rollouts`, which has the same errors; ``decode``
+    turns token ids into text; ``progress`` counts responses. Returns the content of ``tokens.json`` (schema 1): per
+    sample the tokens as text and, as L rows of T numbers, ``entropy``, ``logprob`` and ``rank`` (from 1) of the
+    generated token, ``kl`` to the full policy, and ``top``, the most likely tokens as (text, probability) pairs.
     """
-    pairs = check_rollouts(model, responses)
-    unembedding = get_unembedding(model)
+    pairs, unembedding = check_rollouts(model, responses), get_unembedding(model)
     every = [range(len(pair.response_ids)) for pair in pairs]
     samples = []
     with eval_mode(unwrap(model)), torch.no_grad():
         for index, pair in enumerate(pairs):
             batch = pad(pairs, every, [index], unembedding.weight.device)
-            states, final = capture_layers(model, batch.ids, batch.mask, batch.positions)
+            states, final = capture_layers(model, *batch.inputs)
             request = StatsRequest(targets=batch.targets, rank=True, reference=final, kl=True, top_k=TOP_K)
+            stats = lens_stats(states, unembedding, request)
+            text = {token: decode([token]) for token in set(stats["top"].flatten().tolist())}
             sample = {
                 "problem_id": pair.problem_id,
                 "prompt": decode(list(pair.prompt_ids)),
                 "tokens": [decode([token]) for token in pair.response_ids],
                 "layers": len(states),
+                **{name: rounded(stats[name], 4) for name in ("entropy", "logprob", "kl")},
+                "rank": stats["rank"].long().tolist(),
+                "top": [
+                    [[[text[i], p] for i, p in zip(*cell, strict=True)] for cell in zip(*layer, strict=True)]
+                    for layer in zip(stats["top"].tolist(), rounded(stats["top_probability"], 4), strict=True)
+                ],
             }
-            samples.append(sample | _explorer_rows(lens_stats(states, unembedding, request), decode))
+            samples.append(sample)
             if progress is not None:
                 progress("reading single tokens", index + 1, len(pairs))
     return {"schema": 1, "samples": samples}
-
-
-def _explorer_rows(stats: Stats, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """Statistics (L, T[, k]) of one response as lists, rounded."""
-    text = {token: decode([token]) for token in set(stats["top"].flatten().tolist())}
-    numbers = {
-        name: [[round(v, 4) for v in row] for row in stats[name].tolist()] for name in ("entropy", "logprob", "kl")
-    }
-    top = [
-        [[[text[i], round(p, 4)] for i, p in zip(*cell, strict=True)] for cell in zip(*layer, strict=True)]
-        for layer in zip(stats["top"].tolist(), stats["top_probability"].tolist(), strict=True)
-    ]
-    return {**numbers, "rank": stats["rank"].long().tolist(), "top": top}

@@ -1,12 +1,8 @@
 """The walk over the vocabulary as one Triton kernel: products and statistics in one pass, logits never in memory.
 
-One program takes ``ROWS`` tokens and one part of the vocabulary. For each tile of it the kernel makes the stream's
-logits ``H^{l-1} E_u^T`` once, then, layer after layer of the group, the four products, whose sums are the next stream's
-logits (see `bupo.lens.softmax_stats`). A tile of logits lives in registers; running maxima and sums go to memory, a
-triple for each site, token and part, and the parts are joined in float64.
-
-Runs on CUDA; with ``TRITON_INTERPRET=1`` also on a CPU, slowly, which is how it is tested where there is no GPU.
-
+One program takes ``ROWS`` tokens and one part of the vocabulary, layer after layer as `bupo.lens.softmax_stats` does. A
+tile of logits lives in registers; running maxima and sums go to memory, a triple for each site, token and part, and the
+parts are joined in float64. Runs on CUDA; for tests with ``TRITON_INTERPRET=1`` also on a CPU, slowly.
 Shape legend: N tokens, d width, V vocabulary, G layers in a group, P parts of the vocabulary. Logits to the base 2.
 """
 
@@ -26,15 +22,6 @@ _LOG2_E = 1 / math.log(2)
 WARPS = 8  # with 4 the kernel spills registers on A100 and H100 (`benchmarks/kernel_build.py`)
 SITES = 5  # the new sites of a layer
 ROWS, TILE, WIDTH_TILE = 64, 128, 32
-
-
-def available() -> bool:
-    """Whether the kernel can run here and is wanted: a GPU or the interpreter, and ``BUPO_TRITON`` not 0."""
-    return os.environ.get("BUPO_TRITON", "1") != "0" and (torch.cuda.is_available() or interpreted())
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 # Signatures and loads are packed by hand: one argument per line would double the file.
@@ -118,17 +105,10 @@ def _read(before, states, weight, biases,  # (N, d), (G, 4, N, d), (V, d), (V,)
 
 
 def read(before: Tensor, states: Tensor, unembedding: Unembedding, parts: int | None = None) -> tuple[Tensor, Tensor]:
-    """Compute entropies and log-sum-exps of the new sites of a group of layers.
+    """Compute entropies and log-sum-exps, in nats, of the new sites of a group of layers, each (G, 5, N) float64.
 
-    Args:
-        before: ``H^{l-1}`` (N, d).
-        states: (G, 4, N, d): attn_in, attn_out, ffn_in, ffn_out of each layer. Both are converted to the dtype of
-            ``E_u``, which is float32, bfloat16 or float16; products accumulate in float32.
-        unembedding: how states become logits.
-        parts: number of parts of the vocabulary, read by programs of their own (default: enough to fill the device).
-
-    Returns:
-        Entropies and log-sum-exps in nats, float64, each (G, 5, N).
+    ``before`` is ``H^{l-1}`` (N, d), ``states`` are attn_in, attn_out, ffn_in, ffn_out of each layer (G, 4, N, d); both
+    are converted to the dtype of ``E_u``. The default number of ``parts`` of the vocabulary fills the device.
     """
     weight, bias, softcap = unembedding.weight.contiguous(), unembedding.bias, unembedding.softcap
     before, states = before.to(weight.dtype).contiguous(), states.to(weight.dtype).contiguous()
@@ -148,18 +128,13 @@ def read(before: Tensor, states: Tensor, unembedding: Unembedding, parts: int | 
         SOFTCAP=softcap is not None,
         BIAS=bias is not None,
         PRECISE=weight.dtype is torch.float32,
-        UPCAST=interpreted(),
+        UPCAST=os.environ.get("TRITON_INTERPRET") == "1",
         ROWS=ROWS,
         TILE=TILE,
         WIDTH_TILE=WIDTH_TILE,
         num_warps=WARPS,
     )
-    entropy, lse = _join(maxima.double(), sums.double(), weighted.double())
-    return entropy.view(layers, SITES, n), lse.view(layers, SITES, n)
-
-
-def _join(maxima: Tensor, sums: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the parts (P, ...) of the vocabulary; entropy and log-sum-exp in nats."""
+    maxima, sums, weighted = (parts.double().view(-1, layers, SITES, n) for parts in (maxima, sums, weighted))
     maximum = maxima.amax(0)
     shift = maxima - maximum
     factor = shift.exp2()

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.lens import agreement
+from bupo.lens import layer_choice
 from bupo.lens.analyze import analyze_rollouts
 from bupo.lens.batching import check_rollouts
 
@@ -35,7 +35,7 @@ def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any
         layer, reason = analysis["boundary_layer"], analysis["boundary_reason"]
         if layer is not None:
             return LayerChoice(layer, reason, analysis)
-        analysis["layer_choice"] = agreement.choose_layer(model, check_rollouts(model, responses), analysis)
+        analysis["layer_choice"] = layer_choice.choose_layer(model, check_rollouts(model, responses), analysis)
     except InputError as error:
         return LayerChoice(None, f"internal_layer auto: {error}")
     change = analysis["entropy_change"]["ffn"]
