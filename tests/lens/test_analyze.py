@@ -1,7 +1,5 @@
 """The analysis against a plain recomputation that keeps everything, and its refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 from functools import partial
@@ -73,8 +71,7 @@ def test_the_schema_and_unknown_standard_errors():
     assert {key: result[key] for key in expected} == expected
     for group in ("sites", "standard_errors"):
         assert {site: len(values) for site, values in result[group].items()} == dict.fromkeys(SITES, 4)
-    assert set(result["entropy_change"]) == {"attn", "ffn", "layer"}
-    assert set(result["residual_cosine"]) == {"attn", "ffn"}
+    assert set(result["entropy_change"]) == {*result["residual_cosine"], "layer"} == {"attn", "ffn", "layer"}
     assert set(result["regions"]) == {"exploration", "integration", "convergence"}
     assert result["sites"]["layer_in"][1:] == result["sites"]["layer_out"][:-1]
     assert all(0 <= h <= math.log(97) for site in result["sites"].values() for h in site)
@@ -91,11 +88,10 @@ def test_the_schema_and_unknown_standard_errors():
 
 def test_training_mode_is_restored_and_dropout_does_not_act():
     model = tiny_model("qwen3", attention_dropout=0.5).train()
-    held = model.model.layers[0].eval()  # its owner may hold a part in another mode
+    model.model.layers[0].eval()  # its owner may hold a part in another mode
+    before = [module.training for module in model.modules()]
     assert analyze_rollouts(model, pairs()) == analyze_rollouts(model, pairs())
-    assert model.training
-    assert model.model.layers[1].self_attn.training
-    assert not any(module.training for module in held.modules())
+    assert [module.training for module in model.modules()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers.modules())
 
 
@@ -155,8 +151,7 @@ def test_some_tokens_give_nearly_the_same_means():
     assert part["sampling"] == {"max_tokens": 400, "tokens_used": 400, "tokens_of_responses": whole["tokens"]}
     for site in SITES:
         rows = zip(part["sites"][site], whole["sites"][site], part["standard_errors"][site], strict=True)
-        assert all(abs(got - want) <= 4 * error + 1e-6 for got, want, error in rows)
-    assert part["sites"] != whole["sites"]
+        assert all(0 < abs(got - want) <= 4 * error + 1e-6 for got, want, error in rows)
     assert part != analyze_rollouts(model, responses, max_tokens=400, seed=2)
 
 
@@ -177,14 +172,6 @@ def test_two_processes_read_each_response_once_and_give_one_process_s_result(mon
     for site, group in product(SITES, ("sites", "standard_errors")):
         assert both[group][site] == pytest.approx(alone[group][site], abs=1e-6)
     assert both.get("statistics", {}) == alone.get("statistics", {})
-
-
-def test_a_sharded_model_is_never_shared_out(monkeypatch):
-    """Its forward passes are collective operations: every process must make the same ones."""
-    model = tiny_model()
-    model.model.norm.weight.full_tensor = lambda: None
-    monkeypatch.setattr(analyze, "join_processes", lambda: pytest.fail("shared out"))
-    assert analyze_rollouts(model, pairs(), share=True) == analyze_rollouts(model, pairs())
 
 
 @pytest.mark.slow

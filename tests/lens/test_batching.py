@@ -1,7 +1,5 @@
 """Which tokens are read, in which batches, and the means over them."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -42,21 +40,15 @@ def test_pairs_mappings_and_objects_are_responses():
     assert [tuple(r) for r in found] == [([3, 4], [5], None), ([6], [7, 8], "p"), ([9], [10], None)]
 
 
-def test_batches_cover_every_response_once_within_the_limit():
-    responses = pairs([(3, n) for n in (1, 9, 4, 4, 7, 2)])
-    found = batches(responses, 20, range(6))
-    assert sorted(i for batch in found for i in batch) == list(range(6))
-    for batch in found:
-        assert len(batch) == 1 or max(len(responses[i].response_ids) + 2 for i in batch) * len(batch) <= 20
-
-
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
-def test_responses_are_dealt_out_once_and_evenly(processes):
+def test_every_response_is_on_one_process_and_in_one_batch_within_the_limit(processes):
     lengths = [50, 40, 30, 20, 10, 10, 5]
     parts = balance(lengths, processes)
-    assert sorted(i for part in parts for i in part) == list(range(7))
     loads = [sum(lengths[i] for i in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths)
+    found = [batch for part in parts for batch in batches(pairs([(3, n) for n in lengths]), 60, part)]
+    assert sorted(i for batch in found for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or max(lengths[i] + 2 for i in batch) * len(batch) <= 60 for batch in found)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 200), st.integers(0, 9), st.booleans())

@@ -1,7 +1,5 @@
 """Comparing states of a model: definitions, paired changes, refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -41,8 +39,7 @@ def test_every_quantity_is_its_definition(monkeypatch, layer):
     monkeypatch.setattr("bupo.lens.compare._BATCH_TOKENS", 20)
     model, rollouts = tiny_model(spread=3.0), pairs()
     result = compare_models([("a", measure_layers(model, rollouts, layer))])
-    (found,) = result["models"]
-    want = plain(model, rollouts, layer)
+    (found,), want = result["models"], plain(model, rollouts, layer)
     assert found["perplexity"]["value"] == pytest.approx(math.exp(-want["logprob"]), rel=1e-3)
     got = {"entropy": found["entropy"]["mean"], "divergence": found["divergence"]["mean"], "cosine": found["cosine"]}
     for name, values in got.items():
@@ -59,16 +56,15 @@ def test_changes_are_paired_by_token():
             parameter += 0.3 * torch.randn_like(parameter) * parameter.abs().mean()
     readings = [("a", before), ("b", measure_layers(model, rollouts, 2))]
     one, two = compare_models(readings)["models"]
-    assert "change" not in one
     change = two["change"]
+    assert "change" not in one
     for name in ("entropy", "divergence", "cosine_of_layer"):
         for index, value in enumerate(change[name]["mean"]):
             assert value == pytest.approx(two[name]["mean"][index] - one[name]["mean"][index], abs=3e-6)
     ratio = two["perplexity"]["value"] / one["perplexity"]["value"]
     assert change["perplexity_ratio"]["value"] == pytest.approx(ratio, rel=1e-4)
-    assert change["entropy"]["mean"][0] == 0.0  # the first layer is the same, at every token
-    assert change["entropy"]["standard_error"][0] == 0.0
-    assert change["entropy"]["mean"][1] != 0.0
+    entropy = change["entropy"]  # the first layer is the same, at every token
+    assert entropy["mean"][0] == entropy["standard_error"][0] == 0.0 != entropy["mean"][1]
     same = compare_models([readings[0], ("again", readings[0][1])])["models"][1]["change"]
     assert set(same["divergence"]["mean"]) == {0.0}
 
