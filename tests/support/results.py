@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from bupo.evaluate.metrics import task_results
-from bupo.report.collect import ReportData
-from bupo.report.conclusion import compare_evaluations
+from bupo.report.evaluations import compare_evaluations
 from bupo.report.logs import TrainingRun
+from bupo.report.page import ReportData
 from bupo.report.results import Analysis, Evaluation, ExploredTokens
 
 HOSTILE = '</script><script>document.title="owned"</script><img src="http://example.invalid/x.png" onerror=alert(1)>'
+TOKENS = ["</script><script>window.owned = 1</script>", "<!--<script>", "<img src=x onerror='window.owned=1'>",
+          "\u2028", "\u202eright to left", "\ud800", "plain"]  # fmt: skip
 
 
 def analysis(layers: int = 6, boundary: int | None = 2, **more) -> dict[str, Any]:
     """The content of ``analysis.json`` with the three regions."""
-    wave = [math.sin(i / 2) for i in range(layers)]
-    errors = [0.05] * layers
+    wave, errors = [math.sin(i / 2) for i in range(layers)], [0.05] * layers
     return {
         "schema": 1, "model": "tiny", "layers": layers, "vocabulary": 97, "tokens": 120, "samples": 4,
         "dtype": "float32", "final_entropy": 0.7,
@@ -28,8 +29,8 @@ def analysis(layers: int = 6, boundary: int | None = 2, **more) -> dict[str, Any
         "entropy_change": dict.fromkeys(("attn", "ffn", "layer"), wave),
         "entropy_change_standard_errors": dict.fromkeys(("attn", "ffn", "layer"), errors),
         "residual_cosine": {"attn": wave, "ffn": [-w for w in wave]},
-        "regions": {"exploration": [1, 2], "integration": [3, 4], "convergence": [5, layers]} if boundary else
-                   {"exploration": None, "integration": None, "convergence": [1, layers]},
+        "regions": {"exploration": [1, 2] if boundary else None, "integration": [3, 4] if boundary else None,
+                    "convergence": [5 if boundary else 1, layers]},
         "boundary_layer": boundary,
         "boundary_reason": "last positive change" if boundary else "the change is negative in every layer",
         **more,
@@ -40,15 +41,11 @@ def layer_choice(layers: int = 6, knee: int | None = 3, **more) -> dict[str, Any
     """A ``layer_choice`` block whose curves all differ."""
     rising = [round(0.1 + 0.9 * i / layers, 3) for i in range(1, layers + 1)]
     kl = [round(3 - 2.9 * r, 3) for r in rising]
-    curves = {
-        lens: {"entropy": [f * v for v in kl], "kl": [v / f for v in kl], "top1": [r / f for r in rising]}
-        for lens, f in (("raw", 1.5), ("norm", 1.0))
-    }
+    curves = {lens: {"entropy": [f * v for v in kl], "kl": [v / f for v in kl], "top1": [r / f for r in rising]}
+              for lens, f in (("raw", 1.5), ("norm", 1.0))}  # fmt: skip
     curves["norm"]["recovered"] = rising
-    criteria = [
-        {"name": "boundary", "layer": None, "reason": "negative in every layer"},
-        {"name": "knee", "layer": knee, "reason": "it turns there", "standard_error": 0.4 if knee else None},
-    ]
+    found = {"name": "knee", "layer": knee, "reason": "it turns there", "standard_error": 0.4 if knee else None}
+    criteria = [{"name": "boundary", "layer": None, "reason": "negative in every layer"}, found]
     errors = {lens: {kind: [0.01] * layers for kind in kinds} for lens, kinds in curves.items()}
     return {"tokens": 40, "responses": 4, "seed": 0, "criteria": criteria, "curves": curves,
             "standard_errors": errors, **more}  # fmt: skip
@@ -56,16 +53,12 @@ def layer_choice(layers: int = 6, knee: int | None = 3, **more) -> dict[str, Any
 
 def log(internal: int = 0, rollouts: int = 10, phase: str = "internal") -> list[dict[str, Any]]:
     """Rows of ``log.jsonl``, the first ``internal`` of them before the switch to the full policy."""
-    rows = []
-    for rollout in range(1, rollouts + 1):
-        inside = rollout <= internal
-        rows.append({
-            "step": 4 * rollout, "rollout": rollout, "phase": phase if inside else "full",
-            "layer": 3 if inside else None, "reward": rollout / rollouts, "entropy": 1 / rollout,
-            "internal_entropy": 2.0 if inside else None, "mean_length": 20.0, "loss": 0.0, "seconds": 2.0 * rollout,
-            "internal/clip_ratio/region_mean" if inside else "clip_ratio/region_mean": 0.01,
-        })  # fmt: skip
-    return rows
+    return [
+        {"step": 4 * n, "rollout": n, "phase": phase if inside else "full", "layer": 3 if inside else None,
+         "reward": n / rollouts, "entropy": 1 / n, "internal_entropy": 2.0 if inside else None, "mean_length": 20.0,
+         "loss": 0.0, "seconds": 2.0 * n, f"{'internal/' * inside}clip_ratio/region_mean": 0.01}
+        for n in range(1, rollouts + 1) for inside in [n <= internal]
+    ]  # fmt: skip
 
 
 def results(right: int, problems: int = 40, samples: int = 4, task: str = "sums") -> dict[str, Any]:
@@ -85,21 +78,14 @@ def evaluations(**right: int) -> list[tuple[str, Evaluation]]:
 
 def explored(tokens: list[str], layers: int = 5) -> dict[str, Any]:
     """``tokens.json``: entropy grows with layer and token, so that every cell has a value of its own."""
-
-    def table(value):
-        return [[value(layer, t) for t in range(len(tokens))] for layer in range(1, layers + 1)]
-
+    over, t = range(1, layers + 1), range(len(tokens))
     sample = {
-        "problem_id": "sums/1",
-        "prompt": "What is <b>1 + 2</b>? " + tokens[0],
-        "tokens": tokens,
-        "layers": layers,
-        "entropy": table(lambda layer, t: layer + t / 10),
-        "logprob": table(lambda layer, t: -(layer + t) / 4),
-        "kl": table(lambda layer, t: None if t == 0 else (layers - layer) * 0.5),
-        "rank": table(lambda layer, t: float(layer * t + 1)),
-        "top": table(lambda layer, t: [[f"first{layer}.{t}", 0.625], [tokens[t], 0.25]]),
-    }
+        "problem_id": "sums/1", "prompt": "What is <b>1 + 2</b>? " + tokens[0], "tokens": tokens, "layers": layers,
+        "entropy": [[n + i / 10 for i in t] for n in over], "logprob": [[-(n + i) / 4 for i in t] for n in over],
+        "kl": [[None if i == 0 else (layers - n) * 0.5 for i in t] for n in over],
+        "rank": [[float(n * i + 1) for i in t] for n in over],
+        "top": [[[[f"first{n}.{i}", 0.625], [tokens[i], 0.25]] for i in t] for n in over],
+    }  # fmt: skip
     second = {"problem_id": "sums/2", "prompt": "", "tokens": ["a", "b"], "layers": 2}
     return {"schema": 1, "samples": [sample, {**second, "entropy": [[1.0, 2.0], [3.0, 4.0]]}]}
 
@@ -109,19 +95,15 @@ def everything(name: str = "tiny", tokens: list[str] | None = None) -> ReportDat
     scored = evaluations(start=3, grpo=6, bupo=6)
     record = {"name": name, "command": "eval", "argv": ["eval", name], "config": {"seed": 7},
               "versions": {"python": "3.11"}, "machine": {"cores": 2}, "seconds": 12.5}  # fmt: skip
-    response = {"model": "start", "response": name, "status": "wrong"}
-    sample = {"problem_id": name, "prompt": [{"role": "user", "content": name}], "answer": name,
-              "responses": [response]}  # fmt: skip
+    response = {"problem_id": name, "prompt": name, "answer": name, "model": "start", "response": name,
+                "status": "wrong"}  # fmt: skip
     return ReportData(
-        analyses=[(name, Analysis.parse(analysis(layer_choice=layer_choice())))],
-        runs=[("grpo", TrainingRun(log())), ("bupo", TrainingRun(log(4)))],
-        evaluations=scored,
-        differences=compare_evaluations(scored)[0],
-        notes=[f"a note on {name}"],
-        samples=[sample],
+        analyses=[(name, Analysis.parse(analysis(layer_choice=layer_choice())))], evaluations=scored,
+        runs=[("grpo", TrainingRun(log())), ("bupo", TrainingRun(log(4)))], notes=[f"a note on {name}"],
+        differences=compare_evaluations(scored)[0], samples={("sums", name): [response]},
         records=["a sentence", record],
         tokens=[("tiny", ExploredTokens.parse(explored(tokens)))] if tokens else [],
-    )
+    )  # fmt: skip
 
 
 def write(folder: Path, name: str, value: Any) -> Path:

@@ -53,9 +53,8 @@ def write_report(
     output: Path, title: str, paths: Sequence[str], notes: Sequence[str] = (), records: Sequence[str] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """Write a page, with notes and records before those of its results; return its data, and what it concludes."""
-    from bupo.report.collect import collect
-    from bupo.report.conclusion import conclude
-    from bupo.report.page import write_page
+    from bupo.report.evaluations import conclude
+    from bupo.report.page import collect, write_page
 
     data = collect(paths)
     data.notes[:0], data.records[:0] = notes, records

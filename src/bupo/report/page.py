@@ -1,4 +1,4 @@
-"""Writes one self-contained page: figures inline, no network request, every text from outside escaped.
+"""Finds out what folders hold, and shows it on one self-contained page: no network request, all outside text escaped.
 
 The page's words are in ``templates/report.html.j2``. Tokens of the explorer are text that a model wrote: they reach the
 page only inside a JSON data block in which no character can end the block, and the script shows them as text.
@@ -10,164 +10,157 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from bupo.report import analysis_figures, inside_figures, run_figures
-from bupo.report.collect import ReportData
-from bupo.report.conclusion import Conclusion, conclude, outcome
-from bupo.report.logs import last_internal_rollout, summary
-from bupo.report.results import Analysis, Estimate, ExploredTokens, TaskScore
-from bupo.report.style import inline_svg
+from bupo.errors import InputError
+from bupo.report import analysis_figures, evaluations, inside_figures, style
+from bupo.report.logs import TrainingRun
+from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile, read_json
 from bupo.run_folder import write_text
 
-_RECORD_KEYS = {"schema", "command", "argv", "config", "machine", "versions", "seed", "seconds", "name"}
-# Characters that could end a script element early; json itself escapes everything beyond ASCII.
-_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
+LOG, RUN = "log.jsonl", "run.json"
+# file name -> type, key that identifies the type under another file name, and field of `ReportData`
+KINDS: dict[str, tuple[type[ResultFile], str, str]] = {
+    "analysis.json": (Analysis, "sites", "analyses"),
+    "results.json": (Evaluation, "tasks", "evaluations"),
+    "tokens.json": (ExploredTokens, "samples", "tokens"),
+    "compare.json": (Comparison, "models", "comparisons"),
+}
+_ORDER: dict[str | None, int] = {"start": -1, "grpo": 1, "bupo": 2}  # others between, in the order given
+SAMPLES = 3  # number of problems whose responses are shown
+
+
+@dataclass
+class ReportData:
+    """Everything a page shows; results come with their names."""
+
+    analyses: list[tuple[str, Analysis]] = field(default_factory=list)
+    runs: list[tuple[str, TrainingRun]] = field(default_factory=list)
+    evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
+    comparisons: list[tuple[str, Comparison]] = field(default_factory=list)
+    tokens: list[tuple[str, ExploredTokens]] = field(default_factory=list)
+    differences: list[dict[str, Any]] = field(default_factory=list)  # see `evaluations`
+    notes: list[str] = field(default_factory=list)
+    samples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)  # of (task, problem): responses
+    records: list[dict[str, Any] | str] = field(default_factory=list)  # contents of run.json, or sentences
+
+
+def collect(arguments: Sequence[str]) -> ReportData:
+    """Read the results in folders (or files), each ``PATH`` or ``NAME=PATH``, and compare the evaluations.
+
+    Raises `InputError` if a path does not exist, holds no result, or holds an unreadable one.
+    """
+    sources = []
+    for argument in arguments:
+        name, equals, rest = argument.partition("=")
+        named = equals and name and rest and not Path(argument).exists()
+        sources.append((name, Path(rest)) if named else ("", Path(argument)))
+    paths = [path for _, path in sources]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise InputError(f"{twice} was given twice; name each folder once")
+    data = ReportData()
+    for name, path in zip(_names(sources), paths, strict=True):
+        _read(name, path, data)
+    for kind in ("analyses", "runs", "evaluations", "tokens", "comparisons"):
+        names = [name for name, _ in getattr(data, kind)]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"two {kind} are named {repeated}; give each its own name (NAME=PATH)")
+    for items in (data.evaluations, data.runs):
+        items.sort(key=lambda item: _ORDER.get(style.role(item[0]), 0))
+    data.differences, data.notes = evaluations.compare_evaluations(data.evaluations)
+    return data
+
+
+def _names(sources: Sequence[tuple[str, Path]]) -> list[str]:
+    """The chosen name (a training run and its evaluation may share one), or the folder's with enough parents."""
+    folders = [path.absolute() if path.is_dir() else path.absolute().parent for _, path in sources]
+    chosen = {name for name, _ in sources if name}
+    for depth in range(1, 6):
+        own = [
+            "" if name else "/".join(folder.parts[-depth:]) for (name, _), folder in zip(sources, folders, strict=True)
+        ]
+        taken = list(filter(None, own))
+        if len(set(taken)) == len(taken) and not chosen & set(taken):
+            return [name or one for (name, _), one in zip(sources, own, strict=True)]
+    return [name or f"{one} ({n})" for n, ((name, _), one) in enumerate(zip(sources, own, strict=True), 1)]
+
+
+def _read(name: str, path: Path, data: ReportData) -> None:
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    folder, known = path if path.is_dir() else path.parent, [*KINDS, LOG]
+    files = [path] if path.is_file() else [path / file for file in known if (path / file).is_file()]
+    if not files:
+        below = sorted(p.name for p in path.iterdir() if any((p / file).is_file() for file in known))
+        hint = f"; its folders {', '.join(below[:6])} do: name those" if below else ""
+        raise InputError(f"{path} contains none of {', '.join(known)}{hint}")
+    if (folder / RUN).is_file():
+        data.records.append({**read_json(folder / RUN), "name": name})
+    else:
+        data.records.append(f"{name}: there is no {RUN} in its folder, so how it was made is not known.")
+    for file in files:
+        if file.suffix == ".jsonl":
+            data.runs.append((name, TrainingRun.load(file)))
+            continue
+        content = read_json(file)
+        kind = KINDS.get(file.name) or next((kind for kind in KINDS.values() if kind[1] in content), None)
+        if kind is None:
+            raise InputError(f"{file} is not an analysis, an evaluation, a comparison or a training log")
+        getattr(data, kind[2]).append((name, kind[0].parse(content, file)))
+        if kind[0] is Evaluation and (path / "responses.parquet").is_file():
+            _read_samples(name, path / "responses.parquet", data.samples)
+
+
+def _read_samples(name: str, path: Path, shown: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """Add a model's first response to each of the first problems on file."""
+    columns = ["task", "problem_id", "prompt", "response", "answer", "status", "sample"]
+    try:
+        rows = pyarrow.parquet.read_table(path, columns=columns, filters=[("sample", "=", 0)]).to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    for row in rows:
+        key = row["task"], row["problem_id"]
+        if key in shown or len(shown) < SAMPLES:
+            shown.setdefault(key, []).append({**row, "model": name})
 
 
 def write_page(path: str | Path, title: str, data: ReportData) -> Path:
     """Write the page atomically."""
-    switches = {name: last_internal_rollout(run.log) for name, run in data.runs}
-    over_training = [(name, run.readings, switches[name]) for name, run in data.runs if run.readings]
-    only_analyses = data.analyses and not data.evaluations
-    page = _environment().get_template("report.html.j2")
-    text = page.render(
+    loader = PackageLoader("bupo.report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"svg": style.inline_svg, "data_block": data_block, "shell": shlex.join, "text": _text}
+    names = ("style.css", "explorer.css", "explorer.js")
+    look, more_look, script = (loader.get_source(environment, name)[0] for name in names)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = environment.get_template("report.html.j2").render(
         title=title,
         data=data,
-        conclusion=_layers(data.analyses) if only_analyses else conclude(data.evaluations, data.differences),
-        runs=[(name, summary(run.log), switches[name], _layers_trained(run.log)) for name, run in data.runs],
-        over_training=over_training,
-        tasks=run_figures.task_names(data.evaluations),
-        records=[item if isinstance(item, str) else _record(item) for item in data.records],
+        css=Markup(look + more_look),
+        script=Markup(script),
+        script_policy=Markup(f"'sha256-{digest}'"),  # no other script of the page can run
+        analysis_figures=analysis_figures,
+        inside_figures=inside_figures,
+        evaluations=evaluations,
+        over_training=[(name, run.readings, run.switch) for name, run in data.runs if run.readings],
     )
     return write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # JSON may hold half a surrogate pair
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("bupo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    script = template_text("explorer.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals |= {
-        "css": Markup(template_text("style.css") + template_text("explorer.css")),
-        "script": Markup(script),
-        "script_policy": Markup(f"'sha256-{digest}'"),  # no other script of the page can run
-        "analysis_figures": analysis_figures,
-        "inside_figures": inside_figures,
-        "run_figures": run_figures,
-    }
-    environment.filters |= {
-        "svg": _svg, "names": _names, "chat": _chat, "data_block": data_block, "boundary": _boundary, "knee": _knee,
-        "cells": _cells, "outcome": outcome, "points": _points, "arrow": _arrow,
-    }  # fmt: skip
-    return environment
-
-
-@cache
-def template_text(name: str) -> str:
-    """The text of a file in the templates folder."""
-    return files("bupo.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
 def data_block(tokens: Sequence[tuple[str, ExploredTokens]]) -> Markup:
     """The samples of each named model as JSON that is safe inside ``<script type="application/json">``."""
-    models = [
-        {"name": name, "samples": [sample.model_dump(exclude_none=True) for sample in item.samples]}
-        for name, item in tokens
-    ]
-    return Markup(json.dumps({"models": models}, separators=(",", ":"), allow_nan=False).translate(_ESCAPES))
+    models = [{"name": name, "samples": item.model_dump(exclude_none=True)["samples"]} for name, item in tokens]
+    # These characters could end a script element early; json itself escapes everything beyond ASCII.
+    escapes = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
+    return Markup(json.dumps({"models": models}, separators=(",", ":"), allow_nan=False).translate(escapes))
 
 
-def _svg(figure: Figure, name: str, alt: str) -> Markup:
-    return Markup(inline_svg(figure, name, alt))  # matplotlib escapes the texts it draws, inline_svg the alternative
-
-
-def _names(items: Sequence[tuple[Any, ...]]) -> str:
-    return ", ".join(str(item[0]) for item in items)
-
-
-def _boundary(analysis: Analysis) -> str:
-    if analysis.boundary_layer is None:
-        return f"none, because {analysis.boundary_reason}"
-    return f"layer {analysis.boundary_layer} of {analysis.layers}: {analysis.boundary_reason}"
-
-
-def _knee(analysis: Analysis) -> str:
-    """The knee as a sentence, with its standard error where one is known; empty if it was not measured."""
-    knee = analysis.layer_choice.knee if analysis.layer_choice else None
-    if knee is None or knee.layer is None:
-        return f"none, because {knee.reason}" if knee else ""
-    error = "" if knee.standard_error is None else f" ± {knee.standard_error:.1f} (standard error)"
-    return f"layer {knee.layer}{error}: {knee.reason}"
-
-
-def _layers(analyses: Sequence[tuple[str, Analysis]]) -> Conclusion:
-    """The conclusion of a page without evaluations: each model's boundary layer."""
-    lines = tuple(f"{name}: boundary layer {_boundary(a).removeprefix('layer ')}." for name, a in analyses)
-    return Conclusion(lines[0]) if len(lines) == 1 else Conclusion(f"{len(lines)} models were analysed.", lines=lines)
-
-
-def _layers_trained(log: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(dict.fromkeys(str(row["layer"]) for row in log if row.get("layer") is not None))
-
-
-def _cells(score: TaskScore, ks: Sequence[int]) -> list[tuple[str, str]]:
-    """Values and intervals of one model's row of results."""
-
-    def estimate(value: Estimate | None, prefix: str = "") -> tuple[str, str]:
-        if value is None:
-            return "–", ""
-        low, high = value.ci95
-        return f"{prefix}{100 * value.mean:.1f}", f"[{100 * low:.1f}, {100 * high:.1f}]"
-
-    passes, average = {point.k: point for point in score.pass_at_k}, score.avg_at_k
-    numbers = [(score.n_problems, "{:.0f}"), (score.n_samples, "{:.0f}"), (score.mean_length, "{:.0f}")]
-    numbers += [(score.truncation_rate, "{:.1%}"), (score.unparsable_rate, "{:.1%}")]
-    return [
-        estimate(average, f"@{average.k} " if average else ""),
-        *(estimate(passes.get(k)) for k in ks),
-        *(("–" if value is None else show.format(value).replace("%", " %"), "") for value, show in numbers),
-    ]
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
-def _arrow(ends: Sequence[float] | None, digits: int) -> str:
-    return " → ".join(f"{value:.{digits}f}" for value in ends) if ends else "–"
-
-
-def _chat(prompt: Any) -> str:
-    """A prompt as text; chat messages follow each other with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in prompt)
-
-
-def _record(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``run.json`` says: the command line first, then everything else in it."""
-    config, argv = run.get("config") or {}, run.get("argv")
-    command = shlex.join(["bupo", *map(str, argv)]) if argv else f"bupo {run.get('command', '')}"
-    seed, seconds = run.get("seed", config.get("seed")), run.get("seconds")
-    rows = {"command line": command, "seed": seed, "time": None if seconds is None else f"{seconds:.0f} s"}
-    for key in ("machine", "versions"):
-        rows[key] = ", ".join(f"{name} {value}" for name, value in run.get(key, {}).items())
-    rows |= {key.replace("_", " "): value for key, value in run.items() if key not in _RECORD_KEYS}
-    shown = {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in rows.items()
-        if value or value == 0
-    }
-    title = f"{run['name']}: {command}" if run.get("name") else command
-    return {"title": title, "rows": shown, "config": json.dumps(config, indent=1, ensure_ascii=False) if config else ""}
+def _text(value: Any, indent: int | None = None) -> str:
+    return value if isinstance(value, str) else json.dumps(value, indent=indent, ensure_ascii=False)

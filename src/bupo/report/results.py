@@ -1,53 +1,18 @@
-"""The result files that a report reads, as types: each knows the command that writes it, and checks what it loads."""
+"""The result files that a report reads, as types that check what they load and name the command that writes them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from bupo.errors import InputError
 
 Values = list[float | None]
-
-
-class _Part(BaseModel):
-    """A part of a result file; keys that no figure needs are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class ResultFile(_Part):
-    """A whole result file of schema 1."""
-
-    command: ClassVar[str]
-    schema_version: Literal[1] = Field(alias="schema")
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a file.
-
-        Raises:
-            InputError: the file is not such a result; the message names the key and the command to run again.
-        """
-        return cls.parse(read_json(path), str(path))
-
-    @classmethod
-    def parse(cls, content: Any, where: str = "the result") -> Self:
-        """Check content that was read or computed already; raises as `load` does."""
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise InputError(
-                f"{where} is not a complete result of {cls.command}: {f'{key}: ' if key else ''}{message}; "
-                f"write it again with `{cls.command}`"
-            ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,13 +26,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_lengths(name: str, columns: Sequence[Sequence[Any]], expected: int, unit: str) -> None:
-    for column in columns:
-        if len(column) != expected:
-            raise ValueError(f"{name} has {len(column)} values for {expected} {unit}")
+def _check_length(name: str, values: Sequence[Any], expected: int, unit: str) -> None:
+    if len(values) != expected:
+        raise ValueError(f"{name} has {len(values)} values for {expected} {unit}")
 
 
-class Criterion(_Part):
+class ResultFile(BaseModel):
+    """A whole result file of schema 1; keys that no figure needs are ignored."""
+
+    command: ClassVar[str]
+    schema_version: Literal[1] = Field(alias="schema")
+
+    @classmethod
+    def parse(cls, content: Any, where: object = "the result") -> Self:
+        """Check the content of a file, or raise `InputError` naming the key and the command to run again."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            words = [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]
+            raise InputError(
+                f"{where} is not a complete result of {cls.command}: {': '.join(filter(None, words))}; "
+                f"write it again with `{cls.command}`"
+            ) from None
+
+
+class Criterion(BaseModel):
     """What one criterion gives: a layer (from 1) or None, and the reason as a sentence without a full stop."""
 
     name: str
@@ -76,7 +60,7 @@ class Criterion(_Part):
     standard_error: float | None = None
 
 
-class LayerChoice(_Part):
+class LayerChoice(BaseModel):
     """Agreement of every layer with the model's output, and the layers that criteria name."""
 
     tokens: int
@@ -85,11 +69,6 @@ class LayerChoice(_Part):
     criteria: list[Criterion]
     curves: dict[str, dict[str, Values]]
     standard_errors: dict[str, dict[str, Values]] = {}
-
-    @property
-    def knee(self) -> Criterion | None:
-        """The knee of the agreement curve: a candidate, which nobody has tried in training."""
-        return next((criterion for criterion in self.criteria if criterion.name == "knee"), None)
 
 
 class Analysis(ResultFile):
@@ -114,26 +93,43 @@ class Analysis(ResultFile):
     boundary_reason: str = "no reason recorded"
     layer_choice: LayerChoice | None = None
 
+    @cached_property
+    def curves(self) -> dict[str, tuple[Values, Values | None]]:
+        """Every curve and its standard errors by its place in the file, for instance ``entropy_change.ffn``."""
+        groups = {
+            "sites": (self.sites, self.standard_errors),
+            "entropy_change": (self.entropy_change, self.entropy_change_standard_errors),
+            "residual_cosine": (self.residual_cosine, self.residual_cosine_standard_errors),
+        }
+        if (choice := self.layer_choice) is not None:
+            for lens, curves in choice.curves.items():
+                groups[f"layer_choice.curves.{lens}"] = curves, choice.standard_errors.get(lens, {})
+        return {
+            f"{group}.{name}": (values, errors.get(name))
+            for group, (curves, errors) in groups.items()
+            for name, values in curves.items()
+        }
+
+    @property
+    def knee(self) -> Criterion | None:
+        """The knee of the agreement curve: a candidate, which nobody has tried in training."""
+        criteria = self.layer_choice.criteria if self.layer_choice else []
+        return next((criterion for criterion in criteria if criterion.name == "knee"), None)
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        groups: dict[str, Any] = {name: getattr(self, name) for name in ("sites", "entropy_change", "residual_cosine")}
-        errors = {f"{name}_standard_errors": getattr(self, f"{name}_standard_errors") for name in list(groups)[1:]}
-        groups |= {"standard_errors": self.standard_errors, **errors}
         required = ["sites.attn_out", "sites.ffn_out", "sites.layer_out", "entropy_change.attn", "entropy_change.ffn"]
-        if self.layer_choice is not None:
-            groups |= {f"layer_choice.curves.{name}": curves for name, curves in self.layer_choice.curves.items()}
-            lenses = [f"layer_choice.curves.{name}" for name in ("raw", "norm")]
-            required += [f"{lens}.{kind}" for lens in lenses for kind in ("entropy", "kl", "top1")]
-        for path in required:
-            group, _, name = path.rpartition(".")
-            if name not in groups.get(group, {}):
-                raise ValueError(f"{path} is missing")
-        for name, columns in groups.items():
-            _check_lengths(name, list(columns.values()), self.layers, "layers")
+        for lens in ("raw", "norm") if self.layer_choice else ():
+            required += [f"layer_choice.curves.{lens}.{kind}" for kind in ("entropy", "kl", "top1")]
+        if missing := [path for path in required if path not in self.curves]:
+            raise ValueError(f"{missing[0]} is missing")
+        for path, columns in self.curves.items():
+            for values in filter(None, columns):
+                _check_length(path, values, self.layers, "layers")
         return self
 
 
-class ExploredSample(_Part):
+class ExploredSample(BaseModel):
     """One response in the token explorer: tables of L layers x T tokens."""
 
     problem_id: str | None = None
@@ -150,19 +146,18 @@ class ExploredSample(_Part):
     def _tables(self) -> Self:
         for name in ("entropy", "logprob", "kl", "rank", "top"):
             if (rows := getattr(self, name)) is not None:
-                _check_lengths(name, [rows], self.layers, "layers")
-                _check_lengths(name, rows, len(self.tokens), "tokens")
+                _check_length(name, rows, self.layers, "layers")
+                for row in rows:
+                    _check_length(name, row, len(self.tokens), "tokens")
         return self
 
 
 class ExploredTokens(ResultFile):
-    """``tokens.json``."""
-
-    command = "bupo analyze --explore N"
+    command = "bupo analyze --explore N"  # writes tokens.json
     samples: list[ExploredSample] = Field(min_length=1)
 
 
-class Estimate(_Part):
+class Estimate(BaseModel):
     """Avg@K or Pass@K with its 95 % interval, as shares."""
 
     k: int
@@ -170,18 +165,16 @@ class Estimate(_Part):
     ci95: tuple[float, float]
 
 
-class ProblemScore(_Part):
-    """Number of correct samples of one problem."""
-
+class ProblemScore(BaseModel):
     id: str
     correct: float
 
 
-class TaskScore(_Part):
+class TaskScore(BaseModel):
     """What an evaluation measured on one task."""
 
-    n_problems: int | None = None
-    n_samples: int | None = None
+    n_problems: int
+    n_samples: int
     avg_at_k: Estimate | None = None
     pass_at_k: list[Estimate] = []
     mean_length: float | None = None
@@ -197,49 +190,41 @@ class TaskScore(_Part):
 
 
 class Evaluation(ResultFile):
-    """``results.json``."""
-
-    command = "bupo eval"
+    command = "bupo eval"  # writes results.json
     tasks: dict[str, TaskScore]
 
 
-class Means(_Part):
-    """Means with standard errors."""
-
+class Means(BaseModel):
     mean: list[float] = []
     standard_error: Values = []
 
 
-class Quantity(_Part):
-    """One value with its standard error."""
-
+class Quantity(BaseModel):
     value: float
     standard_error: float | None = None
 
 
-class Change(_Part):
-    """Difference from the baseline, paired by token."""
-
+class _Curves(BaseModel):
     entropy: Means
     cosine_of_layer: Means
     divergence: Means
+
+
+class Change(_Curves):
+    """Difference from the baseline, paired by token."""
+
     perplexity_ratio: Quantity | None = None
 
 
-class ModelReading(_Part):
+class ModelReading(_Curves):
     """Statistics of one model (or of one moment of training) on fixed responses."""
 
     name: str = ""
     perplexity: Quantity
-    entropy: Means
-    cosine_of_layer: Means
-    divergence: Means
     change: Change | None = None
 
 
 class _OfLayer(ResultFile):
-    """Results about the policy of one layer."""
-
     layer: int
     layers: int
     samples: int = 0
@@ -247,21 +232,11 @@ class _OfLayer(ResultFile):
 
 
 class Comparison(_OfLayer):
-    """``compare.json``."""
-
-    command = "bupo compare"
+    command = "bupo compare"  # writes compare.json
     kind: Literal["comparison"]
     models: list[ModelReading] = Field(min_length=1)
 
 
 class TrainingReading(_OfLayer, ModelReading):
-    """``inside/after-*.json`` of a training run."""
-
-    command = "bupo train (with inside_every)"
+    command = "bupo train (with inside_every)"  # writes inside/after-*.json
     rollouts_done: int
-
-
-def load_readings(folder: Path) -> list[TrainingReading]:
-    """The readings that a training run saved, in order of training; an empty list if there are none."""
-    readings = [TrainingReading.load(path) for path in folder.glob("after-*.json")]
-    return sorted(readings, key=lambda reading: reading.rollouts_done)
