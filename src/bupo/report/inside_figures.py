@@ -138,9 +138,11 @@ def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float |
         for axes, (values, errors) in zip(panels, shown, strict=True):
             style.line_with_band(axes, x, values, errors, look[name], label=name)
         if len(readings[0].divergence.mean) > 1:
-            style.line_with_band(panels[3], x, *dotted, (colour, ""), linestyle=":")
-        for axes in panels if switch is not None else ():
-            axes.axvline(switch, color=colour, linewidth=1.2, linestyle=style.DASHED)
+            values, errors = dotted
+            style.line_with_band(panels[3], x, values, errors, (colour, ""), linestyle=":")
+        for axes in panels:
+            if switch is not None:
+                axes.axvline(switch, color=colour, linewidth=1.2, linestyle=style.DASHED)
     low, high = panels[3].get_ylim()
     panels[3].set_ylim(min(low, 0.0), high + 0.12 * (high - low))  # room for the note
     note: Any = {"transform": panels[3].transAxes, "ha": "right", "va": "top", "fontsize": 8.5, "color": style.SOFT}

@@ -84,9 +84,7 @@ def _names(sources: Sequence[tuple[str, Path]]) -> list[str]:
     folders = [path.absolute() if path.is_dir() else path.absolute().parent for _, path in sources]
     chosen = {name for name, _ in sources if name}
     for depth in range(1, 6):
-        own = [
-            "" if name else "/".join(folder.parts[-depth:]) for (name, _), folder in zip(sources, folders, strict=True)
-        ]
+        own = ["" if name else "/".join(at.parts[-depth:]) for (name, _), at in zip(sources, folders, strict=True)]
         taken = list(filter(None, own))
         if len(set(taken)) == len(taken) and not chosen & set(taken):
             return [name or one for (name, _), one in zip(sources, own, strict=True)]

@@ -35,7 +35,8 @@ _ROLE_WORDS = {"bupo": "bupo", "grpo": "grpo", "start": "start", "base": "start"
 @contextmanager
 def styled(**more: Any) -> Iterator[None]:
     """Apply the common look to figures made or saved inside the context, or by the decorated function."""
-    with matplotlib.rc_context({**_SETTINGS, **{key.replace("__", "."): value for key, value in more.items()}}):
+    settings: Any = {**_SETTINGS, **{key.replace("__", "."): value for key, value in more.items()}}
+    with matplotlib.rc_context(settings):
         yield
 
 
