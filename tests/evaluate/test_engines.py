@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from bupo.errors import ConfigError
-from bupo.train.checkpoint import fill_optimizer_state
 from bupo.train.unsupported import engine
 from tests.support.training import config
 
@@ -42,8 +39,7 @@ def test_launch_configs_are_what_accelerate_reads(path, monkeypatch):
     assert (args.use_fsdp, args.use_deepspeed) == (kind == "FSDP", kind == "DEEPSPEED")
     assert f"--config_file recipes/accelerate/{path.name}" in path.read_text()
     assert "not run" in path.read_text().lower()
-    if kind == "DEEPSPEED":
-        assert args.zero_stage == int(path.stem[-1])
+    assert kind != "DEEPSPEED" or args.zero_stage == int(path.stem[-1])
     if kind == "FSDP":
         for name, value in prepare_multi_gpu_env(args).items():
             if name.startswith(("FSDP", "ACCELERATE_USE")):
@@ -83,30 +79,3 @@ def test_what_deepspeed_cannot_do_is_refused(tmp_path, monkeypatch):
         config(tmp_path, internal_steps=2, weight_decay=0.1)
     with pytest.raises(ConfigError, match="internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard"):
         config(tmp_path, internal_steps="auto", internal_max_steps=2)
-
-
-@pytest.mark.parametrize("make", [torch.optim.AdamW, partial(torch.optim.SGD, lr=1e-3, momentum=0.9)])
-def test_filled_optimizer_state_of_untrained_layers_changes_no_update(make):
-    runs = []
-    for fill in (False, True):
-        torch.manual_seed(0)
-        lower, upper = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))
-        optimizer = make([lower, upper])
-        for step in range(4):
-            optimizer.zero_grad()
-            ((lower**2).sum() + ((upper**3).sum() if step >= 2 else 0)).backward()
-            optimizer.step()
-            if fill and step == 1:
-                fill_optimizer_state(optimizer)
-                assert optimizer.state[upper]
-        runs.append((lower.detach(), upper.detach()))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def test_an_optimizer_with_other_shapes_is_refused():
-    lower, upper = (torch.nn.Parameter(torch.randn(3, 2)) for _ in range(2))
-    optimizer = torch.optim.Adafactor([lower, upper])
-    lower.sum().backward()
-    optimizer.step()
-    with pytest.raises(ConfigError, match="needs AdamW or SGD: the state of Adafactor"):
-        fill_optimizer_state(optimizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,23 +60,17 @@ def test_sampling_is_from_the_models_distribution(tiny, monkeypatch):
     assert_drawn_from([r[0] for r in responses], p)
 
 
-class Tokenizer:
-    pad_token_id = 0
-    eos_token_id = None
-
-
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [entry.name for entry in ZOO])
 def test_a_batch_gives_what_each_prompt_gives_alone(name, monkeypatch):
     """Greedy, with prompts of unequal length, one of which ends early and leaves the batch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = zoo_model(name)
+    model, tokenizer = zoo_model(name), SimpleNamespace(pad_token_id=0, eos_token_id=None)
     model.generation_config.eos_token_id = None
     monkeypatch.setattr(hf_engine, "_FIRST_STRETCH", 2)
     sampling, batch = Sampling(5, temperature=0), Batch(((0, 0), (1, 0), (2, 0)), 1)
-    free = TransformersEngine(model, Tokenizer()).run(PROMPTS, batch, sampling)
+    free = TransformersEngine(model, tokenizer).run(PROMPTS, batch, sampling)
     model.generation_config.eos_token_id = free[1][1]  # the second response ends here
-    engine = TransformersEngine(model, Tokenizer())
+    engine = TransformersEngine(model, tokenizer)
     together = engine.run(PROMPTS, batch, sampling)
     assert len(together[1]) <= 2
     assert together == [engine.run([prompt], Batch(((0, 0),), 1), sampling)[0] for prompt in PROMPTS]
@@ -100,9 +94,8 @@ def test_internal_policy_is_what_is_sampled(tiny):
 
 
 def test_wrong_settings():
-    with pytest.raises(
-        ConfigError, match=r"same name: sums, sums; top_p must.*; Avg@4 needs.*; the internal norm.*; a shard"
-    ):
+    wrong = r"same name: sums, sums; top_p must.*; Avg@4 needs.*; the internal norm.*; a shard"
+    with pytest.raises(ConfigError, match=wrong):
         EvalConfig("m", ("sums.json", "a/sums.jsonl"), k=4, n=2, top_p=2, internal_norm=True, shard="3/2")
     with pytest.raises(InputError, match="unknown engine"):
         choose_engine("vlm")

@@ -39,7 +39,6 @@ def test_results_have_only_the_ks_that_the_samples_allow():
     assert [entry["k"] for entry in curve] == [1, 4, 8, 16]
     assert curve[0]["mean"] == results["avg_at_k"]["mean"] == pytest.approx(np.mean([0, 4 / 16, 1]))
     assert curve[-1]["mean"] == pytest.approx(2 / 3)
-
     with pytest.raises(ValueError, match="different numbers of samples"):
         task_results(rows([0, 0], 2)[:3], k=1)
     empty = task_results(rows([0], 1, status="bad_gold"), k=1)
@@ -54,9 +53,6 @@ def test_interval_covers_the_truth_as_often_as_it_says():
         estimate = bootstrap(generator.binomial(8, generator.beta(2, 5, size=60)) / 8, resamples=600, seed=trial)
         covered += estimate["ci95"][0] <= 2 / 7 <= estimate["ci95"][1]
     assert 0.91 <= covered / 400 <= 0.98  # 95 % within three standard errors, less what the percentile method loses
-
-
-def test_bootstrap_edge_cases():
     assert bootstrap([0.5]) == {"mean": 0.5, "ci95": [0.5, 0.5]}
     with pytest.raises(ValueError, match="at least one problem"):
         bootstrap([])

@@ -36,14 +36,11 @@ def engines(tmp_path_factory):
 
 def test_first_tokens_come_from_the_models_distribution(engines):
     """Samples of one request against the softmax that transformers computes for the same prompt token ids."""
-    _, vllm = engines["vllm"]
-    model = engines["transformers"][1].model
-    prompt = prompt_ids([{"role": "user", "content": "Name a colour."}], vllm.tokenizer)
-    n = 300
+    (_, vllm), model = engines["vllm"], engines["transformers"][1].model
+    prompt, n = prompt_ids([{"role": "user", "content": "Name a colour."}], vllm.tokenizer), 300
     (batch,) = vllm.plan(1, n, 3)
     responses = vllm.run([prompt], batch, Sampling(1, seed=3))
-    assert len(responses) == n
-    assert all(len(response) == 1 for response in responses)
+    assert [len(response) for response in responses] == [1] * n
     assert vllm.run([prompt], batch, Sampling(1, seed=3)) == responses  # the same seed, the same samples
     with torch.no_grad():
         p = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
