@@ -11,7 +11,6 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from bupo.cli import main
-from bupo.errors import InputError
 from bupo.models.fake import describe_model, read_config
 from bupo.models.internal_policy import internal_policy
 from bupo.plan import PlanRequest, find_device, make_plan
@@ -25,16 +24,9 @@ from tests.support.tiny import tiny_config, tiny_model
 WORK = Workload(torch.float32, torch.float32, 2, 5, 11, 4, checkpointing=False, accumulates=True, triton=False)
 CONFIG = tiny_config(num_hidden_layers=2, tie_word_embeddings=False)
 BATCH = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "updates_per_rollout": 2, "micro_batch": 2}
-RECIPE = {
-    "model": "none",
-    "dataset": "arithmetic",
-    "rollouts": 6,
-    "internal_layer": 1,
-    "internal_steps": 2,
-    **BATCH,
-    "max_prompt_length": 5,
-    "max_completion_length": 11,
-}
+PHASE = {"internal_layer": 1, "internal_steps": 2}
+LENGTHS = {"max_prompt_length": 5, "max_completion_length": 11}
+RECIPE = {"model": "none", "dataset": "arithmetic", "rollouts": 6, **PHASE, **BATCH, **LENGTHS}
 
 
 def full(depth=2, config=CONFIG, **changes):
@@ -63,19 +55,15 @@ def plan(folder):
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "total"),
-    [
-        ("Qwen/Qwen3-4B", 4_022_468_096),
-        ("Qwen/Qwen3-8B", 8_190_735_360),
-        ("OctoThinker/OctoThinker-3B-Hybrid-Base", 3_212_749_824),  # Llama-3.2-3B's
-        ("OctoThinker/OctoThinker-8B-Hybrid-Base", 8_030_261_248),  # Llama-3.1-8B's
-    ],
-)
-def test_shipped_configurations_have_the_published_sizes(name, total):
-    config, source = read_config(name)
-    assert "shipped" in source
-    assert describe_model(config)["parameters"]["total"] == total
+def test_shipped_configurations_have_the_published_sizes():
+    """The OctoThinker models are Llama-3.2-3B and Llama-3.1-8B."""
+    sizes = {"Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360}
+    octothinker = {"3B": 3_212_749_824, "8B": 8_030_261_248}
+    sizes |= {f"OctoThinker/OctoThinker-{size}-Hybrid-Base": total for size, total in octothinker.items()}
+    for name, total in sizes.items():
+        config, source = read_config(name)
+        assert "shipped" in source
+        assert describe_model(config)["parameters"]["total"] == total
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -114,13 +102,21 @@ def test_checkpointing_keeps_one_state_per_layer():
     assert two - one == 2 * 16 * 32 * 4  # B x T x d x 4 bytes
 
 
-def test_deep_models_are_on_the_line_through_shallow_ones(monkeypatch):
-    config = tiny_config(num_hidden_layers=5)
-    line = full(5, config), count_rollout(config, 5, WORK)
-    monkeypatch.setattr(footprint, "_over_layers", lambda count, config, depth, frozen=0: count(depth))
-    assert line == (full(5, config), count_rollout(config, 5, WORK))
-    assert line[1]["cache_per_token"] == 2 * 5 * 2 * 8 * 4  # keys and values, layers, heads, head size, bytes
-    assert line[1]["peak"] >= line[1]["cache"] == line[1]["cache_per_token"] * 4 * 16
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_deep_models_are_counted_from_shallow_ones(monkeypatch, kinds):
+    """Layers of a kind add the same: full attention, or two of three layers with a window of 8 tokens."""
+    config = tiny_config(
+        num_hidden_layers=6, **({} if kinds == 1 else {"use_sliding_window": True, "sliding_window": 8})
+    )
+    if kinds == 2:
+        config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    line = full(6, config), count_rollout(config, 6, WORK)
+    monkeypatch.setattr(footprint, "_over_layers", lambda count, config, depth, frozen=0: count(config))
+    assert line == (full(6, config), count_rollout(config, 6, WORK))
+    tokens = 6 * 16 if kinds == 1 else 4 * 8 + 2 * 16  # in the cache of all layers
+    assert line[1]["cache"] == 2 * 2 * 8 * 4 * 4 * tokens  # keys and values, heads, head size, bytes, responses
+    assert line[1]["cache_per_token"] == line[1]["cache"] // (4 * 16)
+    assert line[1]["peak"] >= line[1]["cache"]
 
 
 @pytest.mark.parametrize(("layer", "checkpointing"), [(1, False), (None, True)])
@@ -149,8 +145,7 @@ def test_bytes_are_those_of_a_real_update_with_trls_head(layer, checkpointing):
 
 def test_a_plan_adds_up(plan):
     made = plan()
-    assert made["batch"]["accumulation"] == 4
-    assert made["tokens"] == {"rollout": 16 * 11, "run": 16 * 11 * 6}
+    assert made["batch"] == {"samples": 16, "prompt": 5, "response": 11, "rollouts": 6, "internal_rollouts": 2}
     memory, seconds = made["memory"], made["seconds"]
     held = memory["weights"] + memory["process"] + memory["full"]["optimizer"]
     assert memory["full"]["update"] == held + int(1.15 * memory["full"]["update_beside_weights"])
@@ -214,7 +209,16 @@ def test_wrong_requests(capsys, folder, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_no_configuration(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="no configuration of a model at"):
-        read_config("small", tmp_path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "no configuration of a model at"),
+        ('{"model_type": "t5"}', "this is not a causal LM"),
+        ('{"model_type": "no_such"}', "no configuration of a model at"),
+    ],
+)
+def test_models_that_cannot_be_planned_are_one_line(capsys, folder, tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["plan", str(folder / "recipe.yaml"), "--config-from", str(tmp_path), "--flops", "1e12"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line

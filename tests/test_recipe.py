@@ -152,10 +152,6 @@ WRONG = [
     ({"prompts_per_rollout": 5, "updates_per_rollout": 3}, "updates_per_rollout 3: 40 samples do not split evenly"),
     ({"inside_layer": 2}, "inside_layer and inside_responses need inside_every"),
     ({"inside_every": 2}, "inside_every needs a layer to compare with the others"),
-    ({"internal_ladder": [[6, 20]]}, "internal_ladder was removed; write phases: [{layer: 6, rollouts: 30}"),
-    ({"internal_temperature": "auto"}, "internal_temperature: auto was removed; give a number"),
-    ({"estimator": "dapo"}, "estimator: dapo was removed; set estimator: grpo and epsilon_high: 0.28"),
-    ({"trl": {"estimator": "dr_grpo"}}, "estimator: dr_grpo was removed; set estimator: grpo, loss_type: dr_grpo"),
 ]
 
 

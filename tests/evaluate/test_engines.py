@@ -12,7 +12,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from bupo.errors import ConfigError
-from bupo.train.unsupported import engine
+from bupo.train.config import engine
 from tests.support.training import config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "accelerate").glob("*.yaml"))
@@ -73,7 +73,7 @@ def test_the_engine_is_found_in_settings_and_environment(monkeypatch):
 
 
 def test_what_deepspeed_cannot_do_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bupo.train.unsupported.engine", lambda args: "deepspeed")
+    monkeypatch.setattr("bupo.train.config.engine", lambda args: "deepspeed")
     config(tmp_path, internal_steps=2)
     with pytest.raises(ConfigError, match=r"weight_decay 0\.1 would shrink the layers"):
         config(tmp_path, internal_steps=2, weight_decay=0.1)

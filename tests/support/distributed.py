@@ -21,10 +21,7 @@ SECONDS = 240
 
 
 def launch(processes: int, job: str, folder: str, seconds: float = SECONDS, **arguments: Any) -> dict[str, Any]:
-    """Run ``job`` (a function of this module) in so many processes; their exit codes, -1 for one that hung.
-
-    What a process prints goes to ``folder/rank-N.txt``.
-    """
+    """Run ``job`` (a function of this module) in so many processes; their exit codes, -1 for one that hung."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,25 +30,24 @@ def launch(processes: int, job: str, folder: str, seconds: float = SECONDS, **ar
     codes: dict[int, int] = {}
     started = time.monotonic()
     while len(codes) < processes:
-        for rank, child in enumerate(children):
-            if rank not in codes:
-                found, status = os.waitpid(child, os.WNOHANG)
-                if found:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-        late = time.monotonic() - started > seconds
-        if late or any(codes.values()):  # the others would wait for the one that failed
-            for rank, child in enumerate(children):
-                if rank not in codes:
-                    time.sleep(2)
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
-                    codes[rank] = -1
+        waiting = [rank for rank in range(processes) if rank not in codes]
+        for rank in waiting:
+            found, status = os.waitpid(children[rank], os.WNOHANG)
+            if found:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() - started > seconds or any(codes.values()):  # the others would wait for one that failed
+            for rank in [rank for rank in waiting if rank not in codes]:
+                time.sleep(2)
+                os.kill(children[rank], signal.SIGKILL)
+                os.waitpid(children[rank], 0)
+                codes[rank] = -1
         time.sleep(0.01)
-    told = {rank: Path(folder, f"rank-{rank}.txt").read_text() for rank in range(processes)}
-    return {"codes": [codes[rank] for rank in range(processes)], "told": [told[r] for r in range(processes)]}
+    told = [Path(folder, f"rank-{rank}.txt").read_text() for rank in range(processes)]
+    return {"codes": [codes[rank] for rank in range(processes)], "told": told}
 
 
 def _fork(rank: int, processes: int, port: int, job: str, folder: str, arguments: dict[str, Any]) -> int:
+    """Start one process, which prints into ``folder/rank-N.txt``."""
     child = os.fork()
     if child:
         return child
@@ -62,11 +58,12 @@ def _fork(rank: int, processes: int, port: int, job: str, folder: str, arguments
             os.dup2(stream.fileno(), 2)
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if processes > 1:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            for name, value in (("RANK", rank), ("LOCAL_RANK", rank)):
-                os.environ[name] = str(value)
-            for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-                os.environ[name] = str(processes)
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            os.environ |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                **{k: str(v) for k, v in numbers.items()},
+            }
         globals()[job](folder=folder, rank=rank, **arguments)
         code = 0
     except BaseException:
@@ -75,9 +72,6 @@ def _fork(rank: int, processes: int, port: int, job: str, folder: str, arguments
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-# -- engines ---------------------------------------------------------------------------------------------------------
 
 
 def enable_fsdp2_on_cpu() -> None:
@@ -117,24 +111,12 @@ def engine_settings(engine: str) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", **wrap}}
     if engine.startswith("zero"):
         enable_deepspeed_on_cpu()
-        stage = {"stage": int(engine[-1])}
-        return {
-            "use_cpu": False,
-            "deepspeed": {
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_accumulation_steps": "auto",
-                "gradient_clipping": "auto",
-                "zero_optimization": stage,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_allow_untested_optimizer": True,
-            },
-        }
+        sizes = dict.fromkeys(
+            ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+        )
+        zero = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+        return {"use_cpu": False, "deepspeed": {**sizes, "zero_optimization": {"stage": int(engine[-1])}, **zero}}
     return {}
-
-
-# -- jobs ------------------------------------------------------------------------------------------------------------
-
-VARIETY = 5  # responses of one prompt that differ
 
 
 def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -144,7 +126,7 @@ def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
     made = []
     for i, prompt in enumerate(ids):
         start = sum(prompt) + 7 * (i % group) + 3 * trainer.state.global_step
-        made.append([3 + (start * (j + 2) + j * j) % 90 for j in range(3 + (start % VARIETY))])
+        made.append([3 + (start * (j + 2) + j * j) % 90 for j in range(3 + start % 5)])
     return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
 
 
@@ -159,9 +141,8 @@ def train(
 ) -> None:
     """A whole run; losses, log and final weights of this process go to the folder.
 
-    Args:
-        sampled: the model samples; else `responses`, the same for one process and for two.
-        script: for `training.scripted`.
+    If ``sampled``, the model samples; else `responses`, the same for one process and for two. ``script`` is that of a
+    `training.scripted`.
     """
     import torch
     from safetensors.torch import save_file
@@ -238,13 +219,8 @@ def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp", s
     """A bupo command as each process of a launcher runs it; engines come through the environment."""
     if engine == "fsdp2":
         enable_fsdp2_on_cpu()
-        os.environ |= {
-            "ACCELERATE_USE_FSDP": "true",
-            "FSDP_VERSION": "2",
-            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        }
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+        os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     from bupo.cli import main
 
     code = main([subcommand, *arguments])

@@ -30,14 +30,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCABULARY))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="w3",
-        padding_side="left",
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "w3"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special)
 
 
 def prompts(n: int = 24) -> Dataset:
@@ -51,22 +45,10 @@ def even_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(t % 2 == 0 for t in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "num_generations": 4,
-    "gradient_accumulation_steps": 1,
-    "max_completion_length": 6,
-    "learning_rate": 1e-2,
-    "max_steps": 8,
-    "internal_layer": 2,
-    "report_to": [],
-    "bf16": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "seed": 3,
-}
+DEFAULTS: dict[str, Any] = {"per_device_train_batch_size": 4, "num_generations": 4, "gradient_accumulation_steps": 1}
+DEFAULTS |= {"max_steps": 8, "max_completion_length": 6, "learning_rate": 1e-2, "internal_layer": 2, "seed": 3}
+DEFAULTS |= {"save_strategy": "no", "report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True}
+DEFAULTS |= {"gradient_checkpointing": False}
 
 
 def config(folder: Any, kind: type = BuPOConfig, **changes: Any) -> Any:

@@ -16,15 +16,8 @@ from tests.cli.test_cli_train import RECIPE
 
 # every update uses a whole rollout batch (TRL shuffles within a process, so that smaller parts would differ), twice;
 # epsilon keeps AdamW from making a difference of 1e-9 in a gradient near zero one of a learning rate
-SAME = {
-    "num_iterations": 2,
-    "internal_steps": 2,
-    "max_steps": 8,
-    "adam_epsilon": 1e-4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "weight_decay": 0.1,
-}
+SAME = {"num_iterations": 2, "internal_steps": 2, "max_steps": 8, "adam_epsilon": 1e-4, "weight_decay": 0.1}
+SAME |= {"save_strategy": "steps", "save_steps": 2}
 ONE = {**SAME, "per_device_train_batch_size": 4, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
 TWO = {**SAME, "per_device_train_batch_size": 4, "steps_per_generation": 1, "gradient_accumulation_steps": 1}
 TWO |= {"gradient_checkpointing": True}  # as recipes have it; changes no number
@@ -32,14 +25,8 @@ TWO |= {"gradient_checkpointing": True}  # as recipes have it; changes no number
 
 def run(warm, folder, processes, settings, **arguments):
     """Start it, and every process's results and weights."""
-    found = warm.call(
-        "distributed:launch",
-        processes=processes,
-        job="train",
-        folder=str(folder),
-        settings=settings,
-        **arguments,
-    )
+    job = {"processes": processes, "job": "train", "folder": str(folder), "settings": settings}
+    found = warm.call("distributed:launch", **job, **arguments)
     assert found["codes"] == [0] * processes, "\n".join(found["told"])
     results = [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
     return results, [load_file(folder / f"weights-{rank}.safetensors") for rank in range(processes)]
@@ -67,9 +54,8 @@ def test_two_processes_train_as_one_does(warm, tmp_path, alone, engine, step):
     """Over the switch, and again after a resume from a checkpoint saved in the internal or in the full phase."""
     wanted, weights = alone
     results, found = run(warm, tmp_path / "two", 2, TWO, engine=engine)
-    assert [r["kind"] for r in results] == [
-        {"ddp": "DistributedType.MULTI_CPU", "fsdp2": "DistributedType.FSDP"}[engine]
-    ] * 2
+    kind = {"ddp": "DistributedType.MULTI_CPU", "fsdp2": "DistributedType.FSDP"}[engine]
+    assert [r["kind"] for r in results] == [kind, kind]
     assert [row["phase"] for row in results[0]["log"] if "phase" in row] == [1, 1, 2, 2]
     assert results[0]["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
     for theirs in found:
@@ -134,9 +120,8 @@ def test_zero_trains_as_one_process_does(warm, tmp_path, stage):
     close(weights[0], found[0])
     for step in (2, 6):
         checkpoint = str(tmp_path / "two" / f"checkpoint-{step}")
-        again, resumed = run(
-            warm, tmp_path / f"rest-{step}", 2, {**TWO, **sgd}, engine=f"zero{stage}", resume=checkpoint
-        )
+        more = {"engine": f"zero{stage}", "resume": checkpoint}
+        again, resumed = run(warm, tmp_path / f"rest-{step}", 2, {**TWO, **sgd}, **more)
         assert again[0]["losses"] == pytest.approx(ones[0]["losses"], abs=1e-5)
         close(weights[0], resumed[0])
 

@@ -72,7 +72,7 @@ def test_both_phases_train_adapters_over_four_bits(tmp_path, recipe, monkeypatch
 @here
 def test_the_saved_model_is_the_policy_that_was_trained(tmp_path, recipe):
     settings = recipe()
-    trainer, tokenizer, reward = build(settings, tmp_path / "run", lambda line: None)
+    trainer, _, _ = build(settings, tmp_path / "run", lambda line: None)
     trainer.model.eval()
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -87,7 +87,7 @@ def test_the_saved_model_is_the_policy_that_was_trained(tmp_path, recipe):
         with trainer.model.disable_adapter():
             assert not torch.allclose(trainer.model(ids).logits, expected, rtol=1e-2)
     assert all(torch.equal(weights[n], p) for n, p in packed(trainer.model).items())
-    run.save_final(run._Run(settings, tmp_path, trainer, tokenizer, reward, None, print))
+    run.save_final(trainer, settings, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         torch.testing.assert_close(whole(ids).logits, expected, rtol=1e-3, atol=1e-4)

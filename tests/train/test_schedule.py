@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
@@ -11,21 +12,17 @@ from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
 ROLLOUTS = 7
 
 
-def two_phases(layer, rollouts):
-    return Schedule((Phase(layer, rollouts),) if rollouts else ())
-
-
 def simulate(schedule, steps_per_generation, iterations, accumulation, rollouts_per_epoch=None):
     """TRL's loop: rollout batches are generated, buffered, consumed by micro-batches and grouped into updates.
 
-    Returns the updates, each a list of (rollout, slice, phase) in the order consumed.
+    Returns the phases of each update.
     """
     generate_every = steps_per_generation * iterations
     epoch = None if rollouts_per_epoch is None else rollouts_per_epoch * generate_every
     updates, window, generated, buffer = [], [], 0, None
     for step in range(ROLLOUTS * generate_every):
         if step % generate_every == 0 or buffer is None:
-            buffer = [(generated, part, schedule.at(generated)) for part in range(steps_per_generation)]
+            buffer = [schedule.at(generated)] * steps_per_generation
             generated += 1
         assert step // generate_every == generated - 1  # the trainer's stateless rule names the same rollout batch
         window.append(buffer[step % steps_per_generation])
@@ -38,7 +35,8 @@ def simulate(schedule, steps_per_generation, iterations, accumulation, rollouts_
 
 SETTINGS = list(itertools.product([1, 2, 3, 4, 6], [1, 2, 3], [1, 2, 3, 4, 6]))
 SCHEDULES = [
-    *(two_phases(2, rollouts) for rollouts in range(5)),
+    Schedule(),
+    *(Schedule((Phase(2, rollouts),)) for rollouts in range(1, 5)),
     Schedule((Phase(1, 1), Phase(2, 2))),
     Schedule((Phase(3, 2), Phase(1, 1), Phase(2, 1))),
 ]
@@ -51,20 +49,20 @@ def test_refused_exactly_when_an_update_would_mix_phases(rollouts_per_epoch):
         epoch = rollouts_per_epoch and rollouts_per_epoch * generation * iterations
         refused = bool(alignment_problems(schedule, generation * iterations, accumulation, epoch))
         updates = simulate(schedule, generation, iterations, accumulation, rollouts_per_epoch)
-        mixed = any(len({phase for _, _, phase in update}) > 1 for update in updates)
+        mixed = any(len(set(update)) > 1 for update in updates)
         assert refused == mixed, (generation, iterations, accumulation, schedule)
         seen[refused] += 1
     assert min(seen.values()) > 10
 
 
 def test_the_problem_names_numbers_and_a_remedy_that_works():
-    (problem,) = alignment_problems(two_phases(6, 3), 2, 4)
+    (problem,) = alignment_problems(Schedule((Phase(6, 3),)), 2, 4)
     for part in ("3 rollout batches", "2 micro-batches", "= 6", "4 accumulated", "multiple of 2"):
         assert part in problem
-    assert alignment_problems(two_phases(6, 4), 2, 4) == []
+    assert alignment_problems(Schedule((Phase(6, 4),)), 2, 4) == []
 
 
-def test_phases_in_order():
+def test_phases_in_order_and_ended_early():
     schedule = Schedule.of([{"layer": 6, "rollouts": 2}, {"layer": "auto", "rollouts": 1, "weight": 0.5}])
     assert [schedule.at(r).layer for r in range(5)] == [6, 6, "auto", None, None]
     assert [schedule.at(r).name for r in (0, 2, 3)] == ["internal", "joint", "full"]
@@ -72,11 +70,8 @@ def test_phases_in_order():
     assert schedule.layers == (6,)
     found = schedule.with_layer(9)
     assert found.layers == (6, 9)
-    assert Schedule.of(found.phases) == found
+    assert Schedule.of(json.loads(json.dumps(found.phases))) == found
     assert Schedule().at(0) == FULL
-
-
-def test_a_phase_that_ends_early():
     schedule = Schedule((Phase(1, 2), Phase(2, 3)))
     assert schedule.ended_before(1) == Schedule((Phase(1, 1),))
     assert schedule.ended_before(2) == Schedule((Phase(1, 2),))

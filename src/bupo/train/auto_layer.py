@@ -38,13 +38,12 @@ def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any
         analysis["layer_choice"] = layer_choice.choose_layer(model, check_rollouts(model, responses), analysis)
     except InputError as error:
         return LayerChoice(None, f"internal_layer auto: {error}")
-    change = analysis["entropy_change"]["ffn"]
-    positive = ", ".join(str(layer) for layer, value in enumerate(change, start=1) if value > 0)
+    positive = [str(layer) for layer, value in enumerate(analysis["entropy_change"]["ffn"], start=1) if value > 0]
     message = (
         f"internal_layer auto: {reason}. Candidates: {analysis['layer_choice']['recommendation']['reason']}; layers "
-        f"with a positive FFN entropy change: {positive or 'none'}; the paper's choices lie at 1/6 of the depth in "
-        f"Qwen3 and just below the last layers in Llama. Set internal_layer to a number up to {analysis['layers']}, or "
-        "internal_steps to 0 for plain GRPO"
+        f"with a positive FFN entropy change: {', '.join(positive) or 'none'}; the paper's choices lie at 1/6 of the "
+        f"depth in Qwen3 and just below the last layers in Llama. Set internal_layer to a number up to "
+        f"{analysis['layers']}, or internal_steps to 0 for plain GRPO"
     )
     return LayerChoice(None, message, analysis)
 
@@ -52,11 +51,8 @@ def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any
 def analyze_responses(model: nn.Module, responses: list[dict[str, Any]], accelerator: Any) -> dict[str, Any]:
     """The content of ``analysis.json``; every process must pass the same responses and gets the same result.
 
-    A forward pass of a sharded model is a collective operation, so there every process runs the same passes. Otherwise
-    the processes divide the responses among themselves.
-
-    Raises:
-        InputError: (on every process) the model cannot be analysed.
+    The processes divide the responses among themselves, except under DeepSpeed, where a forward pass of a sharded model
+    needs them all. Raises `InputError` on every process if the model cannot be analysed.
     """
     share = accelerator.num_processes > 1 and accelerator.distributed_type != "DEEPSPEED"
     return analyze_rollouts(model, responses, share=share)
@@ -65,11 +61,10 @@ def analyze_responses(model: nn.Module, responses: list[dict[str, Any]], acceler
 def first_process_responses(batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """The first process's responses of a padded batch, on every process; empty ones are left out."""
     rows = []
-    for row in range(len(batch["prompt_ids"])):
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
-        response = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
-        if prompt and response:
-            rows.append({"prompt_ids": prompt, "response_ids": response})
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    for prompt, shown, response, kept in zip(*(batch[name] for name in names), strict=True):
+        row = {"prompt_ids": prompt[shown.bool()].tolist(), "response_ids": response[kept.bool()].tolist()}
+        rows += [row] if all(row.values()) else []
     return broadcast_object_list([rows], from_process=0)[0]
 
 

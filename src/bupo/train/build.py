@@ -7,7 +7,7 @@ import inspect
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,7 +26,7 @@ from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import check_trackers
 from bupo.train.lora import check_lora, load_in_4bit, lora_config
-from bupo.train.rewards import AnswerReward, OwnReward, make_reward
+from bupo.train.rewards import make_reward
 from bupo.train.trainer import BuPOTrainer
 
 # trainer settings that follow from keys of the recipe
@@ -47,14 +47,6 @@ _OWNED_BY = {
     "template": "chat_template_kwargs",
 }
 _OWNED = {name: key for key, names in _OWNED_BY.items() for name in names.split()}
-_REMOVED = {
-    "internal_ladder": "write phases: [{layer: 6, rollouts: 30}, {layer: 12, rollouts: 10}]",
-    "internal_weight": "give the weight to a phase, as in phases: [{layer: 6, rollouts: 30, weight: 0.5}]",
-    "internal_rule": "internal_layer: auto takes the boundary layer",
-    "internal_temperature: auto": "give a number; 1.0 is the internal policy as the paper defines it",
-    "estimator: dapo": "set estimator: grpo and epsilon_high: 0.28",
-    "estimator: dr_grpo": "set estimator: grpo, loss_type: dr_grpo and scale_rewards: none",
-}
 _SHOWN = {"learning_rate", "temperature", "gradient_checkpointing"}  # in a run's record, beside BuPO's own settings
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 _BATCH = ("prompts_per_rollout ", "samples_per_prompt ", "updates_per_rollout ", "micro_batch ")
@@ -64,9 +56,8 @@ _ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_p
 def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe:
     """The recipe in a mapping with every default filled in, those of `BuPOConfig`'s own settings too.
 
-    Raises `ConfigError` with every problem found: unknown keys (with the nearest valid name), wrong types, values out
-    of range, settings that do not fit together, and samples that do not split over ``processes`` (see
-    `Recipe.trainer_settings`).
+    Raises `ConfigError` with every problem found, of the recipe, the trainer's settings, and samples that do not split
+    over ``processes`` (see `Recipe.trainer_settings`).
     """
     recipe, problems = validate(raw)
     values = recipe.model_dump()
@@ -90,15 +81,11 @@ def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe
 
 def _trainer_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys with wrong settings of the trainer (``trl.`` before those that stand there), and what is wrong with them."""
-    fields = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}
     types: dict[str, Any] = get_type_hints(BuPOConfig) | {"fsdp": bool | str | None}  # annotated too narrowly
-    extras = recipe.model_extra or {}
+    fields, extras = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}, recipe.model_extra or {}
     for key, value in {**extras, **{f"trl.{name}": value for name, value in recipe.trl.items()}}.items():
         name = key.removeprefix("trl.")
-        removed = next((text for text in (name, f"{name}: {value}") if text in _REMOVED), None)
-        if removed is not None:
-            yield key, f"{removed} was removed; {_REMOVED[removed]}"
-        elif name in _OWNED or name in Recipe.model_fields:
+        if name in _OWNED or name in Recipe.model_fields:
             yield key, f"{key} is set by the recipe's own key: {_OWNED.get(name, name)}"
         elif name not in fields:
             valid = fields - _OWNED.keys() | (set() if key != name else Recipe.model_fields.keys())
@@ -158,18 +145,14 @@ def _as_config_error() -> Iterator[None]:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def build(
-    recipe: Recipe, folder: Path, say: Callable[[str], None] = print
-) -> tuple[BuPOTrainer, Any, AnswerReward | OwnReward]:
-    """The trainer of a recipe, its tokenizer and its reward function, ready to train.
+def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> tuple[BuPOTrainer, Any, Any]:
+    """The trainer of a recipe, its tokenizer and its reward function (which the caller closes), ready to train.
 
     Raises `InputError` if the recipe does not fit the model, the data or this machine.
     """
     check_trackers(recipe.report_to)
-    settings = trainer_config(recipe, folder)
-    problems = _problems(recipe)
-    source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"})
-    source |= load_in_4bit(recipe, settings)
+    settings, problems, held_out = trainer_config(recipe, folder), _problems(recipe), []
+    source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"}) | load_in_4bit(recipe, settings)
     model, tokenizer = load_model(recipe.model, device="cpu", **source)  # the trainer moves it
     tokenizer.padding_side = "left"
     room, longest = context_length(model.config), recipe.max_prompt_length + recipe.max_completion_length
@@ -181,15 +164,13 @@ def build(
     rows, dropped = training_rows(problems, tokenizer, recipe.template, recipe.max_prompt_length)
     if dropped:
         say(f"left out {dropped} of {len(problems)} prompts, which have more than {recipe.max_prompt_length} tokens")
-    held_out: list[dict[str, Any]] = []
-    if recipe.eval is not None:
-        more = load_problems(recipe.eval.dataset, split=recipe.eval.split, limit=recipe.eval.limit, seed=recipe.seed)
+    if (held := recipe.eval) is not None:
+        more = load_problems(held.dataset, split=held.split, limit=held.limit, seed=recipe.seed)
         fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length)
         held_out = [{**row, "problem": row["problem"] + len(problems)} for row in fitting]
         problems = [*problems, *more]
-    with ExitStack() as on_failure:
-        reward = make_reward(recipe.reward, problems)
-        on_failure.callback(reward.close)
+    reward = make_reward(recipe.reward, problems)
+    try:
         with _as_config_error():
             trainer = BuPOTrainer(
                 model,
@@ -201,7 +182,9 @@ def build(
                 peft_config=lora_config(recipe),
             )
         check_lora(trainer.model)
-        on_failure.pop_all()
+    except BaseException:
+        reward.close()
+        raise
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer, tokenizer, reward

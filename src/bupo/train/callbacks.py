@@ -26,70 +26,44 @@ COLUMNS = {
 }
 
 
-class SaveBetweenRollouts(TrainerCallback):
-    """Delays every save to the end of the rollout batch, because a checkpoint within one would lose its samples."""
-
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-        self._due = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        due = self._due or control.should_save
-        ending = state.global_step >= state.max_steps
-        control.should_save = due and (self._trainer.between_rollouts or ending)
-        self._due = due and not control.should_save
-        return control
-
-
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) stops after the rollout batch and saves; a second one stops at once."""
 
     def __init__(self, trainer: Any, log: Callable[[str], None]):
         self._trainer, self._log = trainer, log
-        self.requested = False
-        self.stopped = False
+        self.requested = self.stopped = False
         self._handlers: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
+            self._handlers = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def restore(self) -> None:
-        """Put back the signal handlers from before training."""
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested:
-            self.restore()
             raise KeyboardInterrupt
         self.requested = True
         self._log("stopping after this rollout batch; press Ctrl-C again to stop at once (from the last checkpoint)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self._trainer.between_rollouts and self._anywhere() and state.global_step < state.max_steps:
+        if not self._trainer.between_rollouts or state.global_step >= state.max_steps:
+            return control
+        # whichever process received the signal, all must stop after the same update
+        flag = torch.tensor(float(self.requested), device=self._trainer.accelerator.device)
+        if self._trainer.accelerator.reduce(flag, reduction="sum") > 0:
             control.should_save = control.should_training_stop = self.stopped = True
         return control
-
-    def _anywhere(self) -> bool:
-        """Whether any process received a signal; all processes must stop after the same update."""
-        accelerator = self._trainer.accelerator
-        if accelerator.num_processes == 1:
-            return self.requested
-        flag = torch.tensor(float(self.requested), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.restore()
 
 
 class LogWriter(TrainerCallback):
     """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
 
-    A row has ``step`` (updates so far), ``rollout`` (from 1), ``phase`` (``internal``, ``joint`` or ``full``),
-    ``layer``, ``reward``, ``entropy`` (full policy, nats per token), ``internal_entropy``, ``mean_length`` (tokens),
+    Columns: ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy or None),
+    ``reward``, ``entropy`` (of the full policy), ``internal_entropy`` (both nats per token), ``mean_length`` (tokens),
     ``loss``, ``seconds`` (since this process began to train), and every other metric under the trainer's own name.
     Evaluations are rows with ``eval_*`` names. A resumed run drops the rows after its checkpoint.
     """
@@ -108,65 +82,53 @@ class LogWriter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        row = self.row(state.global_step, logs)
+        row = self._row(state.global_step, logs)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
-            stream.flush()
         if self._show is None or ("rollout" in row and "rollout" not in logs):  # a later update of a rollout batch
             return
         ended = self._trainer.phase_end
         if ended is not None and row.get("rollout") == ended["rollouts"] + 1:
             back = "; the best weights were restored" if ended["action"] == "restore" else ""
             self._show(f"internal phase ended after {ended['rollouts']} rollout batches: {ended['reason']}{back}")
-        self._show(self.line(row))
+        self._show(self._line(row))
 
-    def row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
-        """The row of one log call."""
-        metrics = {name: _finite(value) for name, value in logs.items()}
+    def _row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+        metrics = {name: value for name, value in finite.items() if name not in ("rollout", "phase")}
         seconds = round(time.monotonic() - self._started, 2)
         if any(name.startswith("eval_") for name in metrics):
             return {"step": step, "seconds": seconds, **metrics}
-        for name in ("rollout", "phase"):
-            metrics.pop(name, None)
-        phase = self._trainer.phase
+        trainer = self._trainer
         return {
             "step": step,
-            "rollout": (self._trainer._step - 1) // self._trainer.args.generate_every + 1,  # of the last micro-batch
-            "phase": phase.name,
-            "layer": phase.layer,
+            "rollout": (trainer._step - 1) // trainer.args.generate_every + 1,  # of the last micro-batch
+            "phase": trainer.phase.name,
+            "layer": trainer.phase.layer,
             **{short: metrics.pop(name, None) for short, name in COLUMNS.items()},
             "seconds": seconds,
             **metrics,
         }
 
-    def line(self, row: dict[str, Any]) -> str:
+    def _line(self, row: dict[str, Any]) -> str:
         """One line for the console."""
+
+        def number(name: str, digits: int = 3) -> str:
+            return "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
         if "rollout" not in row:
-            return f"evaluation after update {row['step']}: reward {_number(row.get('eval_reward'))}"
-        total = f"/{self._rollouts}" if self._rollouts else ""
-        phase = f"{row['phase']} l={row['layer']}" if row["layer"] else f"{row['phase']}"
+            return f"evaluation after update {row['step']}: reward {number('eval_reward')}"
+        phase = f"{row['phase']} l={row['layer']}" if row["layer"] else row["phase"]
         parts = [
-            f"rollout {row['rollout']}{total}",
+            f"rollout {row['rollout']}" + (f"/{self._rollouts}" if self._rollouts else ""),
             f"{phase:<14}",
-            f"reward {_number(row['reward'])}",
-            f"entropy {_number(row['entropy'])}",
+            f"reward {number('reward')}",
+            f"entropy {number('entropy')}",
+            *([f"internal {number('internal_entropy')}"] if row["internal_entropy"] is not None else []),
+            f"length {number('mean_length', 1)}",
+            f"{row['seconds']:.0f} s",
         ]
-        if row["internal_entropy"] is not None:
-            parts.append(f"internal {_number(row['internal_entropy'])}")
-        parts += [f"length {_number(row['mean_length'], 1)}", f"{row['seconds']:.0f} s"]
         return "  ".join(parts)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -176,9 +138,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            if step > 0 and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
             continue
-        if isinstance(row, dict) and row.get("step", 0) <= step and step > 0:
-            kept.append(line + "\n")
     write_text(path, "".join(kept))

@@ -1,84 +1,90 @@
-"""The settings of BuPO beside TRL's: their only declaration and their only checks."""
+"""The settings of BuPO beside TRL's: their only declaration, and their only checks.
+
+In an internal phase the loss sees the log-probabilities and entropies of the internal policy. The clipped ratio is
+meant for them (at token or sequence level); the terms refused here are not. Read from TRL 1.16's ``GRPOTrainer``.
+"""
 # ruff: noqa: RUF009  (`_setting` is dataclasses.field with a help text)
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 from trl import GRPOConfig
 
 from bupo.errors import ConfigError
+from bupo.models.internal_policy import check_layer
+from bupo.models.layout import find_layout
 from bupo.train.advantages import ESTIMATORS
 from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
-from bupo.train.unsupported import engine, failed, unsupported_settings
 
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
+# losses that use log-probabilities in the ratio only (cispo also as the score function of the same policy)
+RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+_UNSUPPORTED = {  # the value that an internal phase needs, and what another one does
+    "beta": (0.0, "would penalise the distance from the internal policy to the full reference model"),
+    "entropy_coef": (0.0, "would act on the internal policy's entropy"),
+    "use_adaptive_entropy": (False, "would act on the internal policy's entropy"),
+    "top_entropy_quantile": (1.0, "would choose tokens by the internal policy's entropy"),
+    "off_policy_mask_threshold": (None, "would drop samples by the internal policy's drift"),
+    "use_liger_kernel": (False, "replaces forwards that the internal policy relies on"),
+    "torch_compile": (False, "would keep the graph of one phase for the other"),
+    "ddp_find_unused_parameters": (True, "leaves gradients unsynchronised, as the upper layers are not used"),
+}
 
 _CRITIC = ("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda")
+_POSITIVE = ("internal_temperature", "temperature", "learning_rate", "upper_learning_rate_scale", *_CRITIC[:2])
+_WHOLE = ("frozen_layers", "upper_learning_rate_above", "probe_samples")
+
+
+def _setting(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class BuPOConfig(GRPOConfig):
     """`GRPOConfig` with the internal phases; the defaults follow the set-up of arXiv 2512.19673.
 
-    Defaults that differ from TRL's: ``updates_per_rollout`` is 4 (so that old log-probabilities and clipping matter),
-    the learning rate is constant, and the trainer logs once per rollout batch. As in TRL: ``loss_type="dapo"``, the
-    paper's token mean (the split into micro-batches does not change the result), clip 0.2, no KL penalty, no entropy
-    bonus, temperature 1, rewards scaled by group, learning rate 1e-6, gradient clip 1.
-
-    The class parses with ``HfArgumentParser`` and ``TrlParser``. In a Mixture-of-Experts model the load-balancing loss
-    of an internal phase covers the layers up to l.
-
-    Raises:
-        ConfigError: with every problem that the settings have.
+    Unlike TRL's, ``updates_per_rollout`` is 4 (so that old log-probabilities and clipping matter), the learning rate is
+    constant, and the trainer logs once per rollout batch. As in TRL: ``loss_type="dapo"``, the paper's token mean
+    (whatever the micro-batches), clip 0.2, no KL penalty, no entropy bonus, temperature 1, rewards scaled by group,
+    learning rate 1e-6, gradient clip 1. In a Mixture-of-Experts model the load-balancing loss of an internal phase
+    covers the layers up to l. Raises `ConfigError` with every problem that the settings have.
     """
 
     phases: list | str | None = _setting(
-        None,
         "Internal phases in order, as [{layer: l, rollouts: N, weight: w}, ...] (JSON on a command line). A weight "
         "below 1 adds the full policy's surrogate with weight 1 - w. Replaces internal_layer and internal_steps.",
     )
     internal_layer: int | str | None = _setting(
-        None, "Layer l of the internal policy, from 1 to L, or 'auto' for the boundary layer."
+        "Layer l of the internal policy (1 to L), or 'auto': the boundary layer."
     )
     internal_steps: int | str | None = _setting(
-        None,
         "Number of rollout batches that optimise the internal policy (s_inter). 0 is plain GRPO, whatever the other "
         "internal settings are; 'auto' lets the phase guard end the phase.",
     )
-    internal_max_steps: int | None = _setting(
-        None, "Upper limit of internal_steps 'auto', in rollout batches. Default: a third of the run."
-    )
-    internal_norm: bool = _setting(False, "Apply the final norm inside the internal policy (an ablation of the paper).")
-    internal_temperature: float = _setting(1.0, "Temperature T of the internal policy softmax(H^l E_u^T / T).")
-    estimator: str = _setting("grpo", f"Advantage estimator, one of {', '.join(ESTIMATORS)}.")
-    critic_learning_rate: float = _setting(1e-5, "Constant learning rate of the critic (estimator ppo).")
-    critic_clip: float = _setting(0.5, "Largest change of a value within a rollout batch (estimator ppo).")
-    gae_gamma: float = _setting(1.0, "Discount factor per token (estimator ppo).")
-    gae_lambda: float = _setting(1.0, "Weight between one-step differences (0) and whole returns (1) (estimator ppo).")
-    frozen_layers: int | None = _setting(None, "Freeze layers 1 to this one (a comparison of the paper).")
-    upper_learning_rate_scale: float | None = _setting(
-        None, "Factor on the learning rate of the layers above upper_learning_rate_above and the final norm."
-    )
-    upper_learning_rate_above: int | None = _setting(
-        None, "Layer, from 1 to L - 1, above which upper_learning_rate_scale applies."
-    )
+    internal_max_steps: int | None = _setting("Limit of internal_steps 'auto'. Default: a third of the run.")
+    internal_norm: bool = _setting("Apply the final norm inside the internal policy (an ablation of the paper).", False)
+    internal_temperature: float = _setting("Temperature T of the internal policy softmax(H^l E_u^T / T).", 1.0)
+    estimator: str = _setting(f"Advantage estimator, one of {', '.join(ESTIMATORS)}.", "grpo")
+    critic_learning_rate: float = _setting("Constant learning rate of the critic (estimator ppo).", 1e-5)
+    critic_clip: float = _setting("Largest change of a value within a rollout batch (estimator ppo).", 0.5)
+    gae_gamma: float = _setting("Discount factor per token (estimator ppo).", 1.0)
+    gae_lambda: float = _setting("Weight between one-step differences (0) and whole returns (1) (estimator ppo).", 1.0)
+    frozen_layers: int | None = _setting("Freeze layers 1 to this one (a comparison of the paper).")
+    upper_learning_rate_scale: float | None = _setting("Factor on the learning rate of upper layers and final norm.")
+    upper_learning_rate_above: int | None = _setting("Layer (1 to L - 1) above which that factor applies.")
     updates_per_rollout: int | None = _setting(
-        None,
         "Optimizer updates per rollout batch. Default: 4, unless steps_per_generation or generation_batch_size is set.",
     )
     probe_samples: int | None = _setting(
-        None,
         "Responses per process on which the full policy is measured once per rollout batch of an internal phase. "
         "Default: one in eight, at least one micro-batch.",
     )
-    lr_scheduler_type: str = _setting("constant", "Learning rate scheduler.")
-    logging_steps: float = _setting(0, "Number of updates between two log lines; 0 logs once per rollout batch.")
+    lr_scheduler_type: str = _setting("Learning rate scheduler.", "constant")
+    logging_steps: float = _setting("Number of updates between two log lines; 0 logs once per rollout batch.", 0)
 
     def __post_init__(self) -> None:
         self.internal_layer, self.internal_steps = as_int(self.internal_layer), as_int(self.internal_steps)
@@ -97,20 +103,15 @@ class BuPOConfig(GRPOConfig):
         if problems:
             raise ConfigError(problems)
 
-    # -- what follows from the settings ------------------------------------------------------------------------------
-
     @property
     def generate_every(self) -> int:
         """Micro-batches that one rollout batch feeds."""
-        assert self.steps_per_generation is not None
-        return self.steps_per_generation * self.num_iterations
+        return cast(int, self.steps_per_generation) * self.num_iterations
 
     @property
     def prompts_per_rollout(self) -> int:
         """Different prompts in one rollout batch, over all processes."""
-        assert self.generation_batch_size is not None
-        assert self.num_generations is not None
-        return self.generation_batch_size // self.num_generations
+        return cast(int, self.generation_batch_size) // cast(int, self.num_generations)
 
     @property
     def has_internal_phase(self) -> bool:
@@ -128,22 +129,17 @@ class BuPOConfig(GRPOConfig):
             return Schedule()
         if isinstance(self.phases, list):
             return Schedule.of(self.phases)
-        rollouts = self._longest_guarded_phase() if self.guarded else self.internal_steps
+        rollouts = self.internal_max_steps if self.guarded else self.internal_steps
+        if rollouts is None:  # a third of the run, in whole updates
+            accumulation = self.gradient_accumulation_steps
+            step = accumulation // math.gcd(accumulation, self.generate_every)
+            rollouts = max(self.max_steps * accumulation // self.generate_every // 3 // step, 1) * step
         return Schedule.of([{"layer": self.internal_layer, "rollouts": rollouts}])
-
-    def _longest_guarded_phase(self) -> int:
-        """``internal_max_steps``, or a third of the run, rounded to whole updates."""
-        if self.internal_max_steps is not None:
-            return self.internal_max_steps
-        rollouts = self.max_steps * self.gradient_accumulation_steps // self.generate_every
-        step = self.gradient_accumulation_steps // math.gcd(self.gradient_accumulation_steps, self.generate_every)
-        return max(rollouts // 3 // step, 1) * step
 
     def _set_updates_per_rollout(self) -> list[str]:
         if self.steps_per_generation is not None or self.generation_batch_size is not None:
-            if self.updates_per_rollout is None:
-                return []
-            return ["set either updates_per_rollout or steps_per_generation / generation_batch_size, not both"]
+            message = "set either updates_per_rollout or steps_per_generation / generation_batch_size, not both"
+            return [] if self.updates_per_rollout is None else [message]
         updates = 4 if self.updates_per_rollout is None else self.updates_per_rollout
         self.steps_per_generation = max(updates, 1) * self.gradient_accumulation_steps
         return [] if updates >= 1 else [f"updates_per_rollout must be at least 1, not {updates}"]
@@ -156,80 +152,84 @@ class BuPOConfig(GRPOConfig):
             return []
         if self.scale_rewards in ("group", True):
             self.scale_rewards = "none"
-        allowed = {"scale_rewards": ("none", False), "multi_objective_aggregation": ("sum_then_normalize",)}
-        return [
-            f"estimator {self.estimator} works on the weighted sum of the rewards; leave {name}"
-            for name, values in allowed.items()
-            if getattr(self, name) not in values
-        ]
-
-    # -- checks ------------------------------------------------------------------------------------------------------
+        scaled, other = self.scale_rewards not in ("none", False), self.multi_objective_aggregation
+        wrong = failed({"scale_rewards": scaled, "multi_objective_aggregation": other != "sum_then_normalize"})
+        return [f"estimator {self.estimator} works on the weighted sum of the rewards; leave {name}" for name in wrong]
 
     def _problems(self) -> list[str]:
         """What is wrong with single settings."""
-        layer, steps, limit = self.internal_layer, self.internal_steps, self.internal_max_steps
-        counted = steps is None or self.guarded or is_whole(steps, low=0)
+        layer, steps, limit, auto = self.internal_layer, self.internal_steps, self.internal_max_steps, self.guarded
+        counted = steps is None or auto or is_whole(steps, low=0)
         short = counted and steps  # the short form of one phase
-        scale, above = self.upper_learning_rate_scale, self.upper_learning_rate_above
+        known = layer in (None, "auto") or is_whole(layer)
+        limited = limit is None or steps == 0 or (auto and is_whole(limit))
+        endless = auto and limit is None and self.max_steps <= 0
+        half = (self.upper_learning_rate_scale is None) != (self.upper_learning_rate_above is None)
         problems = failed({
             f"internal_steps must be a whole number of rollout batches from 0, or auto, not {steps!r}": not counted,
             "set either phases or internal_layer and internal_steps, not both": short and self.phases,
             "internal_steps needs internal_layer: a layer from 1 to L, or auto": short and layer is self.phases is None,
-            f"internal_layer must be a layer from 1 to L, or auto, not {layer!r}": layer not in (None, "auto")
-            and not is_whole(layer),
-            "internal_max_steps must be a whole number from 1, and needs internal_steps auto": steps != 0
-            and limit is not None
-            and not (self.guarded and is_whole(limit)),
-            "internal_steps auto needs internal_max_steps, or max_steps to take a third of": self.guarded
-            and limit is None
-            and self.max_steps <= 0,
-            "save_total_limit 1 leaves no complete checkpoint while the next is written; use at least 2": (
+            f"internal_layer must be a layer from 1 to L, or auto, not {layer!r}": not known,
+            "internal_max_steps must be a whole number from 1, and needs internal_steps auto": not limited,
+            "internal_steps auto needs internal_max_steps, or max_steps to take a third of": endless,
+            "save_total_limit must be at least 2, as the last checkpoint stays until the next one is complete": (
                 self.save_total_limit == 1
             ),
-            "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither": (
-                (scale is None) != (above is None)
-            ),
+            "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither": half,
         })  # fmt: skip
-        for name in ("internal_temperature", "temperature", "learning_rate", "upper_learning_rate_scale"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and 0.0 < value < math.inf
-            if not number and not (value is None and name == "upper_learning_rate_scale"):
-                problems.append(f"{name} must be a number above 0, not {value!r}")
-        for name in ("frozen_layers", "upper_learning_rate_above", "probe_samples"):
-            if (value := getattr(self, name)) is not None and not is_whole(value):
-                problems.append(f"{name} must be a whole number from 1, not {value!r}")
-        return problems + self._critic_problems()
-
-    def _critic_problems(self) -> list[str]:
-        values = [(name, getattr(self, name)) for name in _CRITIC]
+        for name in _POSITIVE + _WHOLE:
+            value, whole = getattr(self, name), name in _WHOLE
+            fits = is_whole(value) if whole else isinstance(value, (int, float)) and 0.0 < value < math.inf
+            if not fits and not (value is None is getattr(BuPOConfig, name)):  # unless it may be left out
+                problems.append(
+                    f"{name} must be a {'whole number from 1' if whole else 'number above 0'}, not {value!r}"
+                )
         if self.estimator != "ppo":
-            default = {f.name: f.default for f in fields(self)}
-            changed = [name for name, value in values if value != default[name]]
-            return [f"{name} needs estimator ppo, not {self.estimator}" for name in changed]
-        steps, accumulation = cast(int, self.steps_per_generation), self.gradient_accumulation_steps
-        return failed({
-            **{f"{name} must be above 0, not {value}": not value > 0 for name, value in values[:2]},
-            **{f"{name} must be between 0 and 1, not {value}": not 0 <= value <= 1 for name, value in values[2:]},
+            changed = [name for name in _CRITIC if getattr(self, name) != getattr(BuPOConfig, name)]
+            return problems + [f"{name} needs estimator ppo, not {self.estimator}" for name in changed]
+        shares = [(name, getattr(self, name)) for name in _CRITIC[2:]]
+        per_rollout, accumulation = cast(int, self.steps_per_generation), self.gradient_accumulation_steps
+        return problems + failed({
+            **{f"{n} must be between 0 and 1, not {x}": not 0 <= x <= 1 for n, x in shares},
             "estimator ppo keeps a whole critic on every process; it does not run under FSDP or DeepSpeed": (
                 engine(self) not in ("one", "ddp")
             ),
             "estimator ppo does not scale the critic's loss as fp16 needs; use bfloat16 or float32": self.fp16,
-            f"estimator ppo needs whole updates: steps_per_generation {steps} is not a multiple of "
-            f"gradient_accumulation_steps {accumulation}": steps % accumulation,
+            f"estimator ppo needs whole updates: steps_per_generation {per_rollout} is not a multiple of "
+            f"gradient_accumulation_steps {accumulation}": per_rollout % accumulation,
         })  # fmt: skip
 
     def _schedule_problems(self) -> list[str]:
         """What an internal phase does not allow; empty without one."""
-        schedule = self.schedule()
+        schedule, kind = self.schedule(), engine(self)
         if not schedule.internal:
             return []
-        problems = frozen_problems(self.frozen_layers, schedule) + unsupported_settings(self)
         rollouts = math.ceil(self.max_steps * self.gradient_accumulation_steps / self.generate_every)
-        if self.max_steps > 0 and schedule.ends[-1] > rollouts:
-            problems.append(
-                f"the internal phases take {schedule.ends[-1]} rollout batches, more than the {rollouts} of the run"
-            )
-        return problems + alignment_problems(schedule, self.generate_every, self.gradient_accumulation_steps)
+        reentrant = self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        unsupported = [
+            f"{name} {value} {why}; set it to {needed!r}, or internal_steps to 0"
+            for name, (needed, why) in _UNSUPPORTED.items()
+            if (value := getattr(self, name)) != needed
+        ]
+        return frozen_problems(self.frozen_layers, schedule) + unsupported + failed({
+            f"loss_type {self.loss_type!r} mixes the ratio with other weights; an internal phase needs one of "
+            f"{', '.join(RATIO_LOSSES)}": self.loss_type not in RATIO_LOSSES,
+            "ddp_static_graph fails when the graph changes at the end of the phase; leave it unset": (
+                self.ddp_static_graph
+            ),
+            "internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number": (
+                self.guarded and kind in ("deepspeed", "fsdp1")
+            ),
+            f"weight_decay {self.weight_decay} would shrink the layers that an internal phase does not use, because "
+            "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP": (
+                kind == "deepspeed" and self.weight_decay != 0.0
+            ),
+            "reentrant gradient checkpointing does not work with DDP and unused parameters, which an internal phase "
+            "has; set use_reentrant to false in gradient_checkpointing_kwargs": kind == "ddp" and reentrant,
+            f"the internal phases take {schedule.ends[-1]} rollout batches, more than the {rollouts} of the run": (
+                0 < rollouts < schedule.ends[-1]
+            ),
+        }) + alignment_problems(schedule, self.generate_every, self.gradient_accumulation_steps)  # fmt: skip
 
 
 def frozen_problems(frozen: int | None, schedule: Schedule) -> list[str]:
@@ -240,3 +240,55 @@ def frozen_problems(frozen: int | None, schedule: Schedule) -> list[str]:
         for layer in schedule.layers
         if frozen is not None and layer <= frozen
     ]
+
+
+def failed(checks: Mapping[str, Any]) -> list[str]:
+    """The messages whose condition is true."""
+    return [message for message, wrong in checks.items() if wrong]
+
+
+def engine(args: Any) -> Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"]:
+    """What distributes the model, by the settings or by the environment that ``accelerate launch`` sets."""
+    launched = {k for k in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{k}", "").lower() in ("1", "true")}
+    if args.deepspeed is not None or "DEEPSPEED" in launched:
+        return "deepspeed"
+    if args.fsdp:
+        return "fsdp1" if int((args.fsdp_config or {}).get("version", 2)) == 1 else "fsdp2"
+    if "FSDP" in launched:
+        return "fsdp2" if os.environ.get("FSDP_VERSION", "1") == "2" else "fsdp1"
+    return "ddp" if args.world_size > 1 else "one"
+
+
+def model_problems(trainer: Any) -> list[str]:
+    """Problems of a trainer's settings with its model, optimizer and dataset."""
+    args, schedule, model = trainer.args, trainer.schedule, trainer.model
+    above, problems = args.upper_learning_rate_above, []
+    named = [(name, getattr(args, name)) for name in ("frozen_layers", "upper_learning_rate_above")]
+    named = [(name, layer) for name, layer in named if layer is not None]
+    named += [("internal_layer", layer) for layer in schedule.layers]
+    depth = find_layout(model).n_layers if named else 0
+    for name, layer in named:
+        try:
+            check_layer(depth, layer)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    foreign = trainer.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
+    cast_to = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    casts = args.use_transformers_continuous_batching and cast_to is not None
+    problems += failed({
+        f"upper_learning_rate_above: no layer is above {depth}; set a lower one": above and above == depth,
+        "upper_learning_rate_scale needs the trainer's own optimizer; do not pass one, and leave the optimizer out of "
+        "DeepSpeed's configuration": above and foreign,
+        "internal phases and estimator ppo support text models only, and this model takes images": (
+            trainer._is_vlm and (schedule.internal or args.estimator == "ppo")
+        ),
+        f"use_transformers_continuous_batching would turn the trained weights to {cast_to} for good (TRL casts the "
+        f"model to sample); load it with dtype {cast_to}, or set precision float32": (
+            casts and any(str(p.dtype) != f"torch.{cast_to}" for p in model.parameters())
+        ),
+    })  # fmt: skip
+    if trainer.micro_batches_per_epoch != 0:
+        return problems + trainer.alignment_problems(schedule)
+    number, needed = len(trainer.train_dataset), args.prompts_per_rollout
+    return [*problems, f"the dataset has {number} prompts, fewer than the {needed} of a rollout batch"]

@@ -1,7 +1,6 @@
 """Counts the bytes and operations of an update and of a rollout by running the model's own code on fake tensors.
 
-`MemTracker` adds up the bytes that are alive at the same time; `FlopCounterMode` counts the multiplications and
-additions of matrix products.
+`MemTracker` adds up the bytes alive at the same time; `FlopCounterMode` counts the operations of matrix products.
 """
 
 from __future__ import annotations
@@ -24,29 +23,19 @@ from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_width
 
 @dataclass(frozen=True)
 class Workload:
-    """What bytes and operations depend on beside the model.
+    """What bytes and operations depend on beside the model."""
 
-    Attributes:
-        dtype, compute: of the weights, and of matrix products (autocast where they differ).
-        batch, prompt, response: responses per pass, and padded tokens of each.
-        samples: responses sampled at once.
-        accumulates: whether gradients exist when a micro-batch begins.
-        triton: whether TRL's fused lm_head uses its kernel, which scores response tokens only (accelerators).
-        frozen: layers 1 to this one are not trained.
-        lora: PEFT's configuration of the adapters, or None.
-    """
-
-    dtype: torch.dtype
-    compute: torch.dtype
-    batch: int
-    prompt: int
+    dtype: torch.dtype  # of the weights
+    compute: torch.dtype  # of matrix products: autocast where it is another
+    batch: int  # responses per pass
+    prompt: int  # padded tokens of each
     response: int
-    samples: int
+    samples: int  # responses sampled at once
     checkpointing: bool
-    accumulates: bool
-    triton: bool
-    frozen: int = 0
-    lora: Any = None
+    accumulates: bool  # whether gradients exist when a micro-batch begins
+    triton: bool  # whether TRL's fused lm_head uses its kernel, which scores response tokens only (accelerators)
+    frozen: int = 0  # layers 1 to this one are not trained
+    lora: Any = None  # PEFT's configuration of the adapters
 
     def autocast(self) -> Any:
         return nullcontext() if self.compute == self.dtype else torch.autocast("cpu", dtype=self.compute)
@@ -55,52 +44,54 @@ class Workload:
 def count_update(config: Any, depth: int, work: Workload, *, internal: bool, narrow: bool) -> dict[str, int]:
     """Count one micro-batch's update through ``depth`` layers, and scoring the same responses without gradients.
 
-    Args:
-        internal: train the internal policy of layer ``depth``, which has no final norm; else the full policy.
-        narrow: use the narrow tiles of an internal phase, where there is no Triton.
-
-    Returns:
-        ``trained`` parameters and their ``gradients`` (bytes); bytes ``kept`` for the backward pass; the most bytes
-        alive in an ``update`` and in ``scoring``, beside weights, moments and earlier gradients; ``update_flops`` and
-        ``scoring_flops``.
+    ``internal`` trains the internal policy of layer ``depth``, without final norm; ``narrow`` takes an internal phase's
+    tiles. Returns ``trained`` parameters; bytes of their ``gradients``; bytes ``kept`` for the backward pass;
+    the most bytes alive in an ``update`` and in ``scoring``, beside weights, moments and earlier gradients; operations.
     """
     width = tile_width(work.batch * (work.prompt + work.response)) if narrow and not work.triton else WIDEST
 
-    def count(n: int) -> dict[str, int]:
+    def count(shallow: Any) -> dict[str, int]:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = _training_model(with_depth(config, n), work, internal)
+            model = _training_model(shallow, work, internal)
             return _count_bytes(model, work, width) | _count_flops(model, work, width)
 
     return _over_layers(count, config, depth, work.frozen)
 
 
 def count_rollout(config: Any, depth: int, work: Workload) -> dict[str, int]:
-    """Count the bytes of sampling ``work.samples`` responses at once with transformers.
+    """Count the bytes of sampling with transformers: KV ``cache`` at the end, and the ``peak`` beside the weights."""
 
-    Returns:
-        The KV ``cache`` at the end and per token, and the ``peak`` of the first and the last step beside the weights.
-    """
-
-    def count(n: int) -> dict[str, int]:
+    def count(shallow: Any) -> dict[str, int]:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), work.autocast():
-            return _count_rollout(fake_model(with_depth(config, n), work.dtype).eval(), work)
+            return _count_rollout(fake_model(shallow, work.dtype).eval(), work)
 
     return _over_layers(count, config, depth)
 
 
-def _over_layers(count: Callable[[int], dict[str, int]], config: Any, depth: int, frozen: int = 0) -> dict[str, int]:
-    """Return ``count(depth)``, of deep models the line through two shallow ones: layers of a kind add the same."""
-    kinds = len(set(getattr(config.get_text_config(), "layer_types", None) or ["same"]))
-    step = 2 if kinds == 1 else 4
-    low, high = frozen + step, frozen + 2 * step
-    if depth <= high:
-        return count(depth)
-    few, more = count(low), count(high)
-    return {name: few[name] + (more[name] - few[name]) * (depth - low) // step for name in few}
+def _over_layers(count: Callable[[Any], dict[str, int]], config: Any, depth: int, frozen: int = 0) -> dict[str, int]:
+    """Return the count of ``depth`` layers, of deep models from shallow ones: layers of a kind add the same."""
+    if depth <= frozen + 4:
+        return count(with_depth(config, depth))
+    kinds = list(getattr(config.get_text_config(), "layer_types", None) or depth * [None])[:depth]
+    trained = kinds[frozen:]
+    start = [*kinds[:frozen], *2 * trained[:1]]
+    few = total = count(_with_kinds(config, start))
+    for kind in dict.fromkeys(trained):
+        more, times = count(_with_kinds(config, [*start, kind, kind])), trained.count(kind) - start[frozen:].count(kind)
+        total = {name: total[name] + (more[name] - few[name]) * times // 2 for name in few}
+    return total
+
+
+def _with_kinds(config: Any, kinds: list[str | None]) -> Any:
+    """The configuration with one layer of each kind (such as full and sliding-window attention), in order."""
+    cut = with_depth(config, len(kinds))
+    if any(kinds):
+        cut.get_text_config().layer_types = kinds
+    return cut
 
 
 def _training_model(config: Any, work: Workload, internal: bool) -> Any:
-    """Return the model as the trainer has it, with adapters, frozen layers and checkpointing."""
+    """The model as the trainer has it, with adapters, frozen layers and checkpointing."""
     model = fake_model(config, work.dtype, work.lora).train()
     if work.checkpointing:
         if work.lora is not None:
@@ -118,40 +109,6 @@ def _training_model(config: Any, work: Workload, internal: bool) -> Any:
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach())
     return model
-
-
-def _count_bytes(model: Any, work: Workload, width: int) -> dict[str, int]:
-    trained = list(model.parameters())
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()  # makes the moments
-    if not work.accumulates:
-        optimizer.zero_grad()
-    with BytesAlive(model, optimizer) as tracker, torch.no_grad():
-        _score(model, work, width)
-    scoring = tracker.alive("peak")
-    with BytesAlive(model, optimizer) as tracker:
-        loss = _score(model, work, width).sum()
-        kept = tracker.alive("current")
-        loss.backward()
-    return {
-        "trained": sum(p.numel() for p in trained),
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
-        "kept": kept,
-        "update": tracker.alive("peak"),
-        "scoring": scoring,
-    }
-
-
-def _count_flops(model: Any, work: Workload, width: int) -> dict[str, int]:
-    """Count after the bytes, because `FlopCounterMode` keeps recomputed activations alive."""
-    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    with FlopCounterMode(display=False) as scoring, torch.no_grad():
-        _score(model, work, width)
-    with FlopCounterMode(display=False) as update:
-        _score(model, work, width).sum().backward()
-    return {"scoring_flops": scoring.get_total_flops(), "update_flops": update.get_total_flops()}
 
 
 class BytesAlive(MemTracker):
@@ -172,8 +129,39 @@ class BytesAlive(MemTracker):
         return sum(snapshot["Total"] for snapshot in self.get_tracker_snapshot(when).values()) - self._before
 
 
+def _count_bytes(model: Any, work: Workload, width: int) -> dict[str, int]:
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()  # makes the moments
+    if not work.accumulates:
+        optimizer.zero_grad()
+    with BytesAlive(model, optimizer) as scoring, torch.no_grad():
+        _score(model, work, width)
+    with BytesAlive(model, optimizer) as update:
+        loss = _score(model, work, width).sum()
+        kept = update.alive("current")
+        loss.backward()
+    sizes = {
+        "trained": sum(p.numel() for p in trained),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+    }
+    return {**sizes, "kept": kept, "update": update.alive("peak"), "scoring": scoring.alive("peak")}
+
+
+def _count_flops(model: Any, work: Workload, width: int) -> dict[str, int]:
+    """Count after the bytes, because `FlopCounterMode` keeps recomputed activations alive."""
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
+    with FlopCounterMode(display=False) as scoring, torch.no_grad():
+        _score(model, work, width)
+    with FlopCounterMode(display=False) as update:
+        _score(model, work, width).sum().backward()
+    return {"scoring_flops": scoring.get_total_flops(), "update_flops": update.get_total_flops()}
+
+
 def _score(model: Any, work: Workload, width: int) -> Tensor:
-    """Return log-probabilities of one micro-batch's tokens, without numbers."""
+    """Log-probabilities of one micro-batch's tokens, without numbers."""
     layout = find_layout(model)
     ids = torch.zeros(work.batch, work.prompt + work.response, dtype=torch.long)
     with work.autocast():
@@ -232,19 +220,23 @@ def _tiles(
 
 
 def _count_rollout(model: Any, work: Workload) -> dict[str, int]:
-    length, per_token = work.prompt + work.response, 0
+    length, cached = work.prompt + work.response, 0
     with BytesAlive(model) as tracker:
         ids = torch.zeros(work.samples, work.prompt, dtype=torch.long)
         cache = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1).past_key_values
         for layer in getattr(cache, "layers", []):  # grow to the length before the last step
+            sliding = getattr(layer, "is_sliding", False)
+            kept = min(length - 1, layer.sliding_window - 1) if sliding else length - 1
+            if sliding:
+                layer.cumulative_length = length - 1
             for name in ("keys", "values"):
                 state = getattr(layer, name, None)
                 if isinstance(state, Tensor) and state.ndim == 4:
-                    per_token += state.numel() * state.element_size() // ids.numel()
-                    setattr(layer, name, state.new_empty(*state.shape[:2], length - 1, state.shape[3]))
+                    setattr(layer, name, state.new_empty(*state.shape[:2], kept, state.shape[3]))
+                    cached += (kept + 1) * state.shape[:2].numel() * state.shape[3] * state.element_size()
                     del state
         tracker.reset_mod_stats()
         mask = torch.ones(work.samples, length, dtype=torch.long)
         last = model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
         torch.multinomial(last.to(torch.float32, copy=True).softmax(-1), 1)
-    return {"cache_per_token": per_token, "cache": per_token * work.samples * length, "peak": tracker.alive("peak")}
+    return {"cache_per_token": cached // mask.numel(), "cache": cached, "peak": tracker.alive("peak")}

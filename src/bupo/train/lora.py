@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from bupo.errors import ConfigError
 from bupo.models.load import load_model
 from bupo.recipe import Recipe
-from bupo.train.unsupported import engine
+from bupo.train.config import engine
 
 
 def lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -31,11 +31,9 @@ def lora_config(recipe: Recipe) -> LoraConfig | None:
 def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that hold linear weights in 4 bits (nf4, scales quantised too), if asked for.
 
-    The unembedding, the embedding and the norms keep the recipe's ``dtype``; products are in bfloat16 where training
-    is. A quantised model cannot be moved, so every process loads it where it will train. ``settings`` are the
-    trainer's, because a launcher may distribute the model without the recipe.
-
-    Raises `ConfigError` if bitsandbytes is not installed, or FSDP or DeepSpeed distributes the run.
+    Embedding, unembedding and norms keep the recipe's ``dtype``. A quantised model cannot be moved, so every process
+    loads it where it will train. Raises `ConfigError` if bitsandbytes is not installed, or if FSDP or DeepSpeed
+    distributes the run, which a launcher may do without the recipe.
     """
     if recipe.lora is None or not recipe.lora.four_bit:
         return {}
@@ -73,10 +71,10 @@ def upcast_adapters(model: nn.Module) -> None:
 
 
 def merge_adapters(model: PeftModel, adapter: Path, recipe: Recipe, *, sharded: bool) -> Any:
-    """The policy that was trained as one model without adapters; ``adapter`` is the folder where these were saved.
+    """The policy that was trained as one model without adapters, made by the main process alone.
 
-    It needs the main process only: a merge of ``sharded`` weights in place would need every process, so the base model
-    is loaded again. Over 4 bits, a merge in place would round the sum to 4 bits, so the weights are dequantised first.
+    A merge in place would need every process for ``sharded`` weights, and would round the sum of 4-bit ones. There the
+    saved ``adapter`` is merged into the base model, loaded again or dequantised.
     """
     if sharded:
         source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"})

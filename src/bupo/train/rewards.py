@@ -18,9 +18,8 @@ from bupo.errors import ConfigError, InputError, out_of_memory
 class AnswerReward:
     """1 if the response's answer is right, else 0 (or the task's own score between them), as TRL calls it.
 
-    ``problem`` is the dataset's column of problem numbers, one per response. If the reference answer itself cannot be
-    parsed, the reward is None, which leaves the response out. The shares of unparsable answers and of timeouts are
-    logged as ``grading/unparsable`` and ``grading/timeout``.
+    ``problem`` is the dataset's column of problem numbers. Where the reference answer cannot be parsed, the reward is
+    None, which leaves the response out. It logs the shares ``grading/unparsable`` and ``grading/timeout``.
     """
 
     __name__ = "answer"
@@ -56,25 +55,25 @@ class OwnReward:
             if out_of_memory(error) is not None:
                 raise
             raise InputError(f"{self._title} failed with {type(error).__name__}: {error}") from error
-        if not hasattr(values, "__len__") or isinstance(values, (str, dict)):
-            raise InputError(f"{self._title} must return a list of numbers, one per response, not {values!r}")
-        if len(values) != len(completions):
-            raise InputError(f"{self._title} returned {len(values)} values for {len(completions)} responses")
-        return [self._number(i, value, completions[i]) for i, value in enumerate(values)]
-
-    def _number(self, i: int, value: Any, completion: Any) -> float | None:
-        try:
-            if value is None or (not isinstance(value, str) and math.isfinite(value)):
-                return None if value is None else float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise InputError(
-            f"{self._title} must return a finite number or None per response, but returned {value!r} for response "
-            f"{i + 1} of its batch: {str(completion)[:60]!r}"
-        )
+        if not hasattr(values, "__len__") or isinstance(values, (str, dict)) or len(values) != len(completions):
+            raise InputError(f"{self._title} must return one number per response ({len(completions)}), not {values!r}")
+        for number, (value, completion) in enumerate(zip(values, completions, strict=True), start=1):
+            if not _is_reward(value):
+                raise InputError(
+                    f"{self._title} must return a finite number or None per response, but returned {value!r} for "
+                    f"response {number} of its batch: {str(completion)[:60]!r}"
+                )
+        return [None if value is None else float(value) for value in values]
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def _is_reward(value: Any) -> bool:
+    try:
+        return value is None or math.isfinite(value)  # a TypeError for text and lists
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def make_reward(name: str, problems: Sequence[Problem]) -> AnswerReward | OwnReward:

@@ -1,11 +1,8 @@
 """Maps a rollout batch to the policy whose importance ratio is optimised [Eq. 10].
 
-A *rollout batch* is one round of sampling, which several updates then consume (a *step* of arXiv 2512.19673). Rollout
-batches count from 0 here and from 1 wherever a user reads them. A schedule is a list of internal phases followed by the
-full policy until the end. BuPO is one internal phase of ``s_inter`` rollout batches.
-
-TRL counts micro-batches: one rollout batch feeds ``generate_every = steps_per_generation * num_iterations`` of them,
-and ``accumulation`` of them make one update.
+A *rollout batch* is one round of sampling, which several updates then consume (a *step* of arXiv 2512.19673). It counts
+from 0 here and from 1 wherever a user reads it. TRL counts micro-batches: one rollout batch feeds ``generate_every =
+steps_per_generation * num_iterations`` of them, and ``accumulation`` of them make one update.
 """
 
 from __future__ import annotations
@@ -14,22 +11,17 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Consecutive rollout batches that optimise the same objective.
+    """Consecutive rollout batches that optimise the same objective."""
 
-    Attributes:
-        layer: l of the internal policy, from 1 to L; ``"auto"`` until an analysis names it; None for the full policy.
-        rollouts: number of rollout batches; None for the last phase, which has no end.
-        weight: share of the internal policy's surrogate, in (0, 1]; the rest is the full policy's (joint objective).
-    """
-
-    layer: int | Literal["auto"] | None = None
-    rollouts: int | None = None
-    weight: float = 1.0
+    layer: int | Literal["auto"] | None = None  # of the internal policy, from 1 to L; None is the full policy
+    rollouts: int | None = None  # None: until the end of the run
+    weight: float = 1.0  # share of the internal policy's surrogate, in (0, 1]; the rest is the full policy's
 
     @property
     def name(self) -> str:
@@ -49,20 +41,13 @@ class Schedule:
     internal: tuple[Phase, ...] = ()
 
     def at(self, rollout: int) -> Phase:
-        """The phase of a rollout batch, counted from 0."""
-        for phase, end in zip(self.internal, self.ends, strict=True):
-            if rollout < end:
-                return phase
-        return FULL
+        """The phase of a rollout batch."""
+        return next((p for p, end in zip(self.internal, self.ends, strict=True) if rollout < end), FULL)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """For each internal phase the rollout batch, counted from 0, that follows it."""
-        ends: list[int] = []
-        for phase in self.internal:
-            assert phase.rollouts is not None
-            ends.append(phase.rollouts + (ends[-1] if ends else 0))
-        return tuple(ends)
+        """For each internal phase the rollout batch that follows it."""
+        return tuple(accumulate(phase.rollouts or 0 for phase in self.internal))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -84,14 +69,9 @@ class Schedule:
         return Schedule(tuple(replace(p, layer=layer) if p.layer == "auto" else p for p in self.internal))
 
     def ended_before(self, rollout: int) -> Schedule:
-        """This schedule cut off: the rollout batch with this number is the first of the full policy."""
-        starts = (0, *self.ends)
-        cut = (
-            replace(phase, rollouts=min(end, rollout) - start)
-            for phase, start, end in zip(self.internal, starts, self.ends, strict=False)
-            if start < rollout
-        )
-        return Schedule(tuple(cut))
+        """This schedule cut off: ``rollout`` is the first rollout batch of the full policy."""
+        spans = zip(self.internal, (0, *self.ends), self.ends, strict=False)
+        return Schedule(tuple(replace(p, rollouts=min(end, rollout) - at) for p, at, end in spans if at < rollout))
 
 
 def alignment_problems(
@@ -99,9 +79,7 @@ def alignment_problems(
 ) -> list[str]:
     """One message per end of a phase that falls inside an update, which would then mix two policies.
 
-    Args:
-        epoch: micro-batches in one pass over the data, where known. The last update of a pass is short, and the first
-            update of the next pass starts anew.
+    ``epoch`` is the number of micro-batches in one pass over the data, where known: its last update is short.
     """
     problems, step = [], accumulation // math.gcd(accumulation, generate_every)
     for end in schedule.ends:
@@ -121,20 +99,21 @@ def parse_phases(value: Any) -> tuple[list[dict[str, Any]] | None, list[str]]:
     """The setting ``phases`` as a list of complete mappings, and what is wrong with it."""
     if value is None:
         return None, []
-    problem = (
-        f"phases must be a list of {{layer: from 1 or auto, rollouts: from 1, weight: above 0 to 1}}, not {value!r}"
-    )
     try:
-        entries = json.loads(value) if isinstance(value, str) else value
-        phases = [asdict(Phase(**entry)) for entry in entries]
+        phases = [asdict(Phase(**entry)) for entry in (json.loads(value) if isinstance(value, str) else value)]
     except (TypeError, ValueError):
-        return None, [problem]
+        phases = []
     for phase in phases:
-        phase["layer"], weight = as_int(phase["layer"]), phase["weight"]
-        share = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0.0 < weight <= 1.0
-        if not (phase["layer"] == "auto" or is_whole(phase["layer"])) or not is_whole(phase["rollouts"]) or not share:
-            return None, [problem]
-    return (phases, []) if phases else (None, [problem])
+        phase["layer"] = as_int(phase["layer"])
+    if phases and all(_is_complete(**phase) for phase in phases):
+        return phases, []
+    wanted = "{layer: from 1 or auto, rollouts: from 1, weight: above 0 to 1}"
+    return None, [f"phases must be a list of {wanted}, not {value!r}"]
+
+
+def _is_complete(layer: Any, rollouts: Any, weight: Any) -> bool:
+    share = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0.0 < weight <= 1.0
+    return (layer == "auto" or is_whole(layer)) and is_whole(rollouts) and share
 
 
 def as_int(value: Any) -> Any:

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -21,15 +20,13 @@ from bupo.models.internal_policy import internal_policy
 from bupo.models.layout import find_layout
 from bupo.train.advantages import outcome_advantages, total_rewards
 from bupo.train.auto_layer import LayerChoice, choose_layer
-from bupo.train.callbacks import SaveBetweenRollouts
-from bupo.train.checkpoint import Checkpointer, PassSampler
-from bupo.train.config import BuPOConfig, frozen_problems
+from bupo.train.checkpoint import Checkpointer
+from bupo.train.config import BuPOConfig, frozen_problems, model_problems
 from bupo.train.critic import PPO
 from bupo.train.guard import PhaseMonitor
 from bupo.train.lora import upcast_adapters
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
 from bupo.train.tiles import narrow_tiles
-from bupo.train.unsupported import model_problems
 
 add_fused_lm_head = trl_utils.add_fused_lm_head  # for those who time or measure the head
 _RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss that belong to the policy in the ratio
@@ -75,6 +72,7 @@ class BuPOTrainer(GRPOTrainer):
         self.auto_layer: LayerChoice | None = None  # what `internal_layer: auto` found
         self.on_rollout: list[Callable[[dict[str, Any], int], None]] = []  # called with each batch and its number
         self.rewards: Any = None  # of the last rollout batch, (N, functions), of all processes
+        self.sampler: Any = None  # of the training data
         self.unclipped_norm: Any = None  # of the last update's gradient
         self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
@@ -86,7 +84,7 @@ class BuPOTrainer(GRPOTrainer):
             layer.requires_grad_(False)  # with LoRA: its adapters
         self.monitor = PhaseMonitor(self)
         self.checkpointer = Checkpointer(self)
-        self.add_callback(SaveBetweenRollouts(self))
+        self.add_callback(self.checkpointer)
 
     @property
     def rollout(self) -> int:
@@ -270,9 +268,9 @@ class BuPOTrainer(GRPOTrainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * scale})
         return optimizer
 
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
-        sampler = super()._get_train_sampler(dataset)
-        return PassSampler(sampler, lambda: self._step // (self.micro_batches_per_epoch or self._step + 1))
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self.sampler = super()._get_train_sampler(dataset)
+        return self.sampler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
