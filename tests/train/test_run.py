@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError, out_of_memory
 from bupo.train.rewards import AnswerReward, OwnReward, make_reward
-from tests.cli.test_cli_train import recipe, run  # noqa: F401  (a fixture)
+from tests.cli.conftest import bupo  # noqa: F401  (a fixture)
+from tests.cli.test_cli_train import recipe  # noqa: F401  (a fixture)
 from tests.support.tiny import tiny_model
 
 
@@ -62,8 +63,8 @@ def test_rewards_may_be_any_numbers_or_none():
     assert OwnReward("mine:f", lambda **columns: torch.ones(2), [])(completions=["x"] * 2, problem=[]) == [1.0, 1.0]
 
 
-def test_a_reward_that_fails_is_one_line(capsys, tmp_path, recipe):  # noqa: F811
-    code, _, err = run(capsys, recipe(reward="tests.train.test_run:raising"), "--output", tmp_path / "run")
+def test_a_reward_that_fails_is_one_line(bupo, tmp_path, recipe):  # noqa: F811
+    code, _, err = bupo("train", recipe(reward="tests.train.test_run:raising"), "--output", tmp_path / "run")
     assert code == 2
     assert err.splitlines()[-1] == "bupo: error: reward tests.train.test_run:raising failed with KeyError: 'gold'"
 
@@ -99,8 +100,8 @@ def test_whose_memory_ran_out():
     assert [out_of_memory(error) for error in whose] == list(whose.values())
 
 
-def test_real_exhaustion_of_host_memory_is_one_line(capsys, tmp_path, recipe):  # noqa: F811
-    code, _, err = run(capsys, recipe(reward="tests.support.training:much_memory"), "--output", tmp_path / "run")
+def test_real_exhaustion_of_host_memory_is_one_line(bupo, tmp_path, recipe):  # noqa: F811
+    code, _, err = bupo("train", recipe(reward="tests.support.training:much_memory"), "--output", tmp_path / "run")
     assert code == 2
     assert [line for line in err.splitlines() if line.startswith("bupo: error: ")] == [
         "bupo: error: out of host memory in update 1 (rollout batch 1, internal phase, layer 2); lower micro_batch or "
@@ -109,24 +110,24 @@ def test_real_exhaustion_of_host_memory_is_one_line(capsys, tmp_path, recipe):  
     assert "Traceback" not in err
 
 
-def test_adapters_on_tied_embeddings_are_refused(capsys, tmp_path, recipe, tiny_folder):  # noqa: F811
+def test_adapters_on_tied_embeddings_are_refused(bupo, tmp_path, recipe, tiny_folder):  # noqa: F811
     tied = tmp_path / "tied"
     shutil.copytree(tiny_folder, tied)
     tiny_model("qwen3", tie_word_embeddings=True, max_position_embeddings=512).save_pretrained(tied)
     path = recipe(model=str(tied), lora={"r": 2, "target_modules": ["embed_tokens", "q_proj"]})
-    code, _, err = run(capsys, path, "--output", tmp_path / "run")
+    code, _, err = bupo("train", path, "--output", tmp_path / "run")
     assert code == 2
     assert "names an embedding that is tied to the unembedding" in err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("target", [["embed_tokens", "q_proj"], "all-linear"], ids=str)
-def test_the_merged_model_is_base_plus_adapter(capsys, tmp_path, recipe, tiny_folder, target):  # noqa: F811
+def test_the_merged_model_is_base_plus_adapter(bupo, tmp_path, recipe, tiny_folder, target):  # noqa: F811
     from peft import PeftModel
 
     folder = tmp_path / "run"
     path = recipe(lora={"r": 2, "target_modules": target}, rollouts=2, learning_rate=0.02)
-    code, _, err = run(capsys, path, "--output", folder)
+    code, _, err = bupo("train", path, "--output", folder)
     assert code == 0, err
     ids = torch.randint(3, 20, (2, 6))
     with torch.no_grad():
