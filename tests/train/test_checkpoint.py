@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from bupo.errors import ConfigError, InputError
 from bupo.train import trainer as trainer_module
 from bupo.train.auto_layer import LayerChoice
-from bupo.train.checkpoint import STATE_FILE, last_checkpoint, rotate, write_state
+from bupo.train.checkpoint import STATE_FILE, fill_optimizer_state, last_checkpoint, rotate, write_state
 from tests.support.training import make_trainer, prompts, resumed, trained
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "updates_per_rollout": 2}
@@ -107,3 +108,32 @@ def test_a_checkpoint_is_incomplete_as_soon_as_its_removal_begins(tmp_path, monk
     rotate(tmp_path, 1)
     assert numbers(tmp_path) == [2, 4]
     assert not (tmp_path / "checkpoint-2" / STATE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)], ids=["adamw", "sgd"]
+)
+def test_filled_optimizer_state_changes_no_update(make):
+    runs = []
+    for fill in (False, True):
+        torch.manual_seed(0)
+        lower, upper = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))
+        optimizer = make([lower, upper])
+        for step in range(4):
+            optimizer.zero_grad()
+            ((lower**2).sum() + ((upper**3).sum() if step >= 2 else 0)).backward()
+            optimizer.step()
+            if fill and step == 1:
+                fill_optimizer_state(optimizer)
+                assert optimizer.state[upper]
+        runs.append((lower.detach(), upper.detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_an_optimizer_with_other_shapes_is_refused():
+    lower, upper = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(3, 2))
+    optimizer = torch.optim.Adafactor([lower, upper])
+    lower.sum().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match="needs AdamW or SGD: the state of Adafactor"):
+        fill_optimizer_state(optimizer)
