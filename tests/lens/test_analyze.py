@@ -151,7 +151,8 @@ def test_some_tokens_give_nearly_the_same_means():
     assert part["sampling"] == {"max_tokens": 400, "tokens_used": 400, "tokens_of_responses": whole["tokens"]}
     for site in SITES:
         rows = zip(part["sites"][site], whole["sites"][site], part["standard_errors"][site], strict=True)
-        assert all(0 < abs(got - want) <= 4 * error + 1e-6 for got, want, error in rows)
+        assert all(abs(got - want) <= 4 * error + 1e-6 for got, want, error in rows)
+    assert part["sites"] != whole["sites"]
     assert part != analyze_rollouts(model, responses, max_tokens=400, seed=2)
 
 
