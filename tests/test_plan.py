@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from bupo.cli import main
-from bupo.models.fake import describe_model, read_config
+from bupo.models.fake import describe_model, read_config, with_depth
 from bupo.models.internal_policy import internal_policy
 from bupo.plan import PlanRequest, find_device, make_plan
 from bupo.train import footprint
@@ -110,7 +110,9 @@ def test_deep_models_are_counted_from_shallow_ones(monkeypatch, windows):
         config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     depth, tokens = config.num_hidden_layers, 4 * 8 + 2 * 16 if windows else 5 * 16  # in the caches of all layers
     line, rollout = full(depth, config), count_rollout(config, depth, WORK)
-    monkeypatch.setattr(footprint, "_over_layers", lambda count, config, depth, frozen=0: count(config))
+    monkeypatch.setattr(
+        footprint, "_over_layers", lambda count, config, depth, frozen=0: count(with_depth(config, depth))
+    )
     assert line == full(depth, config)
     whole = count_rollout(config, depth, WORK)
     assert whole["cache"] == rollout["cache"] == 2 * 2 * 8 * 4 * 4 * tokens  # 2 heads of size 8, 4 bytes, 4 responses
