@@ -152,14 +152,12 @@ def _generate(model: Any, tokenizer: Any, problems: Any, progress: options.Progr
     """Sample the model's own responses to the problems, of at most 512 tokens where the user names no number."""
     from bupo.data.prompts import prompt_ids
     from bupo.data.rollouts import Rollout
-    from bupo.evaluate.engines import Sampling
+    from bupo.evaluate.engines import Sampling, response_limit
     from bupo.evaluate.hf_engine import sample
     from bupo.models.layout import context_length
 
     prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
-    context, longest, tokens = context_length(model.config), max(map(len, prompts)), config["max_new_tokens"]
-    if tokens is None:
-        tokens = 512 if context is None else max(1, min(512, context - longest))  # `sample` refuses too long prompts
+    tokens = response_limit(prompts, context_length(model.config), config["max_new_tokens"], 512)
     sampling = Sampling(tokens, config["temperature"], seed=config["seed"])
     bar = partial(progress.move, "generating responses")
     sampled = sample(model, tokenizer, prompts, sampling, samples=config["samples"], on_progress=bar)

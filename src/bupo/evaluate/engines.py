@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bupo.errors import InputError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,6 +65,22 @@ def derived_seed(seed: int, *names: object) -> int:
     """Derive a 63-bit seed from a seed and names, independent for each combination."""
     text = "/".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def response_limit(prompts: Sequence[Sequence[int]], context: int | None, asked: int | None, default: int) -> int:
+    """Return the most tokens a response may have: ``asked``, or else up to ``default`` as the model's context allows.
+
+    Raises `InputError` if the longest prompt leaves no room for them.
+    """
+    longest = max(map(len, prompts))
+    tokens = asked or (default if context is None else max(1, min(default, context - longest)))
+    if context is not None and longest + tokens > context:
+        remedy = "lower --max-new-tokens" if longest < context else "choose another model, or problems that fit"
+        raise InputError(
+            f"the longest prompt has {longest} tokens, and with {tokens} new ones that is more than the model's "
+            f"context of {context}; {remedy}"
+        )
+    return tokens
 
 
 def cut_at_end(response: Sequence[int], end_ids: frozenset[int]) -> list[int]:

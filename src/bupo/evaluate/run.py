@@ -18,7 +18,7 @@ from bupo.data.problems import Problem
 from bupo.data.prompts import prompt_ids, render_prompt
 from bupo.errors import InputError
 from bupo.evaluate.config import EvalConfig, find_task, task_problems
-from bupo.evaluate.engines import Engine, Sampling, derived_seed
+from bupo.evaluate.engines import Engine, Sampling, derived_seed, response_limit
 from bupo.evaluate.responses import RESPONSES, RESULTS, Log, ResponseLog, Row, finish, grade, merge_shards, read_json
 
 PARTIAL = "responses.partial.jsonl"
@@ -109,16 +109,7 @@ def _plan_tasks(config: EvalConfig, engine: Engine) -> list[TaskPlan]:
         problems = task_problems(task, data_dir=data_dir, limit=config.limit, seed=config.seed)
         template = config.template or task.template
         prompts = [prompt_ids(problem.prompt, engine.tokenizer, template) for problem in problems]
-        longest, context = max(map(len, prompts)), engine.context
-        new_tokens = config.max_new_tokens
-        if new_tokens is None:
-            new_tokens = task.max_new_tokens if context is None else min(task.max_new_tokens, context - longest)
-        if context is not None and longest + max(new_tokens, 1) > context:
-            remedy = "choose another model" if longest >= context else "lower --max-new-tokens"
-            raise InputError(
-                f"task {task.name}: the longest prompt has {longest} tokens, and with {max(new_tokens, 1)} new ones "
-                f"that is more than the model's context of {context}; {remedy}"
-            )
+        new_tokens = response_limit(prompts, engine.context, config.max_new_tokens, task.max_new_tokens)
         if count > len(problems):
             raise InputError(f"task {task.name} has {len(problems)} problems, too few for {count} shards")
         part = slice((number - 1) * len(problems) // count, number * len(problems) // count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ _NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model id
 def join_processes(cpu: bool = False) -> PartialState:
     """Join the processes that a launcher started, on CPUs if ``cpu``, and return accelerate's state of this one."""
     # without `cpu`, PartialState does not form a group of CPU processes
-    return PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):  # each would silently do all the work
+        raise InputError("the launched processes do not form a group; start them with torchrun or accelerate launch")
+    return state
 
 
 def resolve_model(name: str) -> str:
