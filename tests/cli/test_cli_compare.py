@@ -11,8 +11,7 @@ from bupo.lens.compare import compare_models, measure_layers
 from bupo.models.load import load_model
 from bupo.report.inside_figures import comparison_figure
 from bupo.report.results import Comparison
-from tests.lens.test_compare import moved
-from tests.support.lens import pairs
+from tests.support.lens import moved, pairs
 from tests.support.tiny import tiny_model
 
 

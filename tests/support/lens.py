@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from bupo.lens.batching import TokenPair
@@ -14,6 +16,15 @@ def pairs(lengths=((3, 5), (6, 2), (1, 9), (4, 1)), seed=0) -> list[TokenPair]:
     """Random responses with these numbers of prompt and response tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [TokenPair(*(torch.randint(3, 97, (n,), generator=generator).tolist() for n in pair)) for pair in lengths]
+
+
+@torch.no_grad()
+def moved(model, scale=0.3):
+    """A copy of a tiny model with a changed second layer."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
+    for parameter in other.model.layers[1].parameters():
+        parameter += scale * torch.randn(parameter.shape, generator=generator) * parameter.abs().mean()
+    return other
 
 
 def unembedding(vocabulary=50, width=7, *, scale=1.0, softcap=None, bias=False, spread=1.0) -> Unembedding:
