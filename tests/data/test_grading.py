@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bupo.data import answers
+from bupo.data import answers, same_answer
 from bupo.data.grading import Grader, default_workers
 from bupo.data.problems import Problem, load_problems
 from tests.support import hostile
@@ -29,18 +30,59 @@ def status(grader, gold, *texts):
 
 
 RIGHT_AND_WRONG = {  # gold answer: right answers, wrong ones (a sentence is not searched for numbers)
-    "\\frac{3}{2}": (["\\dfrac32", "1.5", "3/2", "\\frac{6}{4}", "1\\frac{1}{2}"], ["2/3", "-1.5"]),
-    "90^\\circ": (["90", "90^{\\circ}", "90\\text{ degrees}"], ["91^\\circ", "-90"]),
-    "10,\\!080": (["10080", "10,080"], ["10081", "1080"]),
-    "1,-2": (["-2,1", "-2, 1"], ["1,2", "-1,-2"]),
-    "(3,4]": (["(3, 4]", "\\left(3,4\\right]"], ["(3,4)", "[3,4]", "(4,3]"]),
-    "(15,-29)": (["(15, -29)", "\\left( 15,-29 \\right)"], ["(-29,15)", "(15,29)"]),
+    r"\frac{3}{2}": ([r"\dfrac32", "1.5", "3/2", r"\frac{6}{4}", r"1\frac{1}{2}", "1 1/2", "1½"], ["2/3", "-1.5"]),
+    r"\frac{71}{6}": (["11 5/6", r"11\frac{5}{6}"], ["11.8333", "11 7/6"]),
+    r"90^\circ": (["90", r"90^{\circ}", r"90\text{ degrees}", "90°"], [r"91^\circ", "-90"]),
+    r"10,\!080": (["10080", "10,080", r"10\,080", "10~080", r"10\ 080", "10 080"], ["10081", "1080"]),
+    "100,200": (["100, 200", "200,100"], ["100200", "100"]),
+    "1,-2": (["-2,1", "-2, 1", r"\{1,-2\}", r"-2 \text{ and } 1"], ["1,2", "-1,-2"]),
+    "(3,4]": (["(3, 4]", r"\left(3,4\right]", r"3<x\le 4"], ["(3,4)", "[3,4]", "(4,3]"]),
+    "(15,-29)": (["(15, -29)", r"\left( 15,-29 \right)"], ["(-29,15)", "(15,29)", r"\{15,-29\}"]),
+    r"x<-1\text{ or }x>3": ([r"(-\infty,-1)\cup(3,∞)", r"x>3\text{ or }x<-1"], [r"x<-1\text{ or }x>4", "x>3"]),
     "x=5": (["5", "x = 5"], ["6", "x=-5"]),
-    "\\text{Evelyn}": (["Evelyn", "\\text{evelyn}", "{\\mathrm{Evelyn}}", "Evelyn."], ["Eve", "\\text{Navin}", "3"]),
-    "\\text{(C)}": (["C", "(C)", "\\textbf{C}"], ["(B)", "D"]),
-    "Yes": (["yes", "\\text{Yes}"], ["No", "sye"]),
-    "\\infty": (["\\infty", "+\\infty"], ["-\\infty", "0"]),
-    "4": (["5-1", "2^2"], ["the answer is 4", "1 2 3 4", "3 \\text{ or } 4", "answer is $4$", "3,4", "4 or 5"]),
+    "5": (
+        [
+            "5=x",
+            "x=2+3=5",
+            "f(2)=5",
+            r"\text{Area}=5",
+            r"5\text{ m/s}",
+            "5cm",
+            "5,",
+            "5;",
+            "**5**",
+            r"\text{Answer: }5",
+        ],
+        ["4=5", "1+1=5", "0=5", "1=2=3=4=5", "2x=5", "x-1=5", "xy=5", r"5\text{ is wrong}", "5 or 6", "5?"],
+    ),
+    "25": (["x=25"], ["x^2=25"]),
+    "x+1": (["y=x+1", "1+x"], ["x=x+1"]),
+    "5t": (["t5", r"5\cdot t"], ["5", r"5\text{ t}"]),
+    r"2\pi r h": ([r"2\pi hr"], [r"2\pi r"]),
+    r"\frac{1}{m}t": ([r"\frac{t}{m}"], [r"\frac{1}{m}"]),
+    r"36\text{ cm}^2": (["36", r"36\,\mathrm{cm^2}", "36 square units"], ["6"]),
+    "13 apples and 4 pears": (["13 apples and 4 pears"], ["13"]),
+    r"\text{Evelyn}": (["Evelyn", r"\text{evelyn}", r"{\mathrm{Evelyn}}", "Evelyn."], ["Eve", r"\text{Navin}", "3"]),
+    r"\text{(C)}": (["C", "(C)", r"\textbf{C}"], ["(B)", "D"]),
+    "A,C": ([r"\text{C, A}", r"\text{(A), (C)}"], ["A", "A, B"]),
+    "BAC": ([r"\text{BAC}"], ["ABC"]),
+    "(a,b)": (["(a, b)"], ["(b,a)"]),
+    "Yes": (["yes", r"\text{Yes}"], ["No", "sye"]),
+    r"\infty": ([r"\infty", r"+\infty", "∞"], [r"-\infty", "0"]),
+    r"\varnothing": ([r"\emptyset", r"\{\}", "∅"], ["0"]),
+    "4": (["5-1", "2^2"], ["the answer is 4", "1 2 3 4", r"3 \text{ or } 4", "answer is $4$", "3,4", "4 or 5"]),
+    "23": (["23.0"], ["2 3"]),
+    "2:1": (["2 : 1"], ["2", "1:2"]),
+    r"12.5\%": (["12.5", "0.125", r"\frac18", "12.5%"], ["1.25", r"0.125\%"]),
+    r"4.5 \times 10^{33}": (["4.5e33", "4.5E+33"], ["4.5e32"]),
+    r"6.63\times10^{-34}": (["6.63e-34"], [r"1.6\times10^{-19}"]),
+    r"\frac{1}{2^{90}}": (["2^{-90}"], [r"\frac{1}{2^{91}}", r"\frac{1}{1999!}"]),
+    r"0.1\overline{6}": ([r"\frac16", r"0.1\bar{6}"], ["0.16", "0.17"]),
+    r"101_{\text{two}}": (["101_2", "101"], ["101_3", r"101_{\text{three}}", "5"]),
+    r"1-\frac{1}{\mathrm{e}}": (["1-e^{-1}"], [r"1+\frac{1}{\mathrm{e}}"]),
+    r"x_{\max}": ([r"x_{\text{max}}"], [r"x_{\min}", "x"]),
+    r"e^{i\pi}": (["-1"], ["1"]),
+    r"2\sqrt{3}x^2": (["2√3x²"], ["2√3x"]),
 }
 
 
@@ -51,19 +93,40 @@ def test_right_and_wrong_answers(grader, gold):
     assert "correct" not in status(grader, gold, *wrong)
 
 
-def test_only_the_last_box_counts(grader):
-    texts = ["\\boxed{3} no, \\boxed{4}", "\\boxed{4} no, \\boxed{3}", "it is 4", "\\boxed{4} then \\boxed{4", ""]
-    grades = grader.grade(texts, [problem("4")] * 5)
-    assert [g.status for g in grades] == ["correct", "wrong", "unparsable", "unparsable", "unparsable"]
-    assert [g.reward for g in grades] == [1.0, 0.0, 0.0, 0.0, 0.0]
+def test_pairs_that_people_reported(shared_data):
+    path = shared_data.parent / "faults" / "grading_pairs.jsonl"
+    if not path.is_file():
+        pytest.skip("needs the shared pairs")
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    with Grader() as grader:
+        grades = grader.grade([pair["response"] for pair in pairs], [problem(pair["gold"]) for pair in pairs])
+    for pair, grade in zip(pairs, grades, strict=True):
+        assert (grade.status == "correct") == (pair["expected"] == "correct"), (pair, grade)
+
+
+def test_which_box_counts(grader):
+    statuses = {
+        "\\boxed{3} no, \\boxed{4}": "correct",
+        "\\boxed{4} no, \\boxed{3}": "wrong",
+        "it is 4": "unparsable",
+        "\\boxed{4} then \\boxed{4": "unparsable",
+        "": "unparsable",
+        "\\boxed{4}. I used \\boxed as asked": "correct",
+        "<think>\\boxed{4}</think> It is 5": "unparsable",
+        "<think>\\boxed{5}</think> It is \\boxed{4}": "correct",
+    }
+    grades = grader.grade(list(statuses), [problem("4")] * len(statuses))
+    assert {text: grade.status for text, grade in zip(statuses, grades, strict=True)} == statuses
+    assert [g.reward for g in grades] == [float(g.status == "correct") for g in grades]
     assert grades[0].extracted == "4"
+    assert status(grader, "2,3", "2} and \\boxed{3") == ["wrong"]  # boxes are not joined
 
 
 def test_gold_that_cannot_be_read_is_said_and_never_counted_as_wrong(grader):
     assert status(grader, "\\frac{", "1", "\\frac{") == ["bad_gold"] * 2
     assert [g.status for g in grader.grade(["1", "no box"], [problem("")] * 2)] == ["bad_gold"] * 2
-    assert answers.check_gold("%%%")[1] == "bad_gold"
-    assert answers.check_gold("none of these")[1] == "usable"
+    assert status(grader, "%%%", "%%%") == ["bad_gold"]
+    assert status(grader, "\\mathbb{Z}_3", "\\mathbb{Z}_{3}", "\\mathbb{Z}_2") == ["correct", "unparsable"]  # text only
 
 
 def test_words():
@@ -113,8 +176,8 @@ def test_agreement_on_math500(shared_data, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["grading_agreement", "--data", str(shared_data / "math500.parquet")])
     equivalent, perturbed = grading_agreement.main()
-    assert equivalent >= 0.97
-    assert perturbed <= 0.005
+    assert equivalent == 1
+    assert perturbed <= 0.001
 
 
 def test_equal_at_sight():
@@ -138,7 +201,7 @@ def test_equal_at_sight():
 def test_sight_and_math_verify_agree(gold, answer):
     equal = answers.equal_at_sight(gold, answer)
     if equal is not None:
-        assert (answers.grade_math(gold, answer)[1] == "correct") == equal
+        assert (same_answer.grade_math(gold, answer)[1] == "correct") == equal
 
 
 def test_reasoning_gym_scorers(grader):

@@ -1,42 +1,47 @@
-"""Finds answers in responses, and decides whether they equal the gold answer: as words, or by math-verify.
-
-math-verify is loaded in `bupo.data.grading_worker` only, because parsing an answer can hang or exhaust the process.
-"""
+"""Reads answers as text: finds them in responses, compares those that need no mathematics, writes one form of each."""
 
 import re
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any
 
 MAX_MATH_CHARS = 1_000  # longer answers are not parsed; those of benchmarks are far shorter
-
 _RATIONAL = re.compile(
     r"(-?)(?:\\[dt]?frac\{([0-9]{1,18})\}\{(?!0+\})([0-9]{1,18})\}"
     r"|([0-9]{0,9}\.[0-9]{1,9}|[0-9]{1,18}(?:/(?!0+$)[0-9]{1,18})?))"
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(\\[A-Za-z]+|[^\s$\\{]{1,200}))")
 _WRAPPER = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|textnormal|operatorname)\s*\{([^{}]*)\}")
 _BASE = re.compile(r"-?[0-9A-Z.]+_\{*([0-9]+|[a-z]+)\}*")
+_CHARACTERS = str.maketrans({
+    "∞": r"\infty ", "°": r"^{\circ}", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-", "≤": r"\le ",
+    "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^2", "³": "^3",
+})  # fmt: skip
+_TEXT = r"\\(?:text|mathrm|mbox|textrm|textnormal|textbf|mathbf|rm|operatorname)\s*"
+_UNIT = (  # without a text command; single letters are factors, not units
+    r"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:[cmk]m|[mk]g|lb|oz|ft|in|[mk]ph|m[lL]|hr|sec|min|feet|foot|inch(?:es)?|(?:unit"
+    r"|yard|mile|(?:centi|kilo)?met(?:er|re)|dollar|cent|degree|second|minute|hour|day|week|month|year|point|way|student)s?)"
+)
+_UNIT_END = r"(?:\^\{?-?\d+\}?)?(?=\s*(?:$|,|and))"
+_SENTENCE = re.compile(r"\b(?:not?|is|isn't|are|or|and|but|wrong|false|incorrect|than|if|except|never|plus|minus|to)\b")
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the content of the last ``\\boxed{...}`` or ``\\fbox{...}``; None if there is none or it is not closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    text = text[start + (6 if text.startswith("\\boxed", start) else 5) :].lstrip()
-    if not text.startswith("{"):  # "\boxed 5": one token, as TeX reads it
-        token = re.match(r"\\[A-Za-z]+|[^\s$\\]+", text[:200])
-        return token.group() if token else None
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+    """Return the content of the last box, None if it is not closed; ``\\boxed 5`` counts where no box has braces."""
+    boxes = list(_BOX.finditer(text))
+    braced = [box for box in boxes if box[1]]
+    if not braced:
+        return boxes[-1][2] if boxes else None
+    start, depth = braced[-1].end(), 1
+    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return text[1 : match.start()]
+            return text[start : start + match.start()]
     return None
 
 
 def extract_answer(response: str, *, tagged: bool = False) -> str | None:
-    """Return the content of the last box, or else, if the prompt asked for tags, that of the last tag or line."""
+    """Return the last box after the thinking, or else, if the prompt asked for tags, the last tag or line."""
+    response = response.rpartition("</think>")[2]
     boxed = last_boxed(response)
     if boxed is not None or not tagged:
         return boxed
@@ -45,9 +50,17 @@ def extract_answer(response: str, *, tagged: bool = False) -> str | None:
     return response.rstrip().rpartition("\n")[2].strip() or None
 
 
+def is_usable(gold: str) -> bool:
+    """Whether answers can be compared with this gold answer: it is not empty, and its braces are closed."""
+    braces = re.sub(r"\\[{}]", "", gold)
+    return len(gold) <= MAX_MATH_CHARS and bool(re.search(r"\w", gold)) and braces.count("{") == braces.count("}")
+
+
 def rational(text: str) -> Fraction | None:
     """Return the value of an integer, fraction or decimal; None for other text."""
-    match = _RATIONAL.fullmatch(text.strip().strip("$").replace(" ", ""))
+    if len(text) > 100:
+        return None
+    match = _RATIONAL.fullmatch(re.sub(r"\s*([-/{}.])\s*", r"\1", text.strip().strip("$").strip()))
     if not match:
         return None
     sign, top, bottom, plain = match.groups()
@@ -68,7 +81,7 @@ def strip_answer(answer: str) -> str:
     text = answer.strip()
     while True:
         inner = text.strip("$").strip()
-        inner = inner[:-1].rstrip() if inner.endswith(".") else inner
+        inner = re.sub(r"(?<!\\)[.,;]$", "", inner).rstrip()
         if inner.startswith("{") and last_boxed(f"\\boxed{inner}") == inner[1:-1]:
             inner = inner[1:-1].strip()
         if inner == text:
@@ -88,10 +101,12 @@ def plain_text(answer: str) -> str:
 def is_words(answer: str) -> bool:
     """Tell a word or phrase (``\\text{east}``, ``Yes``, ``none of these``) from a formula such as ``xy``."""
     text = plain_text(answer)
+    if re.fullmatch(r"[A-Z]{2,}", strip_answer(answer)) or text in ("yes", "no"):
+        return True
     if not re.fullmatch(r"[a-z]+(?:[ '-]+[a-z]+)*", text):
         return False
     letters = len(text.replace(" ", ""))
-    return text in ("yes", "no") or letters >= 4 or (letters >= 2 and bool(_WRAPPER.fullmatch(answer.strip())))
+    return letters >= 4 or (letters >= 2 and bool(_WRAPPER.fullmatch(answer.strip())))
 
 
 def in_different_bases(gold: str, answer: str) -> bool:
@@ -100,35 +115,41 @@ def in_different_bases(gold: str, answer: str) -> bool:
     return first is not None and second is not None and first[1] != second[1]
 
 
-@lru_cache(maxsize=4096)
-def parse_math(answer: str) -> tuple[Any, ...]:
-    """Return the sympy objects that math-verify reads; none of a sentence, in which it could find numbers."""
-    from math_verify import LatexExtractionConfig, parse
-
-    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    parts = parse(f"\\boxed{{{answer}}}", extraction_config=[config], parsing_timeout=None)
-    return tuple(part for part in parts if not isinstance(part, str))
+def _repeating(match: re.Match[str]) -> str:
+    whole, start, period = match.groups()
+    nines = 10 ** len(start) * (10 ** len(period) - 1)
+    value = Fraction(int(whole + start + period) - int((whole + start) or 0), nines)
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def check_gold(gold: str) -> tuple[float, str]:
-    """Return status ``usable`` for a gold answer of words, or mathematics that can be parsed; else ``bad_gold``."""
-    usable = gold.strip() and len(gold) <= MAX_MATH_CHARS and (is_words(gold) or parse_math(gold))
-    return 0.0, "usable" if usable else "bad_gold"
+def _without_unit(match: re.Match[str]) -> str:
+    return match[0] if _SENTENCE.search(match[0]) or len(match[0].split()) > 4 else match[1]
 
 
-def grade_math(gold: str, answer: str) -> tuple[float, str]:
-    """Return reward and status of a boxed answer."""
-    answer = strip_answer(answer) if len(answer) <= MAX_MATH_CHARS else ""
-    if not answer:
-        return 0.0, "unparsable"
-    if plain_text(gold) == plain_text(answer):
-        return 1.0, "correct"
-    if is_words(gold) or in_different_bases(gold, answer):
-        return 0.0, "wrong"
-    parsed = parse_math(answer)
-    if not parsed:
-        return 0.0, "wrong" if is_words(answer) else "unparsable"
-    from math_verify import verify
+_REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\*\*(.*)\*\*", r"\1"),  # bold in Markdown
+    (r"\\(?:displaystyle|left|right)(?![a-zA-Z.])\s*", ""),
+    (rf"(?i)^(?:{_TEXT}\{{)?\s*(?:final )?answer\s*[:=]?\s*\}}?\s*[:=]?", ""),
+    (r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+|[a-z]))", r"\\sqrt{\1\2\3}"),
+    (rf"{_TEXT}\{{([eid])\}}", r" \1"),
+    (r"\\log_\s*(?:e|\{\s*e\s*\})", r"\\ln "),
+    (rf"_\s*\{{?\s*{_TEXT}\{{([^{{}}]*)\}}\s*\}}?", r"_{\1}"),
+    (r"(?<!\\int)(?<!\\sum)(?<!\\prod)_\s*(?:\{\s*\\([a-zA-Z]+)\s*\}|\\([a-zA-Z]+))(?!\w|\{)", r"_{\1\2}"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _repeating),
+    (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.])", r"\1\\cdot 10^{\2}"),
+    (r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+    (r"(?<=\d)(?:\\[,! ]|,\\!\s*|\{,\}|~|\s)(?=\d{3}(?!\d))", ""),
+    (r"^([1-9]00),(?=[1-9]00$)", r"\1, "),  # a list, not 100200
+    (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
+    (rf"([^\s_^{{]\s*)(?:\\[,; ])*{_TEXT}\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_UNIT_END}", _without_unit),
+    (rf"(\d\s*){_UNIT}{_UNIT_END}(?! *\()", _without_unit),
+)]  # fmt: skip
 
-    equal = verify(list(parse_math(gold)), list(parsed), timeout_seconds=None)
-    return (1.0, "correct") if equal else (0.0, "wrong")
+
+def normal_form(answer: str) -> str:
+    """Return an answer without what surrounds it, and with units, digit groups and signs written in one way."""
+    text = strip_answer(answer).translate(_CHARACTERS)
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    text = strip_answer(text)
+    return text.replace(",", "") if re.fullmatch(r"(?:\\\$)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\s*\\?%)?", text) else text

@@ -1,8 +1,7 @@
 """Grades responses, for training rewards and evaluation: whether their answers equal the problems' gold answers.
 
-Mathematics gives reward 1 or 0 by the content of the **last** ``\\boxed{}`` (the paper's rule, arXiv 2512.19673),
-reasoning-gym the task's own score. An answer may be built to hang or exhaust the process that parses it, so parsing
-happens in worker processes that are killed and replaced (`bupo.data.grading_worker`).
+An answer may be built to hang or exhaust the process that parses it, so parsing happens in worker processes that are
+killed and replaced (`bupo.data.grading_worker`). docs/grading.md has the rules.
 """
 
 import json
@@ -13,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Self
 
-from bupo.data.answers import equal_at_sight, extract_answer, rational
+from bupo.data.answers import equal_at_sight, extract_answer, is_usable
 from bupo.data.problems import Problem
 
 Status = Literal["correct", "wrong", "unparsable", "timeout", "bad_gold"]
@@ -31,11 +30,7 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 
 @dataclass(frozen=True)
 class Grade:
-    """The grade of one response.
-
-    Status ``unparsable``: there is no answer, or it cannot be parsed. ``timeout``: parsing or comparing it exceeded the
-    limits. ``bad_gold``: the gold answer itself cannot be parsed, so the response has to be left out.
-    """
+    """The grade of one response; docs/grading.md explains the statuses."""
 
     reward: float
     status: Status
@@ -56,7 +51,6 @@ class Grader:
         self._arguments = [str(seconds)]
         self._server: subprocess.Popen[bytes] | None = None  # forks the workers
         self._idle: list[Connection | None] = []  # to workers; None is one that still has to be forked
-        self._usable: dict[str, bool] = {}
         self._lock = threading.RLock()
         self._owner = os.getpid()
 
@@ -71,35 +65,15 @@ class Grader:
         with self._lock:
             if self._owner != os.getpid():  # this process was forked: the workers belong to its parent
                 self._server, self._owner = None, os.getpid()
-            self._check_gold({problem.answer for problem in problems if "reasoning_gym" not in problem.metadata})
             answers, known = [], []
             for response, problem in zip(responses, problems, strict=True):
                 answers.append(extract_answer(response, tagged="reasoning_gym" in problem.metadata))
-                known.append(self._without_worker(problem, answers[-1]))
+                known.append(_without_worker(problem, answers[-1]))
             asked = self._ask({one for one in known if isinstance(one, str)})
         grades = [asked[one] if isinstance(one, str) else one for one in known]
         return [Grade(*grade, answer and answer[:_MAX_SENT]) for grade, answer in zip(grades, answers, strict=True)]
 
-    def _without_worker(self, problem: Problem, answer: str | None) -> tuple[float, Any] | str:
-        """Return reward and status where they are clear, or else the request to a worker."""
-        gym = problem.metadata.get("reasoning_gym")
-        if gym is None and not self._usable[problem.answer]:
-            return 0.0, "bad_gold"
-        if answer is None or len(answer) > _MAX_SENT:
-            return 0.0, "unparsable"
-        if gym is not None:
-            return json.dumps(["gym", gym["task"], gym["entry"], answer])
-        equal = equal_at_sight(problem.answer, answer)
-        if equal is None:
-            return json.dumps(["math", problem.answer, answer])
-        return (1.0, "correct") if equal else (0.0, "wrong")
-
-    def _check_gold(self, golds: set[str]) -> None:
-        self._usable.update({gold: True for gold in golds if rational(gold) is not None})
-        requests = {json.dumps(["gold", gold]): gold for gold in golds - set(self._usable)}
-        self._usable.update({requests[text]: grade[1] == "usable" for text, grade in self._ask(requests).items()})
-
-    def _ask(self, requests: Iterable[str]) -> dict[str, tuple[float, Any]]:
+    def _ask(self, requests: set[str]) -> dict[str, tuple[float, Any]]:
         """Return the workers' reward and status of each request."""
         if not (texts := sorted(requests)):
             return {}
@@ -173,3 +147,18 @@ def default_workers() -> int:
     """Processor cores of this process's share of the machine, between 1 and `MAX_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _without_worker(problem: Problem, answer: str | None) -> tuple[float, Any] | str:
+    """Return reward and status where they are clear, or else the request to a worker."""
+    gym = problem.metadata.get("reasoning_gym")
+    if gym is None and not is_usable(problem.answer):
+        return 0.0, "bad_gold"
+    if answer is None or len(answer) > _MAX_SENT:
+        return 0.0, "unparsable"
+    if gym is not None:
+        return json.dumps(["gym", gym["task"], gym["entry"], answer])
+    equal = equal_at_sight(problem.answer, answer)
+    if equal is None:
+        return json.dumps(["math", problem.answer, answer])
+    return (1.0, "correct") if equal else (0.0, "wrong")
