@@ -48,13 +48,3 @@ def tiny_folder(tmp_path_factory) -> Path:
     )
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def warm():
-    """A process that has imported everything and forks; see `warm.Warm`."""
-    from tests.support.warm import Warm
-
-    made = Warm()
-    yield made
-    made.close()

@@ -15,6 +15,8 @@ from bupo.cli import main
 from bupo.errors import InputError
 from bupo.lens.analyze import analyze_rollouts
 from bupo.models.load import SMALL_MODEL
+from tests.support import distributed
+from tests.support.processes import launch
 from tests.support.tiny import tiny_model
 
 SMALL = ("analyze", "--model", "small")
@@ -77,11 +79,9 @@ def test_own_responses_are_kept_repeatable_and_explored(bupo, tmp_path):
     assert "<canvas" in (tmp_path / "r.html").read_text()
 
 
-def test_processes_with_a_device_give_one_process_s_result(warm, bupo, tmp_path, responses):
-    arguments = ["--model", "small", "--responses", str(responses), "--device", "cpu", "--output"]
-    job = {"processes": 2, "job": "command", "subcommand": "analyze", "folder": str(tmp_path / "a")}
-    done = warm.call("distributed:launch", **job, arguments=[*arguments, str(tmp_path / "two")])
-    assert done["codes"] == [0, 0], "\n".join(done["told"])
+def test_processes_with_a_device_give_one_process_s_result(bupo, tmp_path, responses):
+    arguments = ["--model", "small", "--responses", responses, "--device", "cpu", "--output"]
+    launch(2, distributed.command, tmp_path / "a", subcommand="analyze", arguments=[*arguments, tmp_path / "two"])
     assert bupo("analyze", *arguments, tmp_path / "one")[0] == 0
     one, two = (json.loads((tmp_path / name / "analysis.json").read_text()) for name in ("one", "two"))
     assert two["tokens"] == one["tokens"]

@@ -1,4 +1,4 @@
-"""Training runs in two processes over gloo on the CPU, forked by `warm`; every process saves what it ended with.
+"""Jobs for `processes.launch`: training in two processes over gloo on the CPU; each saves what it ended with.
 
 accelerate 1.15 turns FSDP2 on for accelerators only. `enable_fsdp2_on_cpu` lifts that one condition; everything behind
 it (wrapping, the optimizer's parameters, gradient clipping, checkpoints) is accelerate's and transformers' own code.
@@ -9,69 +9,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import socket
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
-
-SECONDS = 240
-
-
-def launch(processes: int, job: str, folder: str, seconds: float = SECONDS, **arguments: Any) -> dict[str, Any]:
-    """Run ``job`` (a function of this module) in so many processes; their exit codes, -1 for one that hung."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [_fork(rank, processes, port, job, folder, arguments) for rank in range(processes)]
-    codes: dict[int, int] = {}
-    started = time.monotonic()
-    while len(codes) < processes:
-        waiting = [rank for rank in range(processes) if rank not in codes]
-        for rank in waiting:
-            found, status = os.waitpid(children[rank], os.WNOHANG)
-            if found:
-                codes[rank] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() - started > seconds or any(codes.values()):  # the others would wait for one that failed
-            for rank in [rank for rank in waiting if rank not in codes]:
-                time.sleep(2)
-                os.kill(children[rank], signal.SIGKILL)
-                os.waitpid(children[rank], 0)
-                codes[rank] = -1
-        time.sleep(0.01)
-    told = [Path(folder, f"rank-{rank}.txt").read_text() for rank in range(processes)]
-    return {"codes": [codes[rank] for rank in range(processes)], "told": told}
-
-
-def _fork(rank: int, processes: int, port: int, job: str, folder: str, arguments: dict[str, Any]) -> int:
-    """Start one process, which prints into ``folder/rank-N.txt``."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        with open(Path(folder, f"rank-{rank}.txt"), "w") as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        if processes > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            os.environ |= {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                **{k: str(v) for k, v in numbers.items()},
-            }
-        globals()[job](folder=folder, rank=rank, **arguments)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def enable_fsdp2_on_cpu() -> None:
@@ -131,7 +71,7 @@ def responses(prompts: list[str], trainer: Any) -> dict[str, Any]:
 
 
 def train(
-    folder: str,
+    folder: Path,
     rank: int,
     engine: str = "ddp",
     resume: str | None = None,
@@ -166,14 +106,14 @@ def train(
         found = {name: whole(p) for name, p in model.state_dict().items()}
     if trainer.critic is not None:
         found |= {f"critic.{name}": p.detach().clone() for name, p in trainer.critic.critic.state_dict().items()}
-    save_file(found, Path(folder, f"weights-{rank}.safetensors"))
+    save_file(found, folder / f"weights-{rank}.safetensors")
     told = {
         "losses": losses(trainer),
         "kind": str(trainer.accelerator.distributed_type),
         "log": [{k: v for k, v in row.items() if "time" not in k} for row in trainer.state.log_history],
         "phase_end": trainer.phase_end,
     }
-    Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
+    (folder / f"result-{rank}.json").write_text(json.dumps(told))
 
 
 def uneven(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -183,7 +123,7 @@ def uneven(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": made, "logprobs": None}
 
 
-def analyse(folder: str, rank: int, engine: str) -> None:
+def analyse(folder: Path, rank: int, engine: str) -> None:
     """`choose_layer` and the entropy flow on a rollout batch whose responses need more passes on one process."""
     import torch
 
@@ -210,12 +150,12 @@ def analyse(folder: str, rank: int, engine: str) -> None:
         told["choice"], told["analysis"] = [choice.layer, choice.message], choice.analysis
 
     recipe = Recipe.model_validate({"model": "?", "dataset": "?", "flow_every": 1, "internal_layer": None})
-    trainer.on_rollout += [look, Diagnostics(recipe, trainer, None, Path(folder), print, None)]
+    trainer.on_rollout += [look, Diagnostics(recipe, trainer, None, folder, print, None)]
     trainer.train()
-    Path(folder, f"result-{rank}.json").write_text(json.dumps(told))
+    (folder / f"result-{rank}.json").write_text(json.dumps(told))
 
 
-def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp", subcommand: str = "train") -> None:
+def command(folder: Path, rank: int, arguments: list[Any], engine: str = "ddp", subcommand: str = "train") -> None:
     """A bupo command as each process of a launcher runs it; engines come through the environment."""
     if engine == "fsdp2":
         enable_fsdp2_on_cpu()
@@ -223,9 +163,7 @@ def command(folder: str, rank: int, arguments: list[str], engine: str = "ddp", s
         os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     from bupo.cli import main
 
-    code = main([subcommand, *arguments])
-    if code:
-        raise SystemExit(code)
+    sys.exit(main([subcommand, *map(str, arguments)]))
 
 
 def whole(tensor: Any) -> Any:

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import random
+import signal
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from bupo.train.checkpoint import last_checkpoint
-from tests.cli.test_cli_train import RECIPE, rows
+from tests.cli.test_cli_train import rows, write_recipe
+from tests.support.processes import attempt
 from tests.support.training import same_weights
 
 GUARDED = {"internal_steps": "auto", "internal_max_steps": 6, "rollouts": 8}
-SHORT = {**RECIPE, "rollouts": 3, "keep_checkpoints": 2}
+KILLED = -signal.SIGKILL
+SHORT = {"rollouts": 3, "keep_checkpoints": 2}
 
 
 class Runs:
     """The runs of one recipe, in folders of their own."""
 
-    def __init__(self, warm, folder, tiny_folder, **changes):
-        self.warm, self.folder = warm, folder
-        data = folder / "sums.jsonl"
-        data.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(6)))
-        self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(yaml.safe_dump({"model": str(tiny_folder), "dataset": str(data), **SHORT, **changes}))
+    def __init__(self, folder, tiny_folder, **changes):
+        self.folder = folder
+        self.recipe = write_recipe(folder, model=str(tiny_folder), **{**SHORT, **changes})
+        self.whole = self.attempt("whole", code=0)
 
-    def attempt(self, run, **how):
-        """Start or go on with a run; what became of it."""
-        folder = self.folder / run
+    def attempt(self, run, code=None, **how):
+        """Start or go on with a run; its exit code (which must be the one given), operations and seconds."""
+        folder, log = self.folder / run, self.folder / f"{run}.txt"
         if not (folder / "run.json").exists() or last_checkpoint(folder / "checkpoints") is None:  # begin again
             arguments = [str(self.recipe), "--output", str(folder), *(["--overwrite"] if folder.exists() else [])]
         else:
             arguments = ["--resume", "--output", str(folder)]
-        log = str(self.folder / f"{run}.txt")
-        return self.warm.call("killing:attempt", arguments=arguments, log=log, folder=str(folder), **how)
-
-    def told(self, run):
-        return (self.folder / f"{run}.txt").read_text()
+        found = attempt(arguments, log, folder, **how)
+        assert found[0] in ((0, KILLED) if code is None else (code,)), log.read_text()
+        return found
 
 
 def the_same(one, two):
@@ -47,53 +44,30 @@ def the_same(one, two):
     assert sorted(p.name for p in one.rglob("*")) == sorted(p.name for p in two.rglob("*"))
 
 
-@pytest.fixture(scope="module")
-def runs(warm, tmp_path_factory, tiny_folder):
-    return Runs(warm, tmp_path_factory.mktemp("killed"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def whole(runs):
-    found = runs.attempt("whole")
-    assert found["code"] == 0, runs.told("whole")
-    return found
-
-
-def test_killed_three_times(runs, whole):
+def test_killed_three_times(tmp_path, tiny_folder):
     """One run, killed at three of its operations on files, each in another part of what is left of it."""
+    runs = Runs(tmp_path, tiny_folder)
     for share in (0.4, 0.55, 0.3):  # each resumed run has less to do
-        event = round(share * whole["events"])
-        found = runs.attempt("short", event=event)
-        assert found["code"] is None, runs.told("short")
-        assert found["events"] == event - 1
-    assert runs.attempt("short")["code"] == 0, runs.told("short")
-    the_same(runs.folder / "short", runs.folder / "whole")
+        event = round(share * runs.whole[1])
+        assert runs.attempt("short", KILLED, event=event)[1] == event - 1
+    runs.attempt("short", 0)
+    the_same(tmp_path / "short", tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("kind", ["event", "seconds"])
 @pytest.mark.parametrize("changes", [{}, GUARDED], ids=["fixed", "guarded"])
-def test_twenty_random_kills(warm, tmp_path, tiny_folder, kind, changes):
+def test_twenty_random_kills(tmp_path, tiny_folder, kind, changes):
     """At random operations on files, or at random times; runs are begun until twenty kills have come."""
     draw = random.Random(f"{kind} {len(changes)}")
-    made = Runs(warm, tmp_path, tiny_folder, **changes)
-    whole = made.attempt("whole")
-    assert whole["code"] == 0, made.told("whole")
-    killed = finished = 0
+    runs, killed, finished = Runs(tmp_path, tiny_folder, **changes), 0, 0
+    _, events, seconds = runs.whole
     while killed < 20 or (tmp_path / f"run-{finished}").exists():
-        run, how = f"run-{finished}", {}
-        if killed < 20:
-            most = whole[{"event": "events"}.get(kind, kind)]
-            how = {kind: draw.randint(1, most) if kind == "event" else draw.uniform(0.05, most)}
-        before = last_checkpoint(tmp_path / run / "checkpoints")
-        found = made.attempt(run, **how)
-        print(run, how, before and before.name, found)
-        assert found["code"] in (0, None), made.told(run)
-        if found["code"] is None:
+        how = {kind: draw.randint(1, events) if kind == "event" else draw.uniform(0.05, seconds)}
+        code, *_ = runs.attempt(f"run-{finished}", **(how if killed < 20 else {}))
+        if code == KILLED:
             killed += 1
         else:
-            the_same(tmp_path / run, tmp_path / "whole")
+            the_same(tmp_path / f"run-{finished}", tmp_path / "whole")
             finished += 1
-    assert killed == 20
-    print(f"{killed} kills in {finished} runs")

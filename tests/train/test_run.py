@@ -15,6 +15,8 @@ from bupo.errors import ConfigError, InputError, out_of_memory
 from bupo.train.rewards import AnswerReward, OwnReward, make_reward
 from tests.cli.conftest import bupo  # noqa: F401  (a fixture)
 from tests.cli.test_cli_train import recipe  # noqa: F401  (a fixture)
+from tests.support import distributed
+from tests.support.processes import launch
 from tests.support.tiny import tiny_model
 
 
@@ -139,13 +141,12 @@ def test_the_merged_model_is_base_plus_adapter(bupo, tmp_path, recipe, tiny_fold
     torch.testing.assert_close(merged, both, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_are_merged_under_fsdp2(warm, tmp_path, recipe, tiny_folder):  # noqa: F811
+def test_adapters_are_merged_under_fsdp2(tmp_path, recipe, tiny_folder):  # noqa: F811
     """A merge on the main process alone would wait for the others' shards for ever."""
     folder = tmp_path / "run"
     path = recipe(lora={"r": 2}, rollouts=1, internal_steps=1, micro_batch=2, precision="float32", learning_rate=0.1)
-    launched = {"job": "command", "engine": "fsdp2", "folder": str(tmp_path / "told"), "seconds": 60}
-    done = warm.call("distributed:launch", processes=2, arguments=[str(path), "--output", str(folder)], **launched)
-    assert done["codes"] == [0, 0], "\n".join(done["told"])
+    arguments = [path, "--output", folder]
+    launch(2, distributed.command, tmp_path / "told", 60, engine="fsdp2", arguments=arguments)
     merged, start = load_file(folder / "model" / "model.safetensors"), load_file(tiny_folder / "model.safetensors")
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {name: w.shape for name, w in merged.items()} == {name: w.shape for name, w in start.items()}
