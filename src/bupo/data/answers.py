@@ -14,14 +14,15 @@ _BASE = re.compile(r"-?[0-9A-Z.]+_\{*([0-9]+|[a-z]+)\}*")
 _CHARACTERS = str.maketrans({
     "∞": r"\infty ", "°": r"^{\circ}", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-", "≤": r"\le ",
     "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
-    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^2", "³": "^3",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "θ": r"\theta ",
+    **{sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
 })  # fmt: skip
 _TEXT = r"\\(?:text|mathrm|mbox|textrm|textnormal|textbf|mathbf|rm|operatorname)\s*"
 _UNIT = (  # without a text command; single letters are factors, not units
     r"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:[cmk]m|[mk]g|lb|oz|ft|in|[mk]ph|m[lL]|hr|sec|min|feet|foot|inch(?:es)?|(?:unit"
     r"|yard|mile|(?:centi|kilo)?met(?:er|re)|dollar|cent|degree|second|minute|hour|day|week|month|year|point|way|student)s?)"
 )
-_UNIT_END = r"(?:\^\{?-?\d+\}?)?(?=\s*(?:$|,|and))"
+_UNIT_END = r"(?:\^\{?(?:[23]|-[123])\}?)?(?=\s*(?:$|,|and))"
 _SENTENCE = re.compile(r"\b(?:not?|is|isn't|are|or|and|but|wrong|false|incorrect|than|if|except|never|plus|minus|to)\b")
 
 
@@ -58,10 +59,8 @@ def is_usable(gold: str) -> bool:
 
 def rational(text: str) -> Fraction | None:
     """Return the value of an integer, fraction or decimal; None for other text."""
-    if len(text) > 100:
-        return None
-    match = _RATIONAL.fullmatch(re.sub(r"\s*([-/{}.])\s*", r"\1", text.strip().strip("$").strip()))
-    if not match:
+    tight = re.sub(r"\s*([-/{}.])\s*", r"\1", text[:200].strip().strip("$").strip())
+    if len(text) > 200 or not (match := _RATIONAL.fullmatch(tight)):
         return None
     sign, top, bottom, plain = match.groups()
     return Fraction(sign + (plain or f"{top}/{bottom}"))
@@ -139,7 +138,6 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?![\w.])", r"\1\\cdot 10^{\2}"),
     (r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
     (r"(?<=\d)(?:\\[,! ]|,\\!\s*|\{,\}|~|\s)(?=\d{3}(?!\d))", ""),
-    (r"^([1-9]00),(?=[1-9]00$)", r"\1, "),  # a list, not 100200
     (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
     (rf"([^\s_^{{]\s*)(?:\\[,; ])*{_TEXT}\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_UNIT_END}", _without_unit),
     (rf"(\d\s*){_UNIT}{_UNIT_END}(?! *\()", _without_unit),
@@ -152,4 +150,9 @@ def normal_form(answer: str) -> str:
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     text = strip_answer(text)
-    return text.replace(",", "") if re.fullmatch(r"(?:\\\$)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\s*\\?%)?", text) else text
+    between = ", " if re.fullmatch(r"[1-9]00(?:,[1-9]00)+", text) else ""  # 100,200 is a list
+    return (
+        text.replace(",", between)
+        if re.fullmatch(r"(?:\\\$)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:\s*\\?%)?", text)
+        else text
+    )

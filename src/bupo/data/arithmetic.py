@@ -1,8 +1,4 @@
-"""The built-in task family: arithmetic in plain ASCII.
-
-``standard`` problems are ``(a+b)*c=`` and ``(a-b)*c=``, ``hard`` ones ``(a+b)*c-d=``. The model shipped in the package
-was pretrained on train splits, with steps sometimes left out, so that reinforcement learning can still improve it.
-"""
+"""The built-in tasks in plain ASCII: ``(a+b)*c=`` and ``(a-b)*c=`` (standard), ``(a+b)*c-d=`` (hard)."""
 
 import hashlib
 import random

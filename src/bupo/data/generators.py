@@ -21,7 +21,6 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
     """Generate ``size`` rows with ``id``, ``prompt``, ``answer`` and, for reasoning-gym, ``metadata``.
 
     ``spec`` is one of `BUILT_IN`, or ``reasoning_gym/NAME`` followed by the task's options as ``/key=value`` (YAML).
-    The splits ``train`` and ``test`` never overlap. `InputError`: unknown split, task or option, or too few problems.
     """
     if split not in arithmetic.SPLITS:
         raise InputError(f"generated problems have the splits train and test, not {split!r}")

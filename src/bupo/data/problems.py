@@ -44,8 +44,7 @@ def load_problems(spec: str, *, split: str | None = None, limit: int | None = No
             ``/key=value``), a ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset ``org/name[:config]``.
         split: of the hub (default: ``test`` if it exists, else ``train``), or of generated problems (``train`` or
             ``test``, the default, which never overlap); ignored for files.
-        limit: the first rows of a file or hub split, or the number to generate (default `GENERATED_SIZE`).
-        seed: seed of generated problems; files are never shuffled.
+        limit: the first rows, or the number to generate (default `GENERATED_SIZE`) with ``seed``.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")

@@ -27,8 +27,8 @@ def read_responses(
 ) -> list[Rollout]:
     """Read a ``.jsonl``, ``.json`` or ``.parquet`` responses file; `InputError` names the row.
 
-    A row has ``prompt_ids`` and ``response_ids``, or ``prompt`` and ``response``, which are tokenized here (without
-    special tokens after a response). More than ``max_length`` tokens are an error: truncating would change the result.
+    A row has ``prompt_ids`` and ``response_ids``, or ``prompt`` and ``response``, which are tokenized here. More than
+    ``max_length`` tokens are an error: truncating would change the result.
     """
     rollouts = []
     for index, row in enumerate(read_rows(Path(path))):

@@ -6,7 +6,7 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Expr, FiniteSet, Float, I, N, Rational, Set, Tuple, Union
+from sympy import Expr, FiniteSet, Float, I, Interval, N, Rational, Set, Tuple, Union
 
 from bupo.data.answers import MAX_MATH_CHARS, is_words, normal_form, plain_text
 
@@ -100,8 +100,10 @@ def _as_set(text: str) -> Any:
 
 def _numbers_agree(gold: Any, answer: Any, otherwise: bool = True) -> bool:
     """Compare values to 5 digits if there are decimals, else to 20; math-verify compares all to 6 places."""
-    if isinstance(gold, FiniteSet | Tuple) and isinstance(answer, FiniteSet | Tuple):
-        return all(any(_numbers_agree(one, other, otherwise) for other in answer.args) for one in gold.args)
+    if isinstance(gold, FiniteSet | Interval | Tuple) and isinstance(answer, FiniteSet | Interval | Tuple):
+        members = [[one for one in some.args if isinstance(one, Expr)] for some in (gold, answer)]
+        alike = all(any(_numbers_agree(one, other, otherwise) for other in members[1]) for one in members[0])
+        return alike or len(members[0]) != len(members[1])
     if not isinstance(gold, Expr) or not isinstance(answer, Expr):
         return otherwise
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
