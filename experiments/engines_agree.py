@@ -23,9 +23,8 @@ import pyarrow.parquet
 
 from bupo import run_folder as rundir
 from bupo.evaluate.config import EvalConfig
-from bupo.evaluate.load import load_engine
 from bupo.evaluate.metrics import bootstrap, compare
-from bupo.evaluate.run import evaluate
+from bupo.evaluate.run import evaluate, load_engine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

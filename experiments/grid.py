@@ -30,7 +30,6 @@ import yaml
 
 from bupo import run_folder as rundir
 from bupo.cli import main as bupo
-from bupo.report.results import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", "internal/divergence", "grad_norm")
@@ -65,7 +64,7 @@ def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path 
         row |= {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
         row["curves"] = _curves(out / "log.jsonl")
         if settings.get("inside_every"):
-            row["inside"] = [_rounded(read_json(path)) for path in sorted((out / "inside").glob("after-*.json"))]
+            row["inside"] = [_rounded(rundir.read_json(path)) for path in sorted((out / "inside").glob("after-*.json"))]
         model = str(out / "model")
     row["train_seconds"] = round(time.monotonic() - started, 1)
     options = [part for key, value in grid["evaluate"].items() for part in (f"--{key}", str(value))]

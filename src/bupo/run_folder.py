@@ -62,6 +62,17 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or raise `InputError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not contain a JSON object")
+    return content
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on (absent ones left out)."""
     found = {"python": platform.python_version()}
@@ -89,10 +100,8 @@ def describe_run(command: str, config: dict[str, Any], **more: Any) -> dict[str,
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """The content of a training run's ``run.json``, or `InputError` if the folder holds no training run."""
-    try:
-        run = json.loads(Path(folder, RUN_FILE).read_text(encoding="utf-8"))
-        if isinstance(run["config"], dict):
+    with suppress(InputError):
+        run = read_json(Path(folder, RUN_FILE))
+        if isinstance(run.get("config"), dict):
             return run
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise InputError(f"{folder} holds no training run to resume: {RUN_FILE} is missing or damaged")

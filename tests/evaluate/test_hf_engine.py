@@ -14,7 +14,7 @@ from bupo.evaluate import hf_engine
 from bupo.evaluate.config import EvalConfig
 from bupo.evaluate.engines import Batch, Sampling, cut_at_end
 from bupo.evaluate.hf_engine import TransformersEngine, sample
-from bupo.evaluate.load import choose_engine
+from bupo.evaluate.run import choose_engine
 from bupo.models.load import load_model
 from tests.support.zoo import ZOO, zoo_model
 

@@ -13,7 +13,7 @@ from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
 from bupo.lens.compare import compare_models, measure_layers
 from bupo.models.load import load_model
-from bupo.report.results import read_json
+from bupo.run_folder import read_json
 from bupo.train import diagnostics
 from bupo.train.diagnostics import parameter_groups
 from tests.cli.test_cli_train import recipe, rows  # noqa: F401  (one is a fixture)

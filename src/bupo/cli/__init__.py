@@ -54,19 +54,14 @@ def main(argv: list[str] | None = None) -> int:
         if result == 130 and arguments[0] in _INTERRUPTED:  # typer's code for Ctrl-C
             print(f"bupo: interrupted. {_INTERRUPTED[arguments[0]]}", file=sys.stderr)
         return result if isinstance(result, int) else 0
-    except BupoError as error:
-        if debug:
-            raise
-        print(f"bupo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if debug or (error.filename is None and error.errno != errno.ENOSPC):
-            raise
-        place = "" if error.filename is None else f"{error.filename}: "
-        print(f"bupo: error: {place}{error.strerror}", file=sys.stderr)
-        return 2
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click, which prints itself
             error.show()
             return int(error.exit_code)
-        raise
+        text = str(error) if isinstance(error, BupoError) else ""
+        if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+            text = f"{error.filename or ''}: {error.strerror}".removeprefix(": ")
+        if debug or not text:
+            raise
+        print(f"bupo: error: {' '.join(text.split())}", file=sys.stderr)
+        return 2

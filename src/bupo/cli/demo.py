@@ -23,7 +23,7 @@ from bupo.cli import options
 from bupo.cli.report import write_report
 from bupo.errors import BupoError, InputError
 from bupo.recipe import read_recipe
-from bupo.run_folder import claim, write_json
+from bupo.run_folder import claim, read_json, write_json
 
 RECIPE = Path(__file__).parent.parent / "assets" / "demo.yaml"
 # Where the model has no boundary layer, the middle one is trained, and everything shown says so.
@@ -68,7 +68,7 @@ def demo(
     look = f"analyze --model small --dataset arithmetic --split test --limit 100 --max-new-tokens 40 --seed {seed}"
     job = {"analyse": [*look.split(), "--output", str(output / "analysis")]}
     step("1/4  The internal policies of the shipped model", 1, job)
-    analysis = json.loads((output / "analysis" / "analysis.json").read_text(encoding="utf-8"))
+    analysis = read_json(output / "analysis" / "analysis.json")
     layer = analysis["boundary_layer"] or analysis["layers"] // 2
     because = "its boundary layer" if analysis["boundary_layer"] else FALLBACK
     console.print(f"  {analysis['boundary_reason']}", markup=False)

@@ -71,21 +71,20 @@ def evaluate(
         missing = ", ".join(f"--{name}" for name in ("model", "tasks", "output") if not context.params[name])
         raise ConfigError(f"bupo eval needs {missing} (or --regrade DIR)")
 
+    from bupo.evaluate import run
     from bupo.evaluate.config import EvalConfig, fingerprint
-    from bupo.evaluate.load import choose_engine, load_engine
-    from bupo.evaluate.run import evaluate as run
     from bupo.models.load import resolve_model
 
-    chosen = choose_engine(engine, internal_layer=internal_layer)
+    chosen = run.choose_engine(engine, internal_layer=internal_layer)
     if chosen == "vllm":
         _refuse(passed & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
     fields = {field.name for field in dataclasses.fields(EvalConfig)} & context.params.keys()
     settings = {name: context.params[name] for name in fields}
     settings |= {"tasks": tuple(options.split_names(tasks)), "engine": chosen, "data_dir": data_dir and str(data_dir)}
     config = EvalConfig(**settings, fingerprint=fingerprint(Path(resolve_model(model))))
-    load = partial(load_engine, config, device=device, trust_remote_code=trust_remote_code)
+    load = partial(run.load_engine, config, device=device, trust_remote_code=trust_remote_code)
     with options.Progress() as bars:
-        results = run(config, load, output, overwrite=overwrite, log=log, on_progress=bars.move)
+        results = run.evaluate(config, load, output, overwrite=overwrite, log=log, on_progress=bars.move)
     _show(results, output, as_json)
 
 

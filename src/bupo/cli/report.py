@@ -59,6 +59,5 @@ def write_report(
     data = collect(paths)
     data.notes[:0], data.records[:0] = notes, records
     write_page(output, title, data)
-    conclusion = conclude(data.evaluations, data.differences)
-    shown = {"headline": conclusion.headline, "tone": conclusion.tone, "lines": conclusion.lines}
+    shown = vars(conclude(data.evaluations, data.differences))  # headline, tone and lines
     return data, {**shown, "comparisons": data.differences, "notes": data.notes}

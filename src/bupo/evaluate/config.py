@@ -58,9 +58,8 @@ def task_problems(task: Task, data_dir: Path | None = None, limit: int | None = 
         problems = load_problems(task.hub, split="test", limit=limit)
     except InputError as error:
         where = f" (and it is not in {data_dir})" if data_dir is not None else ""
-        raise InputError(
-            f"task {task.name}: {error}{where}; a file {task.files[0]}.parquet or .jsonl in --data-dir is used as well"
-        ) from error
+        remedy = f"a file {task.files[0]}.parquet or .jsonl in --data-dir is used as well"
+        raise InputError(f"task {task.name}: {error}{where}; {remedy}") from error
     return [replace(problem, id=f"{task.name}/{problem.id.split('/', 1)[1]}") for problem in problems]
 
 

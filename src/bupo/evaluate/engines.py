@@ -76,10 +76,8 @@ def response_limit(prompts: Sequence[Sequence[int]], context: int | None, asked:
     tokens = asked or (default if context is None else max(1, min(default, context - longest)))
     if context is not None and longest + tokens > context:
         remedy = "lower --max-new-tokens" if longest < context else "choose another model, or problems that fit"
-        raise InputError(
-            f"the longest prompt has {longest} tokens, and with {tokens} new ones that is more than the model's "
-            f"context of {context}; {remedy}"
-        )
+        total = f"the longest prompt has {longest} tokens, and with {tokens} new ones"
+        raise InputError(f"{total} that is more than the model's context of {context}; {remedy}")
     return tokens
 
 

@@ -47,10 +47,13 @@ class TransformersEngine(Engine):
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         rows = [list(prompts[problem]) for problem, _ in batch.items]
         policy = internal_policy(self.model, self.internal_layer, norm=self.norm) if self.internal_layer else None
-        device = self.model.device
+        device, greedy = self.model.device, sampling.temperature == 0
+        drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        ends: Any = {"eos_token_id": sorted(self.end_ids) or None, "pad_token_id": self._pad_id}
+        config = GenerationConfig(do_sample=not greedy, max_new_tokens=sampling.max_new_tokens, **ends, **drawing)
         # `generate` mixes the model's own generation config into whatever it is passed, and many checkpoints ship a
         # top-k, a top-p or a repetition penalty
-        before, self.model.generation_config = self.model.generation_config, self._generation_config(sampling)
+        before, self.model.generation_config = self.model.generation_config, config
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), policy or nullcontext():
                 torch.manual_seed(batch.seed)
@@ -58,22 +61,10 @@ class TransformersEngine(Engine):
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
-            raise InputError(
-                "the model's probabilities are not finite; use --dtype float32 or check the model's weights"
-            ) from error
+            remedy = "use --dtype float32 or check the model's weights"
+            raise InputError(f"the model's probabilities are not finite; {remedy}") from error
         finally:
             self.model.generation_config = before
-
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        greedy = sampling.temperature == 0
-        drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        return GenerationConfig(
-            do_sample=not greedy,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.end_ids) or None,
-            pad_token_id=self._pad_id,
-            **drawing,
-        )
 
     def _generate_groups(self, rows: list[list[int]], limit: int) -> list[list[int]]:
         """Generate all rows together if the cache holds keys and values of attention only.

@@ -42,10 +42,8 @@ def bootstrap(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> d
     mean = float(data.mean())
     if data.size == 1:
         return {"mean": mean, "ci95": [mean, mean]}
-    generator, batch = np.random.default_rng(seed), max(1, _BLOCK // data.size)
-    interval = scipy.stats.bootstrap(
-        (data,), np.mean, n_resamples=resamples, batch=batch, rng=generator, method="percentile"
-    ).confidence_interval
+    drawing: Any = {"n_resamples": resamples, "batch": max(1, _BLOCK // data.size), "rng": np.random.default_rng(seed)}
+    interval = scipy.stats.bootstrap((data,), np.mean, method="percentile", **drawing).confidence_interval
     return {"mean": mean, "ci95": [min(float(interval.low), mean), max(float(interval.high), mean)]}
 
 
@@ -115,8 +113,8 @@ def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) ->
 
 def summary_lines(results: Mapping[str, Any]) -> list[str]:
     """Format results as a small table for the terminal."""
-    header = ("task", "problems", "Avg@K", "Pass@K", "length", "cut off", "no answer")
-    lines = ["{:<28} {:>8} {:>26} {:>22} {:>8} {:>8} {:>10}".format(*header)]
+    row = "{:<28} {:>8} {:>26} {:>22} {:>8} {:>8} {:>10}".format
+    lines = [row("task", "problems", "Avg@K", "Pass@K", "length", "cut off", "no answer")]
     for name, task in results["tasks"].items():
         if not task["n_samples"]:
             lines.append(f"{name:<28} {0:>8}  {task['reason']}")
@@ -125,10 +123,8 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         low, high = average["ci95"]
         value = f"@{average['k']} {100 * average['mean']:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
         best = f"@{last['k']} {100 * last['mean']:.2f}"
-        lines.append(
-            f"{name:<28} {task['n_problems']:>8} {value:>26} {best:>22} {task['mean_length']:>8.0f} "
-            f"{100 * task['truncation_rate']:>7.1f}% {100 * task['unparsable_rate']:>9.1f}%"
-        )
+        shares = (f"{100 * task[rate]:.1f}%" for rate in ("truncation_rate", "unparsable_rate"))
+        lines.append(row(name, task["n_problems"], value, best, f"{task['mean_length']:.0f}", *shares))
         if out := task["left_out"]:
             shown = ", ".join(out[:5]) + (", ..." if len(out) > 5 else "")
             lines.append(f"  left out, as the gold answer cannot be read: {len(out)} ({shown})")

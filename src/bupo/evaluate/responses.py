@@ -77,10 +77,6 @@ def read_responses(path: Path) -> list[Row]:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def grade(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with reward, status and extracted answer."""
     problems = [
@@ -116,7 +112,7 @@ def regrade(folder: Path, *, log: Log = lambda text: None) -> dict[str, Any]:
     graded = grade(rows)
     changed = sum(old["status"] != new["status"] for old, new in zip(rows, graded, strict=True))
     log(f"{changed} of {len(rows)} grades changed")
-    return finish(folder, read_json(folder / RESULTS), graded)
+    return finish(folder, run_folder.read_json(folder / RESULTS), graded)
 
 
 def merge_shards(config: EvalConfig, output: Path, log: Log) -> dict[str, Any] | None:
@@ -127,12 +123,12 @@ def merge_shards(config: EvalConfig, output: Path, log: Log) -> dict[str, Any] |
     if missing:
         log(f"{config.folder(output).name} is finished; {output} is merged when {', '.join(missing)} are too")
         return None
-    runs = [read_json(folder / run_folder.RUN_FILE) for folder in folders]
+    runs = [run_folder.read_json(folder / run_folder.RUN_FILE) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         del run["config"]["shard"]
         if run["config"] != runs[0]["config"]:
             raise InputError(f"{folder} was evaluated with other settings than {folders[0]}; evaluate it again")
-    results = read_json(folders[0] / RESULTS)
+    results = run_folder.read_json(folders[0] / RESULTS)
     tasks = list(results["tasks"])
     rows = [row for folder in folders for row in read_responses(folder / RESPONSES)]
     rows.sort(key=lambda row: tasks.index(row["task"]))  # stable: shard after shard

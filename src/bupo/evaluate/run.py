@@ -1,12 +1,11 @@
 """Runs an evaluation from problems to results: sample (or continue), keep every response, grade, summarise.
 
-The output folder holds ``run.json`` (the settings, written first), ``responses.partial.jsonl`` (grows while sampling),
-``responses.parquet`` (every graded response) and ``results.json`` (written last, so a folder that has it is a finished
-run).
+``run.json`` (the settings) is written first, and ``results.json`` last: a folder that has it is a finished run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,10 @@ from bupo.data.prompts import prompt_ids, render_prompt
 from bupo.errors import InputError
 from bupo.evaluate.config import EvalConfig, find_task, task_problems
 from bupo.evaluate.engines import Engine, Sampling, derived_seed, response_limit
-from bupo.evaluate.responses import RESPONSES, RESULTS, Log, ResponseLog, Row, finish, grade, merge_shards, read_json
+from bupo.evaluate.hf_engine import TransformersEngine
+from bupo.evaluate.responses import RESPONSES, RESULTS, Log, ResponseLog, Row, finish, grade, merge_shards
+from bupo.evaluate.vllm_engine import VLLM_REMEDY, VllmEngine
+from bupo.models.load import load_model
 
 PARTIAL = "responses.partial.jsonl"
 _SAMPLING = ("temperature", "top_p", "dtype", "internal_layer", "internal_norm")  # settings that results.json names
@@ -37,6 +39,30 @@ class TaskPlan:
     k: int
     n: int
     sampling: Sampling
+
+
+def choose_engine(name: str, *, internal_layer: int | None = None) -> str:
+    """Return the engine that a name means here: ``auto`` is vLLM where it is installed and can be used."""
+    if name not in ("auto", "transformers", "vllm"):
+        raise InputError(f"unknown engine {name!r}; use one of auto, transformers, vllm")
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "auto":
+        return "vllm" if installed and internal_layer is None else "transformers"
+    if name == "vllm" and internal_layer is not None:
+        raise InputError("--engine vllm cannot sample from an internal policy; use --engine transformers")
+    if name == "vllm" and not installed:
+        raise InputError(f"vLLM is not installed; {VLLM_REMEDY}")
+    return name
+
+
+def load_engine(config: EvalConfig, *, device: str | None = None, trust_remote_code: bool = False) -> Engine:
+    """Load the model that the configuration names into its engine."""
+    source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": trust_remote_code}
+    if config.engine == "vllm":
+        return VllmEngine(config.model, config.dtype, **source)
+    dtype = "fitting" if config.dtype == "auto" else config.dtype
+    model, tokenizer = load_model(config.model, dtype=dtype, device=device, **source)
+    return TransformersEngine(model, tokenizer, config.batch_size, config.internal_layer, config.internal_norm)
 
 
 def evaluate(
@@ -86,17 +112,15 @@ def evaluate(
 def _is_unfinished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds an unfinished evaluation; raise `InputError` if its settings were others."""
     run_file = folder / run_folder.RUN_FILE
-    run = read_json(run_file) if run_file.exists() and not (folder / RESULTS).exists() else {}
+    run = run_folder.read_json(run_file) if run_file.exists() and not (folder / RESULTS).exists() else {}
     if run.get("command") != "eval":
         return False
     before = run["config"]
     different = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
     if different:
         changes = ", ".join(f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in different)
-        raise InputError(
-            f"{folder} holds an unfinished evaluation with other settings ({changes}); use the same settings to "
-            "continue it, choose another folder, or pass --overwrite"
-        )
+        remedy = "use the same settings to continue it, choose another folder, or pass --overwrite"
+        raise InputError(f"{folder} holds an unfinished evaluation with other settings ({changes}); {remedy}")
     return True
 
 

@@ -132,10 +132,8 @@ class _Reader:
             raise self._error()
 
     def _error(self) -> InputError:
-        return InputError(
-            f"{self._name}: what layer {self._layer} returns does not reach the final norm unchanged (the model "
-            f"changes it on the way, or skips the layer); this internal policy cannot be read"
-        )
+        problem = "does not reach the final norm unchanged (the model changes it on the way, or skips the layer)"
+        return InputError(f"{self._name}: what layer {self._layer} returns {problem}; this policy cannot be read")
 
 
 def _is_same(state: Tensor, arrived: Tensor) -> bool:

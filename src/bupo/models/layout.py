@@ -67,17 +67,21 @@ def find_layout(model: nn.Module) -> DecoderLayout:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder model; internal policies need a decoder-only causal LM")
     unembedding = inner.get_output_embeddings()
-    if unembedding is None or getattr(unembedding, "weight", None) is None:
+    weight = getattr(unembedding, "weight", None)
+    if weight is None:
         raise InputError(f"{name} has no unembedding (lm_head); load it with AutoModelForCausalLM")
-    if problem := _unreadable(unembedding):
-        raise InputError(f"{name}: the unembedding is {problem}")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(unembedding).__name__
+        remedy = "load the model with lm_head left unquantised (e.g. modules_to_not_convert=['lm_head'])"
+        raise InputError(f"{name}: the unembedding is quantised ({kind}) and cannot be read; {remedy}")
+    if weight.is_meta:
+        remedy = "load the model with a device_map that keeps lm_head (and tied embeddings) on a device"
+        raise InputError(f"{name}: the unembedding is offloaded and not in memory; {remedy}")
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     backbone, lists = _find_backbone(inner, count)
     if len(lists) != 1 or not inner.can_generate():
-        raise InputError(
-            f"{name} is not a decoder-only causal LM with one list of {count} layers on its backbone "
-            f"({type(backbone).__name__} has {len(lists)} such lists)"
-        )
+        found = f"{type(backbone).__name__} has {len(lists)} such lists"
+        raise InputError(f"{name} is not a decoder-only causal LM with one list of {count} layers ({found})")
     norms = [child for child, module in backbone.named_children() if "norm" in type(module).__name__.lower()]
     # an input norm is taken only where there is no other norm (LFM-2 calls its final norm `embedding_norm`)
     norms = [child for child in norms if not any(w in child for w in ("embed", "emb_", "input"))] or norms
@@ -92,17 +96,6 @@ def context_length(config: Any) -> int | None:
     """The longest sequence that a model's configuration allows (``max_position_embeddings``), or None if unset."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(context) if context else None
-
-
-def _unreadable(unembedding: Any) -> str | None:
-    """Why the numbers of ``E_u`` cannot be read, or None if they can."""
-    weight = unembedding.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = str(weight.dtype) if isinstance(weight, Tensor) else type(unembedding).__name__
-        remedy = "load the model with lm_head left unquantised (e.g. modules_to_not_convert=['lm_head'])"
-        return f"quantised ({kind}) and cannot be read; {remedy}"
-    remedy = "load the model with a device_map that keeps lm_head (and tied embeddings) on a device"
-    return f"offloaded and not in memory; {remedy}" if weight.is_meta else None
 
 
 def _find_backbone(inner: Any, count: int | None) -> tuple[Any, list[str]]:

@@ -190,16 +190,13 @@ def _solve_layer(number: int, layer: _LayerCall) -> LayerWrites:
     names = ", ".join(dict.fromkeys(call.name for call in layer.calls)) or "none"
     for call in candidates:
         if _fit(layer, [call])[0] <= tolerance:
-            raise InputError(
-                f"layer {number} adds one contribution only ({call.name}) to the residual stream: it has no separate "
-                f"attention and FFN to read (component 'layer' works); its submodules are: {names}"
-            )
+            problem = f"adds one contribution only ({call.name}) to the residual stream"
+            remedy = "it has no separate attention and FFN to read (component 'layer' works)"
+            raise InputError(f"layer {number} {problem}: {remedy}; its submodules are: {names}")
     closest = " + ".join(call.name for call in best[1]) or "no pair of submodules"
-    raise InputError(
-        f"layer {number}: no submodules' outputs add up to what the layer adds to the residual stream "
-        f"(H^(l-1) + A + F = H^l): the smallest relative deviation is {best[0]:.1e} ({closest}), "
-        f"allowed {tolerance:.0e}; its submodules are: {names}"
-    )
+    problem = "no submodules' outputs add up to what the layer adds to the residual stream"
+    nearest = f"the smallest relative deviation is {best[0]:.1e} ({closest}), allowed {tolerance:.0e}"
+    raise InputError(f"layer {number}: {problem}; {nearest}; its submodules are: {names}")
 
 
 def _solve_nested(layer: _LayerCall) -> LayerWrites | None:

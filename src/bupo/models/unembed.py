@@ -82,7 +82,7 @@ def get_unembedding(model: nn.Module) -> Unembedding:
     not finite.
     """
     head = find_layout(model).unembedding
-    weight, bias = (_gathered(getattr(head, name, None)) for name in ("weight", "bias"))
+    weight, bias = _gathered(head.weight), _gathered(getattr(head, "bias", None))
     config = unwrap(model).config.get_text_config()
     low_precision = has_low_precision_units(weight.device, weight.dtype)
     unembedding = Unembedding(
@@ -121,16 +121,12 @@ def _check_logits(model: nn.Module, unembedding: Unembedding, *, allowed: float)
         raise InputError(f"{name}: the final norm did not run; {unreadable}")
     state = normed[-1]
     if state.shape[-1] != weight.shape[1]:
-        raise InputError(
-            f"{name}: the final state is {state.shape[-1]} wide, but the unembedding reads {weight.shape[1]} numbers: "
-            f"the model changes the stream between them, so {unreadable}"
-        )
+        problem = f"the final state is {state.shape[-1]} wide, but the unembedding reads {weight.shape[1]} numbers"
+        raise InputError(f"{name}: {problem}: the model changes the stream between them, so {unreadable}")
     if not bool(torch.isfinite(logits).all()):
         raise InputError("the model returns non-finite logits; check its weights, or load it in a wider dtype")
     expected = unembedding.to_logits_(state.float() @ weight.float().T, slice(None))
     deviation = ((logits - expected).abs().max() / logits.abs().max().clamp(min=1e-6)).item()
     if not deviation <= allowed:
-        raise InputError(
-            f"this model's logits are not its final state times the unembedding (relative deviation {deviation:.1e}, "
-            f"allowed {allowed:.0e}); {unreadable}"
-        )
+        problem = f"relative deviation {deviation:.1e}, allowed {allowed:.0e}"
+        raise InputError(f"{name}: the logits are not the final state times the unembedding ({problem}); {unreadable}")

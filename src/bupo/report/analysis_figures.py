@@ -56,38 +56,25 @@ def draw(analysis: Analysis) -> dict[str, Figure]:
 @styled()
 def entropy_flow(analysis: Analysis | Mapping[str, Any]) -> Figure:
     """Entropies (nats) of the layer, attention and FFN policies, with ln V and the model output's entropy."""
-    analysis = Analysis.parse(analysis, "the analysis")
-    names = [f"sites.{site}_out" for site in LINES]
-    figure, axes = _started(analysis, "Entropy of the internal policies", "entropy (nats)", names)
-    uniform = math.log(analysis.vocabulary) if analysis.vocabulary else None
-    for value, label, dashes in (
-        (analysis.final_entropy, "model output", (0, (4, 2))), (uniform, "uniform (ln V)", (0, (1, 1.5))),
-    ):  # fmt: skip
-        if value is not None:
-            style.level(axes, value, linestyle=dashes, label=f"{label}: {value:.2f}")
-    axes.set_ylim(bottom=0)
-    return _finished(figure, axes, analysis)
+    title = "Entropy of the internal policies"
+    return _over_layers(Analysis.parse(analysis, "the analysis"), "sites", title, "entropy (nats)")
 
 
 @styled()
 def entropy_change(analysis: Analysis) -> Figure:
     """Entropy change (nats) within each module, with the regions and the boundary layer or why there is none."""
-    names = ["entropy_change.attn", "entropy_change.ffn"]
-    figure, axes = _started(analysis, "Entropy change within each module", "entropy change (nats)", names)
-    style.level(axes)
+    title = "Entropy change within each module"
+    figure = _over_layers(analysis, "entropy_change", title, "entropy change (nats)")
     if analysis.boundary_layer is None:
         reason = "\n".join(textwrap.wrap(f"No boundary layer: {analysis.boundary_reason.rstrip('.')}.", 100))
-        axes.set_xlabel(f"layer\n{reason}", linespacing=1.4, fontsize=8.5)
-    return _finished(figure, axes, analysis)
+        figure.axes[0].set_xlabel(f"layer\n{reason}", linespacing=1.4, fontsize=8.5)
+    return figure
 
 
 @styled()
 def residual_cosine(analysis: Analysis) -> Figure:
     """Cosine between what a module adds to the residual stream and the stream it adds it to (appendix B.5)."""
-    names = ["residual_cosine.attn", "residual_cosine.ffn"]
-    figure, axes = _started(analysis, "Residual cosine of the modules", "cosine similarity", names)
-    style.level(axes)
-    return _finished(figure, axes, analysis)
+    return _over_layers(analysis, "residual_cosine", "Residual cosine of the modules", "cosine similarity")
 
 
 @styled()
@@ -149,8 +136,8 @@ def _curve(axes: Axes, analysis: Analysis, path: str, label: str, look: Look, de
         style.line_with_band(axes, x, *analysis.curves[path], look, scale=scale, label=label)
 
 
-def _started(analysis: Analysis, title: str, unit: str, paths: Sequence[str]) -> tuple[Figure, Axes]:
-    """A figure of one panel, described, with its curves."""
+def _over_layers(analysis: Analysis, group: str, title: str, unit: str) -> Figure:
+    """A figure of one panel, described, with the curves of a group, the regions, the boundary layer and a legend."""
     model = "/".join(Path(analysis.model).parts[-2:])
     described = model if len(model) <= 34 else "…" + model[-33:]  # it must fit beside the title
     described += f", {analysis.layers} layers"
@@ -161,13 +148,19 @@ def _started(analysis: Analysis, title: str, unit: str, paths: Sequence[str]) ->
     axes.text(0, 1.025, described, transform=axes.transAxes, fontsize=9, color=style.SOFT)
     axes.set(xlabel="layer", ylabel=unit)
     style.layer_axis(axes, analysis.layers)
-    for path in paths:
-        _curve(axes, analysis, path, *LINES[path.split(".")[1].removesuffix("_out")])
-    return figure, axes
-
-
-def _finished(figure: Figure, axes: Axes, analysis: Analysis) -> Figure:
-    """Shade the regions, mark the boundary layer and add the legend."""
+    if group == "sites":
+        for site, line in LINES.items():
+            _curve(axes, analysis, f"sites.{site}_out", *line)
+        uniform = math.log(analysis.vocabulary) if analysis.vocabulary else None
+        levels = (("model output", analysis.final_entropy, (4, 2)), ("uniform (ln V)", uniform, (1, 1.5)))
+        for label, value, dashes in levels:
+            if value is not None:
+                style.level(axes, value, linestyle=(0, dashes), label=f"{label}: {value:.2f}")
+        axes.set_ylim(bottom=0)
+    else:
+        for module in ("attn", "ffn"):
+            _curve(axes, analysis, f"{group}.{module}", *LINES[module])
+        style.level(axes)
     regions = {name: span for name, span in analysis.regions.items() if span and name in REGION_COLOURS}
     if regions:
         low, high = axes.get_ylim()
@@ -187,6 +180,5 @@ def _finished(figure: Figure, axes: Axes, analysis: Analysis) -> Figure:
 
 def _mark_boundary(axes: Axes, analysis: Analysis) -> None:
     if (layer := analysis.boundary_layer) is not None:
-        axes.axvline(
-            layer, label=f"boundary: layer {layer}", color=style.INK, linewidth=1.4, linestyle="--", zorder=2.5
-        )
+        dashed: Any = {"color": style.INK, "linewidth": 1.4, "linestyle": "--", "zorder": 2.5}
+        axes.axvline(layer, label=f"boundary: layer {layer}", **dashed)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from bupo.errors import InputError
-from bupo.report.results import TrainingReading, read_json
+from bupo.report.results import TrainingReading
+from bupo.run_folder import read_json
 
 # What a training log calls each series, in order of preference: bupo's name, then the trainer's, then TRL's.
 SERIES: dict[str, tuple[str, ...]] = {

@@ -23,10 +23,10 @@ from markupsafe import Markup
 from bupo.errors import InputError
 from bupo.report import analysis_figures, evaluations, inside_figures, style
 from bupo.report.logs import TrainingRun
-from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile, read_json
-from bupo.run_folder import write_text
+from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile
+from bupo.run_folder import RUN_FILE, read_json, write_text
 
-LOG, RUN = "log.jsonl", "run.json"
+LOG = "log.jsonl"
 # file name -> type, key that identifies the type under another file name, and field of `ReportData`
 KINDS: dict[str, tuple[type[ResultFile], str, str]] = {
     "analysis.json": (Analysis, "sites", "analyses"),
@@ -100,10 +100,10 @@ def _read(name: str, path: Path, data: ReportData) -> None:
         below = sorted(p.name for p in path.iterdir() if any((p / file).is_file() for file in known))
         hint = f"; its folders {', '.join(below[:6])} do: name those" if below else ""
         raise InputError(f"{path} contains none of {', '.join(known)}{hint}")
-    if (folder / RUN).is_file():
-        data.records.append({**read_json(folder / RUN), "name": name})
+    if (folder / RUN_FILE).is_file():
+        data.records.append({**read_json(folder / RUN_FILE), "name": name})
     else:
-        data.records.append(f"{name}: there is no {RUN} in its folder, so how it was made is not known.")
+        data.records.append(f"{name}: there is no {RUN_FILE} in its folder, so how it was made is not known.")
     for file in files:
         if file.suffix == ".jsonl":
             data.runs.append((name, TrainingRun.load(file)))

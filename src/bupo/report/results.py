@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -13,17 +11,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from bupo.errors import InputError
 
 Values = list[float | None]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise `InputError`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not contain a JSON object")
-    return content
 
 
 def _check_length(name: str, values: Sequence[Any], expected: int, unit: str) -> None:
@@ -45,10 +32,8 @@ class ResultFile(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             words = [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]
-            raise InputError(
-                f"{where} is not a complete result of {cls.command}: {': '.join(filter(None, words))}; "
-                f"write it again with `{cls.command}`"
-            ) from None
+            problem = f"{where} is not a complete result of {cls.command}: {': '.join(filter(None, words))}"
+            raise InputError(f"{problem}; write it again with `{cls.command}`") from None
 
 
 class Criterion(BaseModel):
