@@ -1,7 +1,6 @@
 """Recipes: the settings of a training run, read from YAML and checked without importing torch.
 
-The keys are the fields of `Recipe` and every other field of `BuPOConfig`, which checks those itself
-(`bupo.train.build.check_recipe` reports both).
+Keys that are no field of `Recipe` are fields of `BuPOConfig` (`bupo.train.build.check_recipe` checks both).
 """
 
 from __future__ import annotations
@@ -128,10 +127,7 @@ class Recipe(BaseModel):
         return {**settings, **self.trainer}
 
     def _accumulation(self, processes: int) -> int:
-        """Number of micro-batches per update and process, or `ConfigError` if a rollout batch does not split evenly.
-
-        In the paper, 128 prompts * 8 samples make 4 updates of 256; ``micro_batch`` changes memory and speed only.
-        """
+        """Number of micro-batches per update and process, or `ConfigError` if a rollout batch does not split evenly."""
         samples, updates, micro = self.samples_per_rollout(), self.updates_per_rollout, self.micro_batch
         share, left = divmod(samples, updates * processes)
         product = f"prompts_per_rollout {self.prompts_per_rollout} x samples_per_prompt {self.samples_per_prompt}"

@@ -82,8 +82,7 @@ def analyze(
     if per_token and processes > 1:
         raise InputError("--per-token writes one file in one process; leave out --per-token or the launcher")
     if device is not None and ":" in device and processes > 1:
-        place = device.split(":")[0]
-        raise InputError(f"--device {device} names one device for {processes} processes; write {place}")
+        raise InputError(f"--device {device} names one device for {processes} processes; write {device.split(':')[0]}")
     claim(output, overwrite=overwrite)
 
     from accelerate.utils import broadcast_object_list
@@ -135,9 +134,9 @@ def analyze(
         writer.close(output / "per_token.parquet")
     figures = write_analysis_figures(result, output)
     config = {name: str(v) if isinstance(v, Path) else v for name, v in context.params.items()}
-    about = {"seed": seed, "processes": processes, "model_revision": model_revision(loaded)}
-    run = describe_run("analyze", config, **about, seconds=round(time.monotonic() - started, 1))
-    write_json(output / "run.json", run)
+    about: dict[str, Any] = {"seed": seed, "processes": processes, "model_revision": model_revision(loaded)}
+    about["seconds"] = round(time.monotonic() - started, 1)
+    write_json(output / "run.json", describe_run("analyze", config, **about))
     if as_json:
         short = {k: v for k, v in result.items() if not k.startswith(_LONG) and k != "layer_choice"}
         short |= {"output": str(output), "layer": result["boundary_layer"], "reason": result["boundary_reason"]}

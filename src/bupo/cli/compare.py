@@ -59,7 +59,9 @@ def compare(
     from bupo.data.rollouts import read_responses
     from bupo.lens.compare import compare_models, measure_layers
     from bupo.models.load import load_model, model_revision, resolve_model
-    from bupo.report.inside_figures import write_comparison_figure
+    from bupo.report.inside_figures import comparison_figure
+    from bupo.report.results import Comparison
+    from bupo.report.style import save
 
     started, measured, revisions, rollouts = time.monotonic(), [], {}, None
     paths = [resolve_model(path) for path in weights]  # all of them exist before one is loaded
@@ -75,7 +77,7 @@ def compare(
             del loaded
     result = compare_models(measured)
     write_json(output / "compare.json", result)
-    figures = write_comparison_figure(result, output)
+    figures = save(comparison_figure(Comparison.parse(result)), output, "inside")
     config = {"models": dict(zip(names, sources, strict=True)), "responses": str(responses), "layer": chosen}
     config |= {"limit": limit, "tokens": tokens, "template": template, "dtype": dtype, "device": device}
     about = {"seed": seed, "model_revision": revisions, "seconds": round(time.monotonic() - started, 1)}

@@ -90,8 +90,8 @@ def demo(
     summary = {"schema": 1, "seconds": round(time.monotonic() - started, 1), "layer": layer, "layer_reason": because}
     note = (
         f"BuPO trained layer {layer} first, {because}. Each run has one seed: a difference holds for these two runs, "
-        "and another seed can come out otherwise."
     )
+    note += "and another seed can come out otherwise."
     page, title = output / "report.html", "Bottom-up policy optimization: a demonstration"
     results = [("shipped model", output / "analysis"), *scores.items(), *runs.items()]
     _, shown = write_report(page, title, [f"{name}={folder}" for name, folder in results], [note], finished)

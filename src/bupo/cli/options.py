@@ -99,5 +99,4 @@ def refuse_launcher(command: str, instead: str) -> None:
 
 
 def split_names(text: str) -> list[str]:
-    """The names in a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]

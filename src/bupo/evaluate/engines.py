@@ -30,11 +30,7 @@ class Batch:
 
 
 class Engine(ABC):
-    """Samples responses from one model.
-
-    A batch depends on its own seed and content only, so a run that was killed continues with the missing batches and
-    ends with the same responses.
-    """
+    """Samples responses from one model; a batch depends on its own seed and content only, so runs can be continued."""
 
     tokenizer: Any
     end_ids: frozenset[int]  # tokens that end a response

@@ -20,10 +20,9 @@ _FIRST_STRETCH = 32  # tokens
 
 
 class TransformersEngine(Engine):
-    """Batched sampling with a Hugging Face causal LM in evaluation mode.
+    """Batched sampling with a Hugging Face causal LM, or from the internal policy of its layer ``internal_layer``.
 
-    With ``internal_layer`` (from 1) it samples from that layer's internal policy, with the final norm if ``norm``. The
-    same seed gives other responses with another batch size.
+    The same seed gives other responses with another batch size.
     """
 
     def __init__(
@@ -69,8 +68,7 @@ class TransformersEngine(Engine):
     def _generate_groups(self, rows: list[list[int]], limit: int) -> list[list[int]]:
         """Generate all rows together if the cache holds keys and values of attention only.
 
-        Recurrent states can be neither cut nor continued, and some recurrent layers take padding for text: such models
-        get one call of `generate` per prompt length.
+        Recurrent states can be neither cut nor continued, and may take padding for text: one call per prompt length.
         """
         kinds = {type(layer) for layer in DynamicCache(config=self.model.config.get_text_config()).layers}
         if not self.model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:

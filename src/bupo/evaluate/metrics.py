@@ -1,7 +1,6 @@
-"""Avg@K, unbiased Pass@K, their confidence intervals, and a paired comparison of two models.
+"""Avg@K, unbiased Pass@K, their confidence intervals, and a paired comparison of two models, without torch.
 
-Samples of one problem are not independent, so intervals and tests resample problems, each with all its samples. This
-module loads no torch.
+Samples of one problem are not independent, so intervals and tests resample problems, each with all its samples.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ _BLOCK = 4_000_000  # numbers drawn at a time, 32 MiB
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Estimate without bias the probability that at least one of ``k`` samples is correct, from ``correct`` of ``n``.
 
-    This is ``1 - C(n - c, k) / C(n, k)``, the share of the subsets of ``k`` samples that contain a correct one. As
-    ``1 - prod_{i=0}^{k-1} (n - c - i) / (n - i)``, no binomial coefficient overflows.
+    This is ``1 - C(n - c, k) / C(n, k)``, computed as a product, in which no binomial coefficient overflows.
     """
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"need 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={correct}, k={k}")
@@ -50,8 +48,7 @@ def bootstrap(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> d
 def compare(first: ArrayLike, second: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Compare two models on the same problems, one value per problem: the mean of ``second - first``.
 
-    The p-value is that of the two-sided sign-flip (paired permutation) test: if the two models were interchangeable,
-    the difference of each problem could as well have the other sign. scipy's `permutation_test` draws the signs
+    The p-value is that of the two-sided sign-flip (paired permutation) test. scipy's `permutation_test` draws the signs
     otherwise, which would change published p-values in the third digit.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -71,8 +68,7 @@ def compare(first: ArrayLike, second: ArrayLike, *, resamples: int = 10_000, see
 def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) -> dict[str, Any]:
     """Summarise the graded responses of one task; problems whose gold answer cannot be read are left out and listed.
 
-    Avg@K is the mean over problems of the share of correct samples. Its expectation does not depend on K, so all
-    samples of a problem are used even if there are more than ``k``.
+    Avg@K is the mean over problems of the share of correct samples, of all samples even if there are more than ``k``.
     """
     kept: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:

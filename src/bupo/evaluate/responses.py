@@ -34,10 +34,7 @@ _SCHEMA = pa.schema(
 
 
 class ResponseLog:
-    """The responses so far, one line of JSON each, written to disk after every batch.
-
-    A run that was killed is continued from this file; a last line that the kill cut off is dropped.
-    """
+    """The responses so far, one line of JSON each, on disk after every batch; a line that a kill cut off is dropped."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -77,10 +77,7 @@ def evaluate(
     """Run an evaluation and return the content of its ``results.json``; continue an unfinished one.
 
     A shard writes a folder below ``output``; the one that finishes last merges all of them into ``output``. ``load`` is
-    called for the engine once the folder was checked, as loading takes long.
-
-    Raises:
-        InputError: the folder or the tasks cannot be used, and nothing was written.
+    called for the engine once the folder was checked, as loading takes long. `InputError`: nothing was written.
     """
     folder, settings = config.folder(output), {**asdict(config), "tasks": list(config.tasks)}
     if config.shard is None:
@@ -147,15 +144,13 @@ def _plan_tasks(config: EvalConfig, engine: Engine) -> list[TaskPlan]:
 
 def _sample(plan: TaskPlan, engine: Engine, partial: ResponseLog, on_progress: OnProgress) -> None:
     """Draw the batches of which a response is missing."""
-    batches = engine.plan(len(plan.problems), plan.n, plan.sampling.seed)
-    keys = [[(plan.name, plan.problems[problem].id, sample) for problem, sample in batch.items] for batch in batches]
     total = len(plan.problems) * plan.n
-    done = sum(key in partial.responses for batch_keys in keys for key in batch_keys)
+    done = sum(task == plan.name for task, _, _ in partial.responses)
     on_progress(plan.name, done, total)
-    for batch, batch_keys in zip(batches, keys, strict=True):
-        missing = sum(key not in partial.responses for key in batch_keys)
-        if missing:
-            partial.add(batch_keys, engine.run(plan.prompts, batch, plan.sampling))
+    for batch in engine.plan(len(plan.problems), plan.n, plan.sampling.seed):
+        keys = [(plan.name, plan.problems[problem].id, sample) for problem, sample in batch.items]
+        if missing := sum(key not in partial.responses for key in keys):
+            partial.add(keys, engine.run(plan.prompts, batch, plan.sampling))
             done += missing
             on_progress(plan.name, done, total)
 
@@ -187,13 +182,7 @@ def _rows(plan: TaskPlan, engine: Engine, partial: ResponseLog) -> list[Row]:
 def _head(config: EvalConfig, plans: list[TaskPlan], facts: dict[str, Any]) -> dict[str, Any]:
     """All of ``results.json`` but the figures."""
     templates = ", ".join(dict.fromkeys(plan.template for plan in plans))
-    return {
-        "schema": 1,
-        "model": config.model,
-        "engine": config.engine,
-        "versions": run_folder.versions(),
-        "seed": config.seed,
-        "sampling": {**{name: getattr(config, name) for name in _SAMPLING}, "template": templates},
-        **facts,
-        "tasks": {p.name: {"avg_at_k": {"k": p.k}, "max_new_tokens": p.sampling.max_new_tokens} for p in plans},
-    }
+    sampling = {name: getattr(config, name) for name in _SAMPLING} | {"template": templates}
+    tasks = {p.name: {"avg_at_k": {"k": p.k}, "max_new_tokens": p.sampling.max_new_tokens} for p in plans}
+    about = {"schema": 1, "model": config.model, "engine": config.engine, "versions": run_folder.versions()}
+    return {**about, "seed": config.seed, "sampling": sampling, **facts, "tasks": tasks}

@@ -1,7 +1,4 @@
-"""Samples with vLLM: all samples of a problem are one request, whose prompt is computed once (prefix caching).
-
-Several GPUs share one copy of the model (tensor parallel); for one copy per GPU, start `bupo eval --shard i/n` on each.
-"""
+"""Samples with vLLM: one request per problem, and one copy of the model on all GPUs (see --shard for one on each)."""
 
 from __future__ import annotations
 
@@ -39,11 +36,10 @@ class VllmEngine(Engine):
         self.end_ids, self.context = end_tokens(generation_config, self.tokenizer), context_length(config)
         self.facts = {"revision": getattr(config, "_commit_hash", None), "device": "vllm", "dtype": dtype}
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        settings = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
         if not gpus:  # one process is enough, and the cache need not take half of the memory
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+            settings |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        os.environ.update({**settings, **os.environ})
         try:
             import vllm  # optional, and it reads the environment on import
         except ImportError as error:
@@ -69,18 +65,10 @@ class VllmEngine(Engine):
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         counts = Counter(problem for problem, _ in batch.items)
         greedy = sampling.temperature == 0
-        parameters = [
-            self._sampling_params(
-                n=1 if greedy else count,
-                seed=derived_seed(sampling.seed, problem) % 2**31,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=sorted(self.end_ids),
-                detokenize=False,
-            )
-            for problem, count in counts.items()
-        ]
+        shared: Any = {"temperature": sampling.temperature, "top_p": sampling.top_p, "detokenize": False}
+        shared |= {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sorted(self.end_ids)}
+        seeds = {problem: derived_seed(sampling.seed, problem) % 2**31 for problem in counts}
+        parameters = [self._sampling_params(n=1 if greedy else n, seed=seeds[p], **shared) for p, n in counts.items()]
         requests = [{"prompt_token_ids": list(prompts[problem])} for problem in counts]
         outputs = self.llm.generate(requests, parameters, use_tqdm=False)
         responses = []

@@ -42,15 +42,17 @@ def capture_stream(
 ) -> Tensor:
     """Run the backbone once and hand out the states of the selected tokens, ``group`` layers at a time, in float32.
 
-    Nothing else is kept in memory. Returns ``LN(H^L)`` (N, d), what the unembedding receives in an ordinary forward.
+    Nothing else is kept in memory. The model must be in evaluation mode. Returns ``LN(H^L)`` (N, d), what the
+    unembedding receives in an ordinary forward.
 
     Args:
-        model: a causal LM in evaluation mode, whose layers add two contributions (else `InputError` is raised).
         input_ids: (B, T); ``attention_mask`` (B, T) is 1 for tokens and 0 for padding.
         positions: (B, T) bool; True at the N tokens to read, which are returned in row-major order.
         on_group: called as ``on_group(first_layer, before, layers, after)`` with the number of the group's first layer,
-            ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after its last layer (N, d). Pass None
-            if only the final state is needed.
+            ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after its last layer (N, d); None if
+            only the final state is needed.
+
+    Raises `InputError` if the layers do not add two contributions each.
     """
     layout = find_layout(model)
     recorder = _Recorder(positions, layout, on_group, group)

@@ -20,9 +20,8 @@ CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 def read_config(name: str, config_from: Path | None = None, **options: Any) -> tuple[Any, str]:
     """Return a model's configuration and where it is from.
 
-    It is read from ``config_from`` (a folder or a config.json), else from the model's folder, else from the copy
-    shipped for the paper's models, else from the hub; ``options`` are those of `from_pretrained`. Raises `InputError`
-    if there is no readable configuration.
+    It is that of ``config_from`` (a folder or a config.json), else of the model's folder, else the copy shipped for the
+    paper's models, else the hub's; ``options`` are those of `from_pretrained`. `InputError`: it cannot be read.
     """
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     if config_from is not None:

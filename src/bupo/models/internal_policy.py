@@ -1,8 +1,7 @@
 """Turns a causal LM into one of its internal policies within a context [Eq. 5-6 of arXiv 2512.19673].
 
-Attributes are shadowed in instance dictionaries and no module is replaced, so that the module tree, hooks, parameter
-names and all wrappers (DDP, FSDP, PEFT, a fused head) stay as they are. Replacing modules is silently wrong under FSDP2
-and breaks transformers' lazily installed output capture.
+Attributes are shadowed in instance dictionaries and no module is replaced: that would be silently wrong under FSDP2 and
+break transformers' lazily installed output capture. Hooks, parameter names and all wrappers stay as they are.
 """
 
 from __future__ import annotations
@@ -42,26 +41,23 @@ def internal_policy(
 ) -> Iterator[_Model]:
     """Within this context, ``model`` is its internal policy ``softmax(S E_u^T / temperature)``.
 
-    ``model(...)`` returns the logits of that policy and ``model.generate(...)`` samples from it. Gradients reach only
-    the layers up to ``layer``, the embedding and ``E_u``; no layer above runs. Logit scaling, soft-capping and a bias
-    of the unembedding are applied as the model itself applies them.
+    ``model(...)`` returns its logits and ``model.generate(...)`` samples from it. Gradients reach only the layers up to
+    ``layer`` (from 1), the embedding and ``E_u``; no layer above runs. Logit scaling, soft-capping and a bias of the
+    unembedding are applied as the model itself applies them.
 
     Args:
-        model: a Hugging Face causal LM, also inside PEFT, DDP or FSDP wrappers.
-        layer: l, counted from 1 to L.
         component: ``S`` is ``H^l``, the stream after the layer (Eq. 5), for ``"layer"``; what the attention or the FFN
             adds to the stream, ``A^l`` or ``F^l`` (Eq. 6), for ``"attn"`` or ``"ffn"``.
-        norm: apply the final norm, ``softmax(LN(S) E_u^T)`` (the paper's ablation). Off in Eq. 5.
-        temperature: above 0; the input of the unembedding is divided by it, which also reaches a head that TRL fuses
-            into its loss. A bias and soft-capping come afterwards and are not divided. 1 in the paper.
+        norm: apply the final norm, ``softmax(LN(S) E_u^T)`` (the paper's ablation).
+        temperature: above 0; divides the input of the unembedding, which also reaches a head that TRL fuses into its
+            loss. A bias and soft-capping come afterwards and are not divided. 1 in the paper.
 
-    Yields the same model. Leaving the context, also by an exception, restores it exactly; the backward pass of a
-    forward inside may run after it. Within the context, the model cannot be deep-copied or pickled, because the copy
-    would remain an internal policy.
+    Yields the same model, which may be inside PEFT, DDP or FSDP wrappers. Leaving the context, also by an exception,
+    restores it exactly; the backward pass of a forward inside may run after it. Within it, the model cannot be copied
+    or pickled, because the copy would remain an internal policy.
 
-    Raises `InputError` (a ``ValueError``) for an argument outside these ranges, a model that is not a decoder-only
-    causal LM, and a model inside another ``internal_policy``. A forward raises it if the model changes the stream
-    between the layer and the final norm, so that the unembedding would not read ``H^l``.
+    Raises `InputError` for an argument outside these ranges, a model that is no decoder-only causal LM or is inside
+    another ``internal_policy``, and in a forward where the model changes the stream between the layer and the norm.
     """
     layout = find_layout(model)
     check_layer(layout.n_layers, layer, component)

@@ -1,7 +1,4 @@
-"""Finds the parts of a Hugging Face causal LM; only this file knows transformers' module structure.
-
-Which submodules of a layer write to the residual stream is found on a probe batch (`bupo.models.residual`).
-"""
+"""Finds the parts of a Hugging Face causal LM; only this file and `residual`, by a probe, know module structures."""
 
 from __future__ import annotations
 

@@ -74,13 +74,10 @@ def load_model(
     """Load a causal LM in evaluation mode and its tokenizer.
 
     Args:
-        name: hub id, model folder, or ``small`` (the shipped model).
         dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` (the dtype of the checkpoint), or ``fitting``: the same,
             but float32 where the checkpoint is 16-bit and the device has no units for it, which is exact and faster.
         device: torch device. Default: the accelerator, or the CPU where there is none or it is MPS. Quantised models,
-            and models with a ``device_map`` in ``kwargs``, stay where they were loaded.
-        revision: branch, tag or commit on the hub; ``trust_remote_code`` runs model code from there.
-        kwargs: further arguments of ``from_pretrained``.
+            and models with a ``device_map`` in ``kwargs`` (of ``from_pretrained``), stay where they were loaded.
 
     Raises `InputError` if there is no such model, it is not a causal LM, a file is damaged, the dtype or device is
     unknown, or the hub cannot be reached.

@@ -78,8 +78,8 @@ _cache: weakref.WeakKeyDictionary[nn.Module, tuple[LayerWrites, ...]] = weakref.
 def find_residual_writes(model: nn.Module) -> tuple[LayerWrites, ...]:
     """Find what each layer adds to the residual stream, checked on a probe batch and cached per model.
 
-    Raises `InputError` if the layers do not pass one stream on to each other and to the final norm, or the outputs of
-    some layer's submodules do not add up to ``H^l - H^{l-1}``; the message names the layer and the deviation.
+    Raises `InputError`, which names the layer, if the layers do not pass one stream on to each other and to the final
+    norm, or the outputs of some layer's submodules do not add up to ``H^l - H^{l-1}``.
     """
     inner = unwrap(model)
     if inner in _cache:

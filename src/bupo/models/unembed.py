@@ -75,11 +75,8 @@ def has_low_precision_units(device: torch.device, dtype: torch.dtype) -> bool:
 def get_unembedding(model: nn.Module) -> Unembedding:
     """Return the model's unembedding, checked against the model's own logits on a short probe batch.
 
-    Where FSDP2 shards ``E_u``, it is gathered. A model held in 16 bits keeps ``E_u`` in 16 bits if the device has
-    units for it; otherwise ``E_u`` becomes float32, which is exact and faster there.
-
-    Raises `InputError` if the logits are not those of `Unembedding` with the values of the model's configuration, or
-    not finite.
+    Where FSDP2 shards ``E_u``, it is gathered. In 16 bits, ``E_u`` stays so if the device has units for it; else it
+    becomes float32, which is exact and faster there. `InputError`: the logits are other ones, or not finite.
     """
     head = find_layout(model).unembedding
     weight, bias = _gathered(head.weight), _gathered(getattr(head, "bias", None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ def _running_mean(axes: Axes, x: list[float], y: list[float], label: str, colour
         windows = [[y[j] for j in phase if abs(j - i) <= half] for i in phase]
         means = [sum(window) / len(window) for window in windows]
         axes.plot([x[i] for i in phase], means, color=colour, label=label if phase else None)
-
-
-def write_comparison_figure(comparison: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write ``inside.png`` and ``inside.svg``; raises `InputError` for an incomplete comparison."""
-    return style.save(comparison_figure(Comparison.parse(comparison, "the comparison")), Path(folder), "inside")
 
 
 @style.styled()

@@ -1,7 +1,7 @@
 """Finds out what folders hold, and shows it on one self-contained page: no network request, all outside text escaped.
 
-The page's words are in ``templates/report.html.j2``. Tokens of the explorer are text that a model wrote: they reach the
-page only inside a JSON data block in which no character can end the block, and the script shows them as text.
+Tokens of the explorer are text that a model wrote: they reach the page only inside a JSON data block that no character
+can end, and the script shows them as text.
 """
 
 from __future__ import annotations
@@ -138,17 +138,11 @@ def write_page(path: str | Path, title: str, data: ReportData) -> Path:
     names = ("style.css", "explorer.css", "explorer.js")
     look, more_look, script = (loader.get_source(environment, name)[0] for name in names)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = environment.get_template("report.html.j2").render(
-        title=title,
-        data=data,
-        css=Markup(look + more_look),
-        script=Markup(script),
-        script_policy=Markup(f"'sha256-{digest}'"),  # no other script of the page can run
-        analysis_figures=analysis_figures,
-        inside_figures=inside_figures,
-        evaluations=evaluations,
-        over_training=[(name, run.readings, run.switch) for name, run in data.runs if run.readings],
-    )
+    shown = {"title": title, "data": data, "css": Markup(look + more_look), "script": Markup(script)}
+    shown |= {"analysis_figures": analysis_figures, "inside_figures": inside_figures, "evaluations": evaluations}
+    shown["script_policy"] = Markup(f"'sha256-{digest}'")  # no other script of the page can run
+    shown["over_training"] = [(name, run.readings, run.switch) for name, run in data.runs if run.readings]
+    text = environment.get_template("report.html.j2").render(shown)
     return write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # JSON may hold half a surrogate pair
 
 

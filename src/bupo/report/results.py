@@ -81,11 +81,9 @@ class Analysis(ResultFile):
     @cached_property
     def curves(self) -> dict[str, tuple[Values, Values | None]]:
         """Every curve and its standard errors by its place in the file, for instance ``entropy_change.ffn``."""
-        groups = {
-            "sites": (self.sites, self.standard_errors),
-            "entropy_change": (self.entropy_change, self.entropy_change_standard_errors),
-            "residual_cosine": (self.residual_cosine, self.residual_cosine_standard_errors),
-        }
+        groups = {"sites": (self.sites, self.standard_errors)}
+        groups["entropy_change"] = self.entropy_change, self.entropy_change_standard_errors
+        groups["residual_cosine"] = self.residual_cosine, self.residual_cosine_standard_errors
         if (choice := self.layer_choice) is not None:
             for lens, curves in choice.curves.items():
                 groups[f"layer_choice.curves.{lens}"] = curves, choice.standard_errors.get(lens, {})
