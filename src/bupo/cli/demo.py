@@ -88,10 +88,8 @@ def demo(
     step(f"3/4  Three models on {problems} held-out problems, {samples} samples each", problems * samples, jobs)
 
     summary = {"schema": 1, "seconds": round(time.monotonic() - started, 1), "layer": layer, "layer_reason": because}
-    note = (
-        f"BuPO trained layer {layer} first, {because}. Each run has one seed: a difference holds for these two runs, "
-    )
-    note += "and another seed can come out otherwise."
+    note = f"BuPO trained layer {layer} first, {because}. Each run has one seed: a difference holds for these two "
+    note += "runs, and another seed can come out otherwise."
     page, title = output / "report.html", "Bottom-up policy optimization: a demonstration"
     results = [("shipped model", output / "analysis"), *scores.items(), *runs.items()]
     _, shown = write_report(page, title, [f"{name}={folder}" for name, folder in results], [note], finished)
@@ -106,8 +104,8 @@ def demo(
 def run_jobs(jobs: Mapping[str, Sequence[str]], logs: Path, steps: int, quiet: bool = False) -> dict[str, float]:
     """Run bupo commands by name, two at a time with an equal share of the cores each; return the seconds they took.
 
-    A command's last argument is its folder, a bar counts its ``steps``, and what it prints goes to a file in ``logs``.
-    Raises `BupoError` where one failed, with the last line of its output; the others are stopped.
+    A command's last argument is its folder, and what it prints goes to a file in ``logs``. Where one failed, the others
+    are stopped, and `BupoError` has the last line of its output.
     """
     cores, stop = os.cpu_count() or 1, threading.Event()
     at_once = min(2, cores, len(jobs))

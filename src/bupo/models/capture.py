@@ -117,10 +117,7 @@ class _Recorder:
 def capture_layers(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, group: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Return ``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) in float32; the arguments are those of `capture_stream`.
-
-    All layers are in memory at once, so this is for few tokens.
-    """
+    """Return ``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) in float32, for few tokens; see `capture_stream`."""
     states: list[Tensor] = []
 
     def on_group(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:

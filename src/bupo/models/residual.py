@@ -1,7 +1,6 @@
 """Finds what each layer adds to the residual stream on a short probe batch, instead of trusting submodule names.
 
-One forward pass records the input and output of each layer and its submodules. The two contributions are then solved
-for: ``H^l - H^{l-1} = a * A^l + b * F^l``, with the multipliers a and b that some architectures apply (Granite).
+Solves for ``H^l - H^{l-1} = a * A^l + b * F^l``, with the multipliers a and b that some architectures have (Granite).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 class ResidualWrite:
     """One contribution of a layer to the residual stream: the sum of ``scale`` times the output of ``submodule``.
 
-    Most have one term. Its submodule is not ``module`` where a norm follows before the sum (Gemma-2, OLMo-2) or the sum
-    is computed inside ``module`` (BLOOM). There are two where modules run side by side (Falcon-H1, Granite's experts).
+    There are two terms where modules run side by side (Falcon-H1, Granite's experts). A term is not of ``module``
+    itself where a norm follows (Gemma-2, OLMo-2) or the sum is computed inside ``module`` (BLOOM).
     """
 
     module: str  # path of the attention or FFN within the layer; it receives LN(...) of the stream

@@ -38,8 +38,7 @@ def outcome(difference: Difference) -> str:
 def compare_evaluations(evaluations: Named) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the paired differences on the tasks that evaluations share, and a note per pair whose problems differ.
 
-    Up to five evaluations are compared in all pairs. Of more, each is compared with the first one, and every BuPO
-    model with its GRPO baseline, which must come before it.
+    Of more than five, only those with the first one, and of every BuPO model with the GRPO baseline before it.
     """
     names = {name.lower() for name, _ in evaluations}
     differences, notes = [], []

@@ -118,10 +118,9 @@ def write_training_figure(run: Path) -> Path | None:
 
 @style.styled()
 def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float | None]]) -> Figure:
-    """Cosine to the top layers, entropy, perplexity and divergence over rollout batches.
+    """Cosine to the top layers, entropy, perplexity and divergence over rollout batches, with bands of their changes.
 
     ``runs`` are names, readings, and the last rollout batch of the internal phase (None: the phase never switched).
-    Bands are two standard errors of the change since the start, paired by token.
     """
     look = style.looks([name for name, _, _ in runs])
     layers = {readings[0].layer for _, readings, _ in runs}
@@ -154,13 +153,10 @@ def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float |
 
 
 def _points(reading: TrainingReading) -> list[tuple[float, float]]:
-    """The value of each panel and of the dotted line, each with the standard error of its change since the start.
-
-    The errors of the top quarter's layers share the same tokens, so they are averaged like the cosines.
-    """
+    """The value of each panel and of the dotted line, each with the standard error of its change since the start."""
     change, layer, layers = reading.change, reading.layer, reading.layers
 
-    def mean(name: str, places: Sequence[int]) -> tuple[float, float]:
+    def mean(name: str, places: Sequence[int]) -> tuple[float, float]:  # errors too: layers share the same tokens
         values = getattr(reading, name).mean
         errors = np.array(getattr(change, name).standard_error, float) if change else np.zeros(len(values))
         return sum(values[i] for i in places) / len(places), sum(errors[i] for i in places) / len(places)

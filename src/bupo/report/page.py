@@ -54,10 +54,7 @@ class ReportData:
 
 
 def collect(arguments: Sequence[str]) -> ReportData:
-    """Read the results in folders (or files), each ``PATH`` or ``NAME=PATH``, and compare the evaluations.
-
-    Raises `InputError` if a path does not exist, holds no result, or holds an unreadable one.
-    """
+    """Read the results in folders (or files), each ``PATH`` or ``NAME=PATH``, and compare the evaluations."""
     sources = []
     for argument in arguments:
         name, equals, rest = argument.partition("=")

@@ -117,10 +117,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 @styled(svg__fonttype="none")
 def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
-    """Return the figure as an ``<svg>`` element whose ids are unique on the page and whose colours follow it.
-
-    ``name`` (letters, digits and dashes) is unique on the page; ``alt`` tells screen readers what the figure shows.
-    """
+    """Return the figure as an ``<svg>`` element whose ids start with ``name`` and whose colours follow the page's."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.S)
