@@ -41,7 +41,7 @@ def measure(name: str, phase: str) -> dict:
     from bupo.train.build import build
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _, reward = build(recipe_of(name, phase), Path(folder), lambda text: None)
+        trainer = build(recipe_of(name, phase), Path(folder), lambda text: None)
         trainer.args.save_strategy = "no"
         sample, lengths, starts = trainer._generate_and_score_completions, [], []
 
@@ -57,7 +57,7 @@ def measure(name: str, phase: str) -> dict:
         trainer.train()
         seconds = time.perf_counter() - starts[-1]
         peak = resident("VmHWM") - loaded
-        reward.close()
+        trainer.reward_funcs[0].close()
     prompt, response = map(max, zip(*lengths, strict=True))
     return {"memory": peak, "seconds": seconds, "prompt": prompt, "response": response}
 

@@ -129,8 +129,7 @@ def analyse(folder: Path, rank: int, engine: str) -> None:
 
     from bupo.lens.analyze import analyze_rollouts
     from bupo.recipe import Recipe
-    from bupo.train.auto_layer import analyze_responses, choose_layer, spread_responses
-    from bupo.train.diagnostics import Diagnostics
+    from bupo.train.diagnostics import Diagnostics, analyze_responses, choose_layer, spread_responses
     from tests.support.training import make_trainer
 
     torch.set_num_threads(1)
@@ -150,7 +149,7 @@ def analyse(folder: Path, rank: int, engine: str) -> None:
         told["choice"], told["analysis"] = [choice.layer, choice.message], choice.analysis
 
     recipe = Recipe.model_validate({"model": "?", "dataset": "?", "flow_every": 1, "internal_layer": None})
-    trainer.on_rollout += [look, Diagnostics(recipe, trainer, None, folder, print, None)]
+    trainer.on_rollout += [look, Diagnostics(recipe, trainer, folder, print, None)]
     trainer.train()
     (folder / f"result-{rank}.json").write_text(json.dumps(told))
 

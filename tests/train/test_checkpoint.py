@@ -9,8 +9,8 @@ import torch
 
 from bupo.errors import ConfigError, InputError
 from bupo.train import trainer as trainer_module
-from bupo.train.auto_layer import LayerChoice
 from bupo.train.checkpoint import STATE_FILE, fill_optimizer_state, last_checkpoint, rotate, write_state
+from bupo.train.diagnostics import LayerChoice
 from tests.support.training import make_trainer, prompts, resumed, trained
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "updates_per_rollout": 2}
@@ -97,7 +97,7 @@ def test_rotation_counts_updates_and_complete_checkpoints_only(tmp_path):
     rotate(tmp_path, 2)
     assert numbers(tmp_path) == [10, 12, 14]
     assert last_checkpoint(tmp_path).name == "checkpoint-12"
-    rotate(tmp_path, 1, protected=[str(tmp_path / "checkpoint-10")])
+    rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-10"))
     assert numbers(tmp_path) == [10, 12, 14]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bupo.errors import TrainingStopped
-from bupo.train.critic import Critic, clipped_value_loss, gae
+from bupo.train.advantages import Critic, clipped_value_loss, gae
 from tests.support.tiny import tiny_model
 from tests.support.training import (
     LORA,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bupo.train import guard
-from bupo.train.auto_layer import spread_rows
+from bupo.train.diagnostics import spread_rows
 from bupo.train.guard import WINDOW, Signals, decide, repeated_ngrams
 from tests.support.training import (
     Recorder,

@@ -38,11 +38,11 @@ def test_both_phases_train_adapters_over_four_bits(tmp_path, recipe, monkeypatch
     built = []
 
     def keep(*args):
-        trainer, *rest = build(*args)
+        trainer = build(*args)
         seen = Gradients()
         trainer.add_callback(seen)
         built.extend([trainer, seen, packed(trainer.model)])
-        return trainer, *rest
+        return trainer
 
     monkeypatch.setattr(run, "build", keep)
     summary = run.train(recipe(**changes), tmp_path / "run", say=lambda line: None)
@@ -61,7 +61,7 @@ def test_both_phases_train_adapters_over_four_bits(tmp_path, recipe, monkeypatch
 @here
 def test_the_saved_model_is_the_policy_that_was_trained(tmp_path, recipe):
     settings = recipe()
-    trainer, _, _ = build(settings, tmp_path / "run", lambda line: None)
+    trainer = build(settings, tmp_path / "run", lambda line: None)
     trainer.model.eval()
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():

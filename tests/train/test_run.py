@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError, out_of_memory
-from bupo.train.rewards import AnswerReward, OwnReward, make_reward
+from bupo.train.build import AnswerReward, OwnReward, make_reward
 from tests.cli.conftest import bupo  # noqa: F401  (a fixture)
 from tests.cli.test_cli_train import recipe  # noqa: F401  (a fixture)
 from tests.support import distributed

@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
 from bupo.train import trainer as trainer_module
-from bupo.train.auto_layer import LayerChoice
+from bupo.train.diagnostics import LayerChoice
 from bupo.train.schedule import FULL
 from bupo.train.trainer import BuPOTrainer
 from tests.support.distributed import responses

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
+import math
+import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,17 +21,17 @@ from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PrinterCallback, ProgressCallback
 
+from bupo.data.grading import Grader
 from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
-from bupo.errors import BupoError, ConfigError, describe, nearest
+from bupo.errors import BupoError, ConfigError, InputError, describe, nearest, out_of_memory
 from bupo.models.layout import context_length
 from bupo.models.load import load_model
 from bupo.recipe import Recipe, validate
 from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
-from bupo.train.diagnostics import check_trackers
-from bupo.train.lora import check_lora, load_in_4bit, lora_config
-from bupo.train.rewards import make_reward
+from bupo.train.diagnostics import Diagnostics, Draw, check_trackers
+from bupo.train.lora import SOURCE, check_lora, load_in_4bit, lora_config
 from bupo.train.trainer import BuPOTrainer
 
 # trainer settings that follow from keys of the recipe
@@ -145,14 +150,14 @@ def _as_config_error() -> Iterator[None]:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> tuple[BuPOTrainer, Any, Any]:
-    """The trainer of a recipe, its tokenizer and its reward function (which the caller closes), ready to train.
+def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw: Draw | None = None) -> BuPOTrainer:
+    """The trainer of a recipe, ready to train; the caller closes its reward function.
 
-    Raises `InputError` if the recipe does not fit the model, the data or this machine.
+    Raises `InputError`, and leaves ``folder`` as it was, if the recipe does not fit the model, the data or the machine.
     """
     check_trackers(recipe.report_to)
-    settings, problems, held_out = trainer_config(recipe, folder), _problems(recipe), []
-    source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"}) | load_in_4bit(recipe, settings)
+    settings, problems = trainer_config(recipe, folder), _problems(recipe)
+    source = recipe.model_dump(include=SOURCE) | load_in_4bit(recipe, settings)
     model, tokenizer = load_model(recipe.model, device="cpu", **source)  # the trainer moves it
     tokenizer.padding_side = "left"
     room, longest = context_length(model.config), recipe.max_prompt_length + recipe.max_completion_length
@@ -164,39 +169,110 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> t
     rows, dropped = training_rows(problems, tokenizer, recipe.template, recipe.max_prompt_length)
     if dropped:
         say(f"left out {dropped} of {len(problems)} prompts, which have more than {recipe.max_prompt_length} tokens")
+    data, held_out = Dataset.from_list(rows), None
     if (held := recipe.eval) is not None:
         more = load_problems(held.dataset, split=held.split, limit=held.limit, seed=recipe.seed)
         fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length)
-        held_out = [{**row, "problem": row["problem"] + len(problems)} for row in fitting]
+        held_out = Dataset.from_list([{**row, "problem": row["problem"] + len(problems)} for row in fitting])
         problems = [*problems, *more]
     reward = make_reward(recipe.reward, problems)
+    made = [folder / "checkpoints", *([] if folder.is_dir() else [folder])]  # by the trainer
     try:
         with _as_config_error():
-            trainer = BuPOTrainer(
-                model,
-                reward_funcs=reward,
-                args=settings,
-                train_dataset=Dataset.from_list(rows),
-                eval_dataset=Dataset.from_list(held_out) if held_out else None,
-                processing_class=tokenizer,
-                peft_config=lora_config(recipe),
-            )
+            trainer = BuPOTrainer(model, reward, settings, data, held_out, tokenizer, peft_config=lora_config(recipe))
         check_lora(trainer.model)
+        diagnostics = Diagnostics(recipe, trainer, folder, say, draw)
     except BaseException:
         reward.close()
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         raise
+    trainer.on_rollout.append(diagnostics)
+    trainer.add_callback(diagnostics)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return trainer, tokenizer, reward
+    return trainer
 
 
 def _problems(recipe: Recipe) -> list[Problem]:
     """The whole dataset or a random part of it; as many problems as there are prompts for a generated task."""
-    number = recipe.problems
     if recipe.dataset.startswith(("arithmetic", "reasoning_gym/")) and not Path(recipe.dataset).exists():
-        number = number or recipe.rollouts * recipe.prompts_per_rollout
+        number = recipe.problems or recipe.rollouts * recipe.prompts_per_rollout
         return load_problems(recipe.dataset, split=recipe.split, limit=number, seed=recipe.seed)
     problems = load_problems(recipe.dataset, split=recipe.split)
-    if number is None or number >= len(problems):
-        return problems
+    number = min(recipe.problems or len(problems), len(problems))
     return [problems[i] for i in sorted(random.Random(recipe.seed).sample(range(len(problems)), number))]
+
+
+class AnswerReward:
+    """1 if the response's answer is right, else 0 (or the task's own score between them), as TRL calls it.
+
+    ``problem`` holds numbers of problems. Where the reference answer cannot be parsed, the reward is None, which leaves
+    the response out. It logs the shares ``grading/unparsable`` and ``grading/timeout``.
+    """
+
+    __name__ = "answer"
+
+    def __init__(self, problems: Sequence[Problem]):
+        self._problems, self._grader = problems, Grader()
+        self.close = self._grader.close
+
+    def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
+        grades = self._grader.grade(list(completions), [self._problems[i] for i in problem])
+        statuses = Counter(grade.status for grade in grades)
+        for status in ("unparsable", "timeout") if "log_metric" in columns else ():
+            columns["log_metric"](f"grading/{status}", statuses[status] / max(len(grades), 1))
+        return [None if grade.status == "bad_gold" else grade.reward for grade in grades]
+
+
+class OwnReward:
+    """A user's function. It gets ``prompts``, ``completions`` (texts), ``completion_ids``, ``problem`` (numbers) and
+    ``problems`` (the `Problem` of each response) by name, and returns a finite number or None per response.
+
+    If it fails or returns anything else, `InputError` names the function, the response and the value.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], problems: Sequence[Problem]):
+        self.__name__ = function.__name__
+        self._title, self._function, self._problems = f"reward {name}", function, problems
+
+    def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
+        columns |= {"problem": problem, "problems": [self._problems[i] for i in problem]}
+        try:
+            values = self._function(completions=completions, **columns)
+        except Exception as error:
+            if out_of_memory(error) is not None:
+                raise
+            raise InputError(f"{self._title} failed with {type(error).__name__}: {error}") from error
+        if not hasattr(values, "__len__") or isinstance(values, (str, dict)) or len(values) != len(completions):
+            raise InputError(f"{self._title} must return one number per response ({len(completions)}), not {values!r}")
+        return [self._checked(value, i, str(completions[i])) for i, value in enumerate(values)]
+
+    def _checked(self, value: Any, i: int, completion: str) -> float | None:
+        with suppress(TypeError, ValueError, OverflowError):  # a TypeError for text and lists
+            if value is None or math.isfinite(value):
+                return None if value is None else float(value)
+        raise InputError(
+            f"{self._title} must return a finite number or None per response, but returned {value!r} for response "
+            f"{i + 1} of its batch: {completion[:60]!r}"
+        )
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def make_reward(name: str, problems: Sequence[Problem]) -> AnswerReward | OwnReward:
+    """The recipe's reward: ``answer``, or ``module:function``, whose module may lie in the working directory.
+
+    Raises `ConfigError` if the module cannot be imported, or holds no such function.
+    """
+    if name == "answer":
+        return AnswerReward(problems)
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python` does this, the command `bupo` does not
+    try:
+        return OwnReward(name, getattr(importlib.import_module(module), function), problems)
+    except Exception as error:  # whatever the user's module raises
+        raise ConfigError(f"reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error

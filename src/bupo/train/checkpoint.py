@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from bupo.train.schedule import Schedule
 
 STATE_FILE = "bupo_state.json"
 PARTS_FILE = "bupo_state-{}.pt"  # one per process
-# settings of BuPOConfig that a resumed run must not change
-_FIXED = [
+_FIXED = [  # settings of BuPOConfig that a resumed run must not change
     *("internal_norm", "internal_temperature", "estimator", "critic_learning_rate", "critic_clip", "gae_gamma"),
     *("gae_lambda", "frozen_layers", "upper_learning_rate_scale", "upper_learning_rate_above", "steps_per_generation"),
     *("num_iterations", "gradient_accumulation_steps", "generation_batch_size", "num_generations", "seed", "guarded"),
@@ -49,8 +48,8 @@ class Checkpointer(TrainerCallback):
 
     def _parts(self) -> dict[str, Any]:
         """The objects that own state."""
-        parts = {"monitor": self._trainer.monitor, "critic": self._trainer.critic}
-        return {name: part for name, part in parts.items() if part is not None}
+        parts = {"monitor": self._trainer.monitor}
+        return parts if self._trainer.critic is None else {**parts, "critic": self._trainer.critic}
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same before and after a resume."""
@@ -82,14 +81,12 @@ class Checkpointer(TrainerCallback):
             position = {name: getattr(trainer, name) for name in ("rollout", "between_rollouts", "phase_end")}
             write_state(folder, {"micro_batch": trainer._step, **position, **self._settings()})
             if keep:
-                best = trainer.state.best_model_checkpoint
-                rotate(folder.parent, keep, protected=[best] if best else [])
+                rotate(folder.parent, keep, trainer.state.best_model_checkpoint)
 
     def restore(self, checkpoint: str | Path) -> None:
         """Take over the state of a complete checkpoint, all but weights, optimizer and scheduler.
 
-        Raises `InputError` if it is incomplete or was saved within a rollout batch, and `ConfigError` if it belongs to
-        other settings.
+        Raises `InputError` if it is incomplete, was saved within a rollout batch, or belongs to other settings.
         """
         trainer, folder = self._trainer, Path(checkpoint)
         try:
@@ -124,9 +121,6 @@ class Checkpointer(TrainerCallback):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------
-
-
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, its mark of completeness first."""
     (checkpoint / STATE_FILE).unlink(missing_ok=True)
@@ -142,15 +136,12 @@ def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
     write_json(checkpoint / STATE_FILE, {"schema": 1, **state})
 
 
-def rotate(folder: Path, keep: int, protected: Collection[str] = ()) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints and those protected, and older incomplete ones.
-
-    The newest is the one with the most updates: a removal that was killed half-way makes a folder look new.
-    """
+def rotate(folder: Path, keep: int, best: str | None = None) -> None:
+    """Remove complete checkpoints but the ``keep`` with the most updates and the best, and older incomplete ones."""
     complete = [path for path in _checkpoints(folder) if (path / STATE_FILE).is_file()]
-    stay = {*complete[-keep:], *map(Path, protected)}
+    stay = {str(path) for path in complete[-keep:]} | {best}
     for path in _checkpoints(folder):
-        if complete and updates_of(path) < updates_of(complete[-1]) and path not in stay:
+        if complete and updates_of(path) < updates_of(complete[-1]) and str(path) not in stay:
             remove_checkpoint(path)
 
 
@@ -171,10 +162,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def fill_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters without optimizer state (the layers above an internal policy) a state of zeros.
+    """Give parameters without optimizer state a state of zeros, without which FSDP2's checkpoints cannot be loaded.
 
-    FSDP2's checkpoints hold the state of every parameter or cannot be loaded. AdamW and SGD begin their first update
-    with zeros anyway, so nothing else changes. Raises `ConfigError` for other optimizers' states.
+    AdamW and SGD begin with zeros anyway. Raises `ConfigError` for other optimizers' states.
     """
     parameter, state = next(((p, s) for p, s in optimizer.state.items() if s), (None, {}))
     if parameter is None:

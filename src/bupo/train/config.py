@@ -205,7 +205,8 @@ class BuPOConfig(GRPOConfig):
         if not schedule.internal:
             return []
         rollouts = math.ceil(self.max_steps * self.gradient_accumulation_steps / self.generate_every)
-        reentrant = self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        checkpointing = cast(dict, self.gradient_checkpointing_kwargs or {})
+        reentrant = self.gradient_checkpointing and checkpointing.get("use_reentrant")
         unsupported = [
             f"{name} {value} {why}; set it to {needed!r}, or internal_steps to 0"
             for name, (needed, why) in _UNSUPPORTED.items()

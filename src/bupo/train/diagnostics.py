@@ -1,4 +1,4 @@
-"""What a run shows beside TRL's own curves: gradient norms by layer group, entropy flows and readings of its inside."""
+"""Analyses of the model in training: the layer of ``internal_layer: auto``, gradient norms, entropy flows, readings."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bupo.data.rollouts import read_responses
 from bupo.errors import ConfigError, InputError
+from bupo.lens import layer_choice
+from bupo.lens.analyze import analyze_rollouts
 from bupo.lens.batching import check_rollouts
 from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
 from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout, unwrap
 from bupo.recipe import Recipe
 from bupo.run_folder import write_bytes, write_json, write_text
-from bupo.train.auto_layer import analyze_responses, first_process_responses, spread_responses
 
 # draws an analysis: (analysis, folder, file name without suffix) -> the PNG
 Draw = Callable[[Mapping[str, Any], Path, str], Path]
 FLOW_RESPONSES, INSIDE_RESPONSES, INSIDE_TOKENS, FLOW_PANEL = 16, 64, 512, "internal/entropy_flow"
+CHOICE_RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -42,24 +45,20 @@ def check_trackers(names: Iterable[str]) -> None:
 class Diagnostics(TrainerCallback):
     """What a recipe's ``report_to``, ``flow_every`` and ``inside_every`` ask for.
 
-    - With trackers, ``grad_norm/embedding``, ``/layers_to_l``, ``/layers_above_l`` and ``/head`` (with the final norm):
-      L2 norms before clipping, so that their squares add up to that of ``grad_norm``. l is the layer of the internal
-      phase, also after it; a run without one logs ``/layers`` instead.
+    - With trackers, ``grad_norm/*`` by `parameter_groups`: L2 norms before clipping, whose squares add up to that of
+      ``grad_norm``. l is the layer of the internal phase, also after it.
     - Every ``flow_every`` rollout batches an analysis of the model on some of its responses, in
       ``flow/rollout-0001.json`` with the figure beside it, which trackers that take images get too.
-    - Every ``inside_every`` rollout batches and at the end the metrics of `bupo compare`, always on the same responses:
-      those of a file, or of the run's first rollout batch. ``inside/`` gets ``responses.jsonl``, ``baseline.npy`` (the
-      first reading token by token, with which a resumed run is paired too) and ``after-0000.json``, ... by the rollout
-      batches trained on. The log gets ``inside/perplexity`` of the full policy, ``inside/entropy`` of layer l's policy,
-      ``inside/cosine_top`` (layer l's states to layer L's) and ``inside/divergence`` (KL of its policy to the output).
+    - Every ``inside_every`` rollout batches and at the end the metrics of `bupo compare`, always on the same responses.
+      ``inside/`` gets ``responses.jsonl``, ``baseline.npy`` (the first reading token by token) and ``after-0000.json``,
+      ... by the rollout batches trained on; the log gets the full policy's ``inside/perplexity``, and of layer l
+      ``inside/entropy``, ``inside/cosine_top`` (to layer L's states) and ``inside/divergence`` (to the output).
 
-    Readings draw no random number and leave the model unchanged. If it cannot be read, one line says so, and the run
-    continues without them. Raises `InputError` if ``inside_layer`` does not exist or the responses cannot be read.
+    Readings draw no random number. If the model cannot be read, one line says so, and the run continues without them.
+    Raises `InputError` if ``inside_layer`` does not exist or the responses cannot be read.
     """
 
-    def __init__(
-        self, recipe: Recipe, trainer: Any, tokenizer: Any, folder: Path, log: Callable[[str], None], draw: Draw | None
-    ):
+    def __init__(self, recipe: Recipe, trainer: Any, folder: Path, log: Callable[[str], None], draw: Draw | None):
         self._recipe, self._trainer, self._folder, self._log, self._draw = recipe, trainer, folder, log, draw
         self._main = trainer.accelerator.is_main_process
         self._ended: set[str] = set()  # kinds of readings that failed
@@ -70,6 +69,7 @@ class Diagnostics(TrainerCallback):
         if recipe.inside_every and self._layer is not None:
             check_layer(find_layout(trainer.model).n_layers, self._layer)
         if recipe.inside_responses is not None:
+            tokenizer = trainer.processing_class
             self._responses = read_responses(recipe.inside_responses, tokenizer, recipe.template)[:INSIDE_RESPONSES]
             check_rollouts(trainer.model, self._responses)
         for callback in trainer.callback_handler.callbacks:
@@ -86,9 +86,9 @@ class Diagnostics(TrainerCallback):
         if inside_every and rollout % inside_every == 0:
             reading = self._read("readings inside", self._inside, rollout)
             if reading is not None:
-                metrics, layer = self._trainer._metrics["train"], reading["layer"]
+                metrics = self._trainer._metrics["train"]
                 metrics["inside/perplexity"] = [reading["perplexity"]["value"]]
-                metrics["inside/entropy"] = [reading["entropy"]["mean"][layer - 1]]
+                metrics["inside/entropy"] = [reading["entropy"]["mean"][reading["layer"] - 1]]
                 metrics["inside/cosine_top"] = [reading["cosine_of_layer"]["mean"][-1]]
                 metrics["inside/divergence"] = [reading["divergence"]["mean"][-1]]
 
@@ -173,20 +173,17 @@ class Diagnostics(TrainerCallback):
                 write_bytes(path, stream.getvalue())
         joined = compare_models([("start", self._baseline), ("now", reading)])
         item = joined["models"][1]
+        del item["name"], item["cosine"], item["change"]["cosine"]
         result: dict[str, Any] = {"schema": 1, "kind": "inside", "rollouts_done": done}
         result |= {name: joined[name] for name in ("layer", "layers", "tokens", "samples", "standard_error_method")}
-        result |= {name: value for name, value in item.items() if name not in ("name", "cosine")}
-        result["change"] = {name: value for name, value in item["change"].items() if name != "cosine"}
+        result |= item
         if self._main:
             write_json(self._folder / "inside" / f"after-{done:04d}.json", result)
         return result
 
 
 def parameter_groups(model: Any, layer: int | None) -> dict[str, list[Tensor]]:
-    """Trainable parameters by group: embedding, layers up to and above l (or all layers), head with the final norm.
-
-    A tied unembedding counts as embedding.
-    """
+    """Trainable parameters: embedding (also if tied), layers up to and above l (or all), head with the final norm."""
     layers = find_layout(model).layers
     parts = {"layers": layers} if layer is None else {"layers_to_l": layers[:layer], "layers_above_l": layers[layer:]}
     groups = {"embedding": list(unwrap(model).get_input_embeddings().parameters())}
@@ -194,3 +191,64 @@ def parameter_groups(model: Any, layer: int | None) -> dict[str, list[Tensor]]:
     grouped = {id(p) for parameters in groups.values() for p in parameters}
     groups["head"] = [p for p in model.parameters() if id(p) not in grouped]
     return {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The boundary layer, or None with a message that lists the candidates; ``analysis`` as in ``analysis.json``."""
+
+    layer: int | None
+    message: str
+    analysis: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+def choose_layer(model: nn.Module, batch: Mapping[str, Tensor], accelerator: Any) -> LayerChoice:
+    """Apply the paper's boundary rule to a quick analysis of a rollout batch; all processes get the same answer."""
+    responses = spread_responses(batch, CHOICE_RESPONSES)
+    try:
+        analysis = analyze_responses(model, responses, accelerator)
+        layer, reason = analysis["boundary_layer"], analysis["boundary_reason"]
+        if layer is not None:
+            return LayerChoice(layer, reason, analysis)
+        analysis["layer_choice"] = layer_choice.choose_layer(model, check_rollouts(model, responses), analysis)
+    except InputError as error:
+        return LayerChoice(None, f"internal_layer auto: {error}")
+    positive = [str(layer) for layer, value in enumerate(analysis["entropy_change"]["ffn"], start=1) if value > 0]
+    return LayerChoice(
+        None,
+        f"internal_layer auto: {reason}. Candidates: {analysis['layer_choice']['recommendation']['reason']}; layers "
+        f"with a positive FFN entropy change: {', '.join(positive) or 'none'}; the paper's choices lie at 1/6 of the "
+        f"depth in Qwen3 and just below the last layers in Llama. Set internal_layer to a number up to "
+        f"{analysis['layers']}, or internal_steps to 0 for plain GRPO",
+        analysis,
+    )
+
+
+def analyze_responses(model: nn.Module, responses: list[dict[str, Any]], accelerator: Any) -> dict[str, Any]:
+    """The content of ``analysis.json``; every process must pass the same responses and gets the same result.
+
+    The processes divide the responses, except under DeepSpeed, where a forward pass of a sharded model needs them all.
+    """
+    share = accelerator.num_processes > 1 and accelerator.distributed_type != "DEEPSPEED"
+    return analyze_rollouts(model, responses, share=share)
+
+
+def first_process_responses(batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The first process's responses of a padded batch, on every process; empty ones are left out."""
+    rows = []
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    for prompt, shown, response, kept in zip(*(batch[name] for name in names), strict=True):
+        row = {"prompt_ids": prompt[shown.bool()].tolist(), "response_ids": response[kept.bool()].tolist()}
+        rows += [row] if all(row.values()) else []
+    return broadcast_object_list([rows], from_process=0)[0]
+
+
+def spread_responses(batch: Mapping[str, Tensor], n: int) -> list[dict[str, Any]]:
+    """At most n of `first_process_responses`, spread evenly over the batch."""
+    rows = first_process_responses(batch)
+    return [rows[i] for i in spread_rows(len(rows), n)]
+
+
+def spread_rows(size: int, n: int) -> Tensor:
+    """Indices of at most n of ``size`` rows, spread evenly (the responses to one prompt lie next to each other)."""
+    return torch.linspace(0, size - 1, min(size, n)).round().long()

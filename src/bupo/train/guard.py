@@ -8,9 +8,8 @@ Measured once per rollout batch on some of its responses, with the weights that 
 - ``internal/transfer`` of the last batch's updates: the correlation, over responses, between the advantage and the
   change of the response's log-probability under the full policy, which a GRPO update makes clearly positive.
 
-With ``internal_steps: auto`` the phase guard decides from these, because a fixed ``s_inter`` is brittle (arXiv
-2512.19673, Qwen3-4B: 30 steps gain 3.4 points, 50 lose 13, 70 destroy the model). It compares windows of `WINDOW`
-rollout batches, from one window and one batch on. Restored weights sampled the last batch of the best reward window.
+With ``internal_steps: auto`` the phase guard decides from these by windows of `WINDOW` rollout batches (arXiv
+2512.19673: 30 fixed steps gain 3.4 points, 50 lose 13). Restored weights sampled the last batch of the best window.
 
 ============  =============================================================================================  ========
 signal        the phase ends when                                                                            weights
@@ -35,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from bupo.models.layout import find_layout
 from bupo.train.advantages import sums, total_rewards
-from bupo.train.auto_layer import spread_rows
+from bupo.train.diagnostics import spread_rows
 from bupo.train.schedule import FULL
 
 WINDOW = 4
@@ -87,8 +86,7 @@ def _harm(windows: list[Sequence[Signals]], rewards: list[float]) -> str:
         return f"reward fell from {max(rewards):.3f} to {rewards[-1]:.3f} (standard error {error:.3f})"
     before, now = (_mean(math.log(signals.perplexity) for signals in window) for window in (first, last))
     if _rose(before, now):
-        before, now = math.exp(before), math.exp(now)
-        return f"the full policy's perplexity on its responses rose from {before:.3f} to {now:.3f}"
+        return f"the full policy's perplexity on its responses rose from {math.exp(before):.3f} to {math.exp(now):.3f}"
     divergences = [_mean(signals.divergence for signals in window) for window in windows]
     if _rose(min(divergences), divergences[-1]):
         return f"KL(full || internal) rose from {min(divergences):.2f} to {divergences[-1]:.2f} nats per token"
@@ -116,8 +114,7 @@ class PhaseMonitor:
         """Measure and log the current phase's rollout batch; where there is a guard, return its decision."""
         trainer, metrics = self._trainer, self._trainer._metrics["train"]
         transfer, measured = self._transfer(), self._measure(batch)
-        if transfer is not None:
-            measured["internal/transfer"] = transfer[0]
+        measured |= {} if transfer is None else {"internal/transfer": transfer[0]}
         for name, value in measured.items():
             if name != "entropy" or trainer.phase.weight == 1.0:  # the joint loss logs entropy on every response
                 metrics[name].append(value)
@@ -173,7 +170,7 @@ class PhaseMonitor:
         questions = rewards.view(-1, self._trainer.args.num_generations).nanmean(dim=1)
         questions = questions[~questions.isnan()]
         error = questions.std().item() / len(questions) ** 0.5 if len(questions) > 1 else 0.0
-        return questions.mean().item() if len(questions) else 0.0, error
+        return questions.mean().nan_to_num().item(), error
 
     def _trained(self) -> dict[str, Tensor]:
         """The parameters that an internal phase can change, by name."""
@@ -203,17 +200,14 @@ class PhaseMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Each process's own responses; the best weights once, or under FSDP2 each process's shards."""
         accelerator = self._trainer.accelerator
-        history = [signals._asdict() for signals in self.history]
-        state: dict[str, Any] = {"samples": self.samples, "guard": {"history": history}}
-        if accelerator.is_fsdp2 or accelerator.is_main_process:
-            state["best_weights"] = self.best_weights
-        return state
+        weights = {"best_weights": self.best_weights} if accelerator.is_fsdp2 or accelerator.is_main_process else {}
+        return {"samples": self.samples, "history": [tuple(signals) for signals in self.history], **weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.samples = {name: t.to(self._trainer.accelerator.device) for name, t in state["samples"].items()}
         self.best_weights = dict(state["best_weights"])
-        self.history = [Signals(**signals) for signals in state.get("guard", {"history": []})["history"]]
+        self.history = [Signals(*signals) for signals in state["history"]]
 
 
 def repeated_ngrams(responses: Iterable[Sequence[int]], n: int = 4) -> tuple[int, int]:

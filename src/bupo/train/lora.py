@@ -19,21 +19,22 @@ from bupo.models.load import load_model
 from bupo.recipe import Recipe
 from bupo.train.config import engine
 
+SOURCE = {"dtype", "revision", "trust_remote_code"}  # keys of a recipe that say how its model is loaded
+
 
 def lora_config(recipe: Recipe) -> LoraConfig | None:
     """PEFT's configuration of a recipe's adapters, or None without them."""
     if (lora := recipe.lora) is None:
         return None
-    names: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "task_type": "CAUSAL_LM"}
-    return LoraConfig(r=lora.r, target_modules=lora.target_modules, **names)
+    return LoraConfig("CAUSAL_LM", r=lora.r, target_modules=lora.target_modules, lora_alpha=lora.alpha,
+                      lora_dropout=lora.dropout)  # fmt: skip
 
 
 def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that hold linear weights in 4 bits (nf4, scales quantised too), if asked for.
 
-    Embedding, unembedding and norms keep the recipe's ``dtype``. A quantised model cannot be moved, so every process
-    loads it where it will train. Raises `ConfigError` if bitsandbytes is not installed, or if FSDP or DeepSpeed
-    distributes the run, which a launcher may do without the recipe.
+    Embedding, unembedding and norms keep the recipe's ``dtype``. Every process loads the model where it will train, as
+    it cannot be moved. Raises `ConfigError` without bitsandbytes, and under FSDP or DeepSpeed.
     """
     if recipe.lora is None or not recipe.lora.four_bit:
         return {}
@@ -76,9 +77,9 @@ def merge_adapters(model: PeftModel, adapter: Path, recipe: Recipe, *, sharded: 
     A merge in place would need every process for ``sharded`` weights, and would round the sum of 4-bit ones. There the
     saved ``adapter`` is merged into the base model, loaded again or dequantised.
     """
+    base: Any
     if sharded:
-        source = recipe.model_dump(include={"dtype", "revision", "trust_remote_code"})
-        base: Any = load_model(recipe.model, device="cpu", **source)[0]
+        base, _ = load_model(recipe.model, device="cpu", **recipe.model_dump(include=SOURCE))
     elif getattr(model.get_base_model(), "is_loaded_in_4bit", False):
         base = model.unload().dequantize()
     else:

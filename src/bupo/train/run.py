@@ -1,58 +1,52 @@
 """A whole training run: recipe -> trainer -> final model -> summary.
 
-The output folder holds ``run.json`` (command, recipe, versions, result), ``log.jsonl``, ``checkpoints/``, ``model/``
-(the final model with its tokenizer; with LoRA merged, and ``adapter/`` beside it), with ``flow_every`` entropy flows in
-``flow/``, with ``inside_every`` measurements in ``inside/``, and for ``internal_layer: auto`` the analysis that chose
-the layer in ``auto_layer.json``.
+The output folder holds ``run.json``, ``log.jsonl``, ``checkpoints/``, ``model/`` (with LoRA merged, and ``adapter/``
+beside it), and where asked for ``flow/``, ``inside/`` and ``auto_layer.json``, the analysis that chose the layer.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback
+
 from bupo.errors import ConfigError, InputError, TrainingStopped, out_of_memory
 from bupo.models.load import model_revision
 from bupo.recipe import Recipe
-from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json
+from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json, write_text
 from bupo.train.build import build
-from bupo.train.callbacks import LogWriter, StopOnSignal
 from bupo.train.checkpoint import last_checkpoint, rotate, updates_of
-from bupo.train.diagnostics import Diagnostics, Draw
+from bupo.train.diagnostics import Draw
 from bupo.train.lora import merge_adapters
 from bupo.train.trainer import BuPOTrainer
 
 LOG_FILE = "log.jsonl"
+# names in log.jsonl of what every reader needs, and the trainer's names where they differ
+COLUMNS = ("reward", "entropy", "internal_entropy", "mean_length", "loss")
+_THEIRS = {"internal_entropy": "internal/entropy", "mean_length": "completions/mean_length"}
 _FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every", "inside_every")  # of a resumed run
-_LESS_MEMORY = "lower micro_batch or max_completion_length, set gradient_checkpointing to true, or use lora"
-Say = Callable[[str], None]
+Say = Callable[[str], None]  # receives one line per rollout batch, and whatever else a person should know
 
 
 def train(
-    recipe: Recipe,
-    output: str | Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    say: Say = print,
+    recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite: bool = False, say: Say = print,
     draw: Draw | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Train as a recipe of `check_recipe` says, and return a summary, which ``run.json`` holds as ``result``.
 
-    Args:
-        resume: continue from the last complete checkpoint in ``output``. A finished run is left as it is.
-        overwrite: replace the run in ``output``.
-        say: receives one line per rollout batch, and whatever else a person should know.
-        draw: draws the entropy flows that ``flow_every`` asks for; without it only their JSON is saved.
-
-    Raises:
-        InputError, ConfigError: anything a user can fix, before the first file is written.
-        TrainingStopped: a value was not finite, memory ran out, or no layer was found; checkpoints stay.
+    ``resume`` continues from the last complete checkpoint in ``output``, and leaves a finished run as it is. Without
+    ``draw``, entropy flows are saved as JSON only. Raises `InputError` for anything a user can fix, before the first
+    file is written, and `TrainingStopped` if a value is not finite, memory runs out or no layer is found.
     """
     started = time.monotonic()
     if overwrite and resume:
@@ -64,8 +58,8 @@ def train(
     if "result" in record and (folder / "model").is_dir():
         say(f"the run in {folder} is finished; nothing to do")
         return record["result"]
-    trainer, reward = _set_up(recipe, folder, say, draw)
-    with closing(reward):
+    trainer = build(recipe, folder, say, draw)
+    with closing(trainer.reward_funcs[0]):
         if "result" not in record:
             more = {"model_revision": model_revision(trainer.model), "resumed": checkpoint is not None}
             record = describe_run("train", recipe.model_dump(mode="json"), seed=recipe.seed, **more)
@@ -87,22 +81,6 @@ def train(
     return record["result"]
 
 
-def _set_up(recipe: Recipe, folder: Path, say: Say, draw: Draw | None) -> tuple[BuPOTrainer, Any]:
-    """Load and check everything; if something is wrong, the folder is left as it was."""
-    made = [folder / "checkpoints", *([] if folder.is_dir() else [folder])]
-    try:
-        trainer, tokenizer, reward = build(recipe, folder, say)
-        diagnostics = Diagnostics(recipe, trainer, tokenizer, folder, say, draw)
-        trainer.on_rollout.append(diagnostics)
-        trainer.add_callback(diagnostics)
-    except BaseException:
-        for path in made:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
-    return trainer, reward
-
-
 def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say) -> bool:
     """Run the updates; returns whether a signal stopped them."""
     trainer.add_callback(LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts))
@@ -113,8 +91,10 @@ def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path 
     except (RuntimeError, MemoryError) as error:
         if (memory := out_of_memory(error)) is None:
             raise
-        where = f"out of {memory} memory in {trainer.position()}"
-        raise TrainingStopped(f"{where}; {_LESS_MEMORY}. Checkpoints stay") from error
+        raise TrainingStopped(
+            f"out of {memory} memory in {trainer.position()}; lower micro_batch or max_completion_length, set "
+            "gradient_checkpointing to true, or use lora. Checkpoints stay"
+        ) from error
     finally:
         choice = trainer.auto_layer
         if trainer.accelerator.is_main_process and choice is not None and choice.analysis:
@@ -125,7 +105,7 @@ def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path 
 def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, updates: int, stopped: bool) -> dict[str, Any]:
     """What became of the run; rewards are means over the first and the last tenth of the rollout batches."""
     log = folder / LOG_FILE
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ())
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     tenth = max(1, len(rewards) // 10)
     first, last = (round(sum(part) / len(part), 4) if part else None for part in (rewards[:tenth], rewards[-tenth:]))
@@ -143,15 +123,12 @@ def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, updates: int, s
     }
 
 
-# -- resuming, saving, cleaning up -------------------------------------------------------------------------------------
-
-
 def _checkpoint_of(folder: Path, recipe: Recipe) -> Path:
     """The checkpoint to resume from, after checking that the run had the same recipe."""
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        place = folder / "checkpoints"
-        raise InputError(f"{place} holds no complete checkpoint to resume from; start without --resume")
+    if (checkpoint := last_checkpoint(folder / "checkpoints")) is None:
+        raise InputError(
+            f"{folder / 'checkpoints'} holds no complete checkpoint to resume from; start without --resume"
+        )
     before = read_run(folder)["config"]
     if problems := [
         f"{name} was {before.get(name)!r} and is now {value!r}; a resumed run keeps its recipe"
@@ -202,8 +179,117 @@ def _tidy(folder: Path, keep: int | None, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "model", "adapter", "flow", "inside", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "checkpoints").mkdir(parents=True)
     for path in (path for name in files for path in folder.glob(f".{name}.*")):
         path.unlink(missing_ok=True)
     if keep:
         rotate(folder / "checkpoints", keep)
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) stops after the rollout batch and saves; a second one stops at once."""
+
+    def __init__(self, trainer: Any, log: Callable[[str], None]):
+        self._trainer, self._log = trainer, log
+        self.requested = self.stopped = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._log("stopping after this rollout batch; press Ctrl-C again to stop at once (from the last checkpoint)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if not self._trainer.between_rollouts or state.global_step >= state.max_steps:
+            return control
+        # whichever process received the signal, all must stop after the same update
+        flag = torch.tensor(float(self.requested), device=self._trainer.accelerator.device)
+        if self._trainer.accelerator.reduce(flag, reduction="sum") > 0:
+            control.should_save = control.should_training_stop = self.stopped = True
+        return control
+
+
+class LogWriter(TrainerCallback):
+    """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
+
+    Columns: ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy or None),
+    `COLUMNS` (entropies in nats per token, the length in tokens), ``seconds`` since this process began to train, and
+    every other metric under the trainer's own name. Evaluations are rows with ``eval_*`` names. A resumed run drops the
+    rows after its checkpoint.
+    """
+
+    def __init__(self, path: Path, trainer: Any, show: Callable[[str], None], rollouts: int):
+        self.path, self._trainer, self._show, self._rollouts = path, trainer, show, rollouts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.monotonic()
+        if state.is_world_process_zero:
+            drop_rows_after(self.path, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        row = self._row(state.global_step, logs)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+        if "rollout" in row and "rollout" not in logs:  # a later update of a rollout batch
+            return
+        ended = self._trainer.phase_end
+        if ended is not None and row.get("rollout") == ended["rollouts"] + 1:
+            back = "; the best weights were restored" if ended["action"] == "restore" else ""
+            self._show(f"internal phase ended after {ended['rollouts']} rollout batches: {ended['reason']}{back}")
+        self._show(self._line(row))
+
+    def _row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
+        metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+        metrics = {name: value for name, value in metrics.items() if name not in ("rollout", "phase")}
+        seconds = round(time.monotonic() - self._started, 2)
+        if any(name.startswith("eval_") for name in metrics):
+            return {"step": step, "seconds": seconds, **metrics}
+        trainer = self._trainer
+        return {
+            "step": step,
+            "rollout": (trainer._step - 1) // trainer.args.generate_every + 1,  # of the last micro-batch
+            "phase": trainer.phase.name,
+            "layer": trainer.phase.layer,
+            **{name: metrics.pop(_THEIRS.get(name, name), None) for name in COLUMNS},
+            "seconds": seconds,
+            **metrics,
+        }
+
+    def _line(self, row: dict[str, Any]) -> str:
+        """One line for the console."""
+        if "rollout" not in row:
+            return f"evaluation after update {row['step']}: {_number(row, 'eval_reward', 'reward')}"
+        phase = f"{row['phase']} l={row['layer']}" if row["layer"] else row["phase"]
+        parts = [f"rollout {row['rollout']}/{self._rollouts}", f"{phase:<14}"]
+        parts += [_number(row, "reward", "reward"), _number(row, "entropy", "entropy")]
+        parts += [] if row["internal_entropy"] is None else [_number(row, "internal_entropy", "internal")]
+        return "  ".join([*parts, _number(row, "mean_length", "length", 1), f"{row['seconds']:.0f} s"])
+
+
+def _number(row: dict[str, Any], name: str, shown: str, digits: int = 3) -> str:
+    return f"{shown} -" if row.get(name) is None else f"{shown} {row[name]:.{digits}f}"
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Drop the rows of a log after update ``step``, and a torn last line (of a run that was killed while writing)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if step > 0 and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(kept))

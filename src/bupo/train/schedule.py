@@ -12,7 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -74,46 +76,23 @@ class Schedule:
         return Schedule(tuple(replace(p, rollouts=min(end, rollout) - at) for p, at, end in spans if at < rollout))
 
 
-def alignment_problems(
-    schedule: Schedule, generate_every: int, accumulation: int, epoch: int | None = None
-) -> list[str]:
+def alignment_problems(schedule: Schedule, generate_every: int, accumulation: int, epoch: int = 0) -> list[str]:
     """One message per end of a phase that falls inside an update, which would then mix two policies.
 
-    ``epoch`` is the number of micro-batches in one pass over the data, where known: its last update is short.
+    ``epoch`` is the number of micro-batches in one pass over the data, or 0: its last update is short.
     """
     problems, step = [], accumulation // math.gcd(accumulation, generate_every)
     for end in schedule.ends:
         at = end * generate_every
         offset = at % epoch if epoch else at
-        within = f" (micro-batch {offset} of a pass over the data, which has {epoch})" if offset != at else ""
         if offset % accumulation:
+            within = f" (micro-batch {offset} of a pass over the data, which has {epoch})" if offset != at else ""
             problems.append(
                 f"after {end} rollout batches x {generate_every} micro-batches = {at}{within} the phase would switch "
                 f"inside an update of {accumulation} accumulated micro-batches; make internal_steps (or a phase's "
                 f"rollouts) a multiple of {step}, or steps_per_generation a multiple of gradient_accumulation_steps"
             )
     return problems
-
-
-def parse_phases(value: Any) -> tuple[list[dict[str, Any]] | None, list[str]]:
-    """The setting ``phases`` as a list of complete mappings, and what is wrong with it."""
-    if value is None:
-        return None, []
-    try:
-        phases = [asdict(Phase(**entry)) for entry in (json.loads(value) if isinstance(value, str) else value)]
-    except (TypeError, ValueError):
-        phases = []
-    for phase in phases:
-        phase["layer"] = as_int(phase["layer"])
-    if phases and all(_is_complete(**phase) for phase in phases):
-        return phases, []
-    wanted = "{layer: from 1 or auto, rollouts: from 1, weight: above 0 to 1}"
-    return None, [f"phases must be a list of {wanted}, not {value!r}"]
-
-
-def _is_complete(layer: Any, rollouts: Any, weight: Any) -> bool:
-    share = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0.0 < weight <= 1.0
-    return (layer == "auto" or is_whole(layer)) and is_whole(rollouts) and share
 
 
 def as_int(value: Any) -> Any:
@@ -127,3 +106,24 @@ def as_int(value: Any) -> Any:
 def is_whole(value: Any, low: int = 1) -> bool:
     """Whether a value is an int, not a bool, from ``low``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+class _Given(BaseModel, extra="forbid", strict=True):
+    layer: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(as_int)]
+    rollouts: int = Field(ge=1)
+    weight: float = Field(1.0, gt=0, le=1)
+
+
+_PHASES = TypeAdapter(Annotated[list[_Given], Field(min_length=1)])
+
+
+def parse_phases(value: Any) -> tuple[list[dict[str, Any]] | None, list[str]]:
+    """The setting ``phases`` as a list of complete mappings, and what is wrong with it."""
+    if value is None:
+        return None, []
+    try:
+        phases = _PHASES.validate_python(json.loads(value) if isinstance(value, str) else value)
+        return [dict(phase) for phase in phases], []
+    except ValueError:
+        wanted = "{layer: from 1 or auto, rollouts: from 1, weight: above 0 to 1}"
+        return None, [f"phases must be a list of {wanted}, not {value!r}"]

@@ -18,11 +18,10 @@ from trl.trainer import utils as trl_utils
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
 from bupo.models.layout import find_layout
-from bupo.train.advantages import outcome_advantages, total_rewards
-from bupo.train.auto_layer import LayerChoice, choose_layer
+from bupo.train.advantages import PPO, outcome_advantages, total_rewards
 from bupo.train.checkpoint import Checkpointer
 from bupo.train.config import BuPOConfig, frozen_problems, model_problems
-from bupo.train.critic import PPO
+from bupo.train.diagnostics import LayerChoice, choose_layer
 from bupo.train.guard import PhaseMonitor
 from bupo.train.lora import upcast_adapters
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
@@ -33,20 +32,15 @@ _RENAMED = ("entropy", "clip_ratio", "cispo_clip_ratio")  # metrics of the loss 
 
 
 class BuPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` whose importance ratio follows a schedule of internal policies. The changes w.r.t. it:
+    """`GRPOTrainer` whose importance ratio follows a schedule of internal policies.
 
-    - In an internal phase, log-probabilities are scored inside `internal_policy`, so that the clipped surrogate is that
-      of ``softmax(H^l E_u^T)``. Samples, rewards and advantages always come from the full policy. Outside internal
-      phases, losses are TRL's bit for bit.
-    - `PhaseMonitor` measures each rollout batch of an internal phase before its updates, and its guard may end it.
-    - The advantages may come from an estimator that TRL lacks (`bupo.train.advantages`, `PPO`).
-    - ``frozen_layers`` and ``upper_learning_rate_scale`` are the methods that the paper compares BuPO with (Table 11).
-    - `Checkpointer` saves between rollout batches, so that a resumed run equals the uninterrupted one.
-    - `TrainingStopped` is raised at a loss or gradient that is not finite, before the weights are updated with it, and
-      if ``internal_layer: auto`` finds no boundary layer. `ConfigError`: the settings do not fit the model or the data.
+    In an internal phase, log-probabilities are scored inside `internal_policy`, so that the clipped surrogate is that
+    of ``softmax(H^l E_u^T)``. Samples, rewards and advantages always come from the full policy. Outside internal
+    phases, losses are TRL's bit for bit. Additional metrics are ``phase`` (1 internal, 2 full), ``rollout`` (from 1),
+    and the internal policy's ``internal/entropy`` and ``internal/clip_ratio/*``.
 
-    Additional metrics are ``phase`` (1 internal, 2 full) and ``rollout`` (from 1). In an internal phase
-    ``internal/entropy`` and ``internal/clip_ratio/*`` are the internal policy's; all others stay the full policy's.
+    Raises `ConfigError` if the settings do not fit the model or the data, and `TrainingStopped` at a loss or gradient
+    that is not finite, before the weights are updated with it, or if ``internal_layer: auto`` finds no layer.
     """
 
     _tag_names = ["trl", "bupo"]  # noqa: RUF012  (as TRL declares it)
@@ -57,6 +51,8 @@ class BuPOTrainer(GRPOTrainer):
     }
     args: BuPOConfig
     model: Any  # the parent types it as possibly absent
+    processing_class: Any
+    reward_funcs: Any
     train_dataset: Any
     _logs: dict[str, Any]
 
@@ -99,13 +95,14 @@ class BuPOTrainer(GRPOTrainer):
     @property
     def micro_batches_per_epoch(self) -> int | None:
         """Micro-batches in one pass over the data (whole rollout batches only), or None for a stream."""
-        sized = hasattr(self.train_dataset, "__len__")
-        return len(self.train_dataset) // self.args.prompts_per_rollout * self.args.generate_every if sized else None
+        if not hasattr(self.train_dataset, "__len__"):
+            return None
+        return len(self.train_dataset) // self.args.prompts_per_rollout * self.args.generate_every
 
     def alignment_problems(self, schedule: Schedule) -> list[str]:
         """The ends of phases that would fall inside an update of this run."""
-        accumulation, epoch = self.args.gradient_accumulation_steps, self.micro_batches_per_epoch
-        return alignment_problems(schedule, self.args.generate_every, accumulation, epoch)
+        settings = self.args.generate_every, self.args.gradient_accumulation_steps
+        return alignment_problems(schedule, *settings, self.micro_batches_per_epoch or 0)
 
     def position(self) -> str:
         """Where training is, for messages: update and rollout batch from 1, phase and layer."""
@@ -127,10 +124,9 @@ class BuPOTrainer(GRPOTrainer):
             if self.phase.layer is not None:  # else as TRL does it, bit for bit
                 tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
                 stack.enter_context(narrow_tiles(trl_utils, input_ids.device, tokens))
-            if isinstance(self._scored.layer, int):
-                inner, layer, norm = self.accelerator.unwrap_model(model), self._scored.layer, self.args.internal_norm
-                temperature = self.args.internal_temperature
-                stack.enter_context(internal_policy(inner, layer, norm=norm, temperature=temperature))
+            if isinstance(layer := self._scored.layer, int):
+                how: dict[str, Any] = {"norm": self.args.internal_norm, "temperature": self.args.internal_temperature}
+                stack.enter_context(internal_policy(self.accelerator.unwrap_model(model), layer, **how))
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
     def score(self, batch: dict[str, Any], phase: Phase, *, compute_entropy: bool = False) -> tuple[Tensor, Any]:
