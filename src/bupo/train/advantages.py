@@ -3,15 +3,11 @@
 All but ``ppo`` give one advantage per response, the same for each of its tokens. Advantages never depend on the policy
 in the ratio, so every estimator combines with every schedule.
 
-=====================  ===================================================================  ===========
-name                   advantage of response i, one of the G responses to its question       computed by
-=====================  ===================================================================  ===========
-grpo                   (r_i - mean_G) / (std_G + 1e-4)                                      TRL
-rloo                   r_i - mean of the other G - 1                                        this module
-reinforce++            (r_i - mean_B) / (std_B + 1e-4) over the whole rollout batch B       this module
-reinforce++-baseline   a_i = r_i - mean_G, then (a_i - mean_B(a)) / (std_B(a) + 1e-4)       this module
-ppo                    generalised advantage estimation with a critic, whitened over tokens `PPO`
-=====================  ===================================================================  ===========
+- ``grpo`` (by TRL): (r_i - mean_G) / (std_G + 1e-4), over the G responses to its question
+- ``rloo``: r_i - mean of the other G - 1
+- ``reinforce++``: (r_i - mean_B) / (std_B + 1e-4) over the whole rollout batch B
+- ``reinforce++-baseline``: a_i = r_i - mean_G, then (a_i - mean_B(a)) / (std_B(a) + 1e-4)
+- ``ppo``: generalised advantage estimation with a critic, whitened over tokens
 
 Sources, in this order: arXiv 2402.03300, 2402.14740, 2501.03262 (both), 1707.06347. B counts responses, not tokens.
 Dr. GRPO and DAPO are TRL settings: ``loss_type: dr_grpo`` with ``scale_rewards: none``, and ``epsilon_high: 0.28``.
@@ -192,14 +188,12 @@ class PPO:
         return {"loss": loss_sum, "grad_norm": norm, "clip_ratio": clipped_sum / max(tokens, 1.0)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained weights and optimizer state, on the main process (they are the same on every process)."""
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:  # the same on every process
             return {}
         return {"weights": {n: p.detach() for n, p in self.trained.items()}, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state_dict` of the main process."""
         for name, parameter in self.trained.items():
             parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])

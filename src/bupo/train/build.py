@@ -185,7 +185,7 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw
     except BaseException:
         reward.close()
         for path in made:
-            if path.is_dir() and not any(path.iterdir()):
+            with suppress(OSError):  # not empty, or not there
                 path.rmdir()
         raise
     trainer.on_rollout.append(diagnostics)

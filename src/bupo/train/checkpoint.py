@@ -1,8 +1,7 @@
 """Checkpoints at the boundaries of rollout batches, and exact resuming: a resumed run equals the uninterrupted one.
 
-``bupo_state.json`` holds the micro-batch counter, the schedule with its resolved layer and the settings that must not
-change; ``bupo_state-N.pt`` holds the state of process N's monitor and critic. The JSON file is written last and
-atomically, so a checkpoint without it is incomplete and never used.
+``bupo_state-N.pt`` holds the state of process N's monitor and critic; ``bupo_state.json`` the rest. The JSON file is
+written last and atomically, so a checkpoint without it is incomplete and never used.
 """
 
 from __future__ import annotations
@@ -32,24 +31,17 @@ _FIXED = [  # settings of BuPOConfig that a resumed run must not change
 
 
 class Checkpointer(TrainerCallback):
-    """Saves and restores what `BuPOTrainer` needs beside TRL's own checkpoints.
-
-    As a callback it delays every save to the end of the rollout batch: one within it would lose its samples.
-    """
+    """Delays saves to the end of a rollout batch, and saves and restores what TRL's checkpoints lack."""
 
     def __init__(self, trainer: Any):
         self._trainer, self._due = trainer, False
+        self._parts = {"monitor": trainer.monitor, **({"critic": trainer.critic} if trainer.critic else {})}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         due = self._due or control.should_save
         control.should_save = due and (self._trainer.between_rollouts or state.global_step >= state.max_steps)
         self._due = due and not control.should_save
         return control
-
-    def _parts(self) -> dict[str, Any]:
-        """The objects that own state."""
-        parts = {"monitor": self._trainer.monitor}
-        return parts if self._trainer.critic is None else {**parts, "critic": self._trainer.critic}
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same before and after a resume."""
@@ -70,11 +62,9 @@ class Checkpointer(TrainerCallback):
         if trainer.accelerator.is_fsdp2:
             fill_optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
         keep, args.save_total_limit = args.save_total_limit, None  # older ones go when this one is complete
-        try:
-            save_rest()
-        finally:
-            args.save_total_limit = keep
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        save_rest()
+        args.save_total_limit = keep
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
         torch.save(parts, folder / PARTS_FILE.format(trainer.accelerator.process_index))
         trainer.accelerator.wait_for_everyone()
         if args.should_save:
@@ -97,10 +87,8 @@ class Checkpointer(TrainerCallback):
                 "it, or did not finish); choose another checkpoint"
             ) from error
         if not state.get("between_rollouts"):
-            raise InputError(
-                f"checkpoint {folder} was saved in the middle of a rollout batch, whose samples are lost; resume from "
-                "an earlier checkpoint"
-            )
+            what = "was saved in the middle of a rollout batch, whose samples are lost"
+            raise InputError(f"checkpoint {folder} {what}; resume from an earlier checkpoint")
         saved = Schedule.of(state.get("phases", []))
         pairs = zip(trainer.schedule.internal, saved.internal, strict=False)
         for layer in [then.layer for now, then in pairs if now.layer == "auto" and isinstance(then.layer, int)]:
@@ -113,7 +101,7 @@ class Checkpointer(TrainerCallback):
         trainer.phase_end = state["phase_end"]
         ranks = (0, trainer.accelerator.process_index)  # what all processes share is in the first one's file
         files = [torch.load(folder / PARTS_FILE.format(rank), map_location="cpu") for rank in ranks]
-        for name, part in self._parts().items():
+        for name, part in self._parts.items():
             part.load_state_dict({**files[0][name], **files[1][name]})
         trainer._step = int(state["micro_batch"])
         if (sampler := trainer.sampler) is not None and sampler.shuffle:  # its generator moves on with every pass

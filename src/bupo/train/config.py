@@ -1,8 +1,4 @@
-"""The settings of BuPO beside TRL's: their only declaration, and their only checks.
-
-In an internal phase the loss sees the log-probabilities and entropies of the internal policy. The clipped ratio is
-meant for them (at token or sequence level); the terms refused here are not. Read from TRL 1.16's ``GRPOTrainer``.
-"""
+"""The settings of BuPO beside TRL's: their only declaration, and their only checks (by TRL 1.16's ``GRPOTrainer``)."""
 # ruff: noqa: RUF009  (`_setting` is dataclasses.field with a help text)
 
 from __future__ import annotations
@@ -48,10 +44,8 @@ class BuPOConfig(GRPOConfig):
     """`GRPOConfig` with the internal phases; the defaults follow the set-up of arXiv 2512.19673.
 
     Unlike TRL's, ``updates_per_rollout`` is 4 (so that old log-probabilities and clipping matter), the learning rate is
-    constant, and the trainer logs once per rollout batch. As in TRL: ``loss_type="dapo"``, the paper's token mean
-    (whatever the micro-batches), clip 0.2, no KL penalty, no entropy bonus, temperature 1, rewards scaled by group,
-    learning rate 1e-6, gradient clip 1. In a Mixture-of-Experts model the load-balancing loss of an internal phase
-    covers the layers up to l. Raises `ConfigError` with every problem that the settings have.
+    constant, and the trainer logs once per rollout batch; ``loss_type="dapo"`` is the paper's token mean. Raises
+    `ConfigError` with every problem that the settings have.
     """
 
     phases: list | str | None = _setting(
@@ -165,6 +159,7 @@ class BuPOConfig(GRPOConfig):
         limited = limit is None or steps == 0 or (auto and is_whole(limit))
         endless = auto and limit is None and self.max_steps <= 0
         half = (self.upper_learning_rate_scale is None) != (self.upper_learning_rate_above is None)
+        one = self.save_total_limit == 1
         problems = failed({
             f"internal_steps must be a whole number of rollout batches from 0, or auto, not {steps!r}": not counted,
             "set either phases or internal_layer and internal_steps, not both": short and self.phases,
@@ -172,28 +167,22 @@ class BuPOConfig(GRPOConfig):
             f"internal_layer must be a layer from 1 to L, or auto, not {layer!r}": not known,
             "internal_max_steps must be a whole number from 1, and needs internal_steps auto": not limited,
             "internal_steps auto needs internal_max_steps, or max_steps to take a third of": endless,
-            "save_total_limit must be at least 2, as the last checkpoint stays until the next one is complete": (
-                self.save_total_limit == 1
-            ),
+            "save_total_limit must be at least 2, as the last checkpoint stays until the next one is complete": one,
             "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither": half,
         })  # fmt: skip
         for name in _POSITIVE + _WHOLE:
-            value, whole = getattr(self, name), name in _WHOLE
-            fits = is_whole(value) if whole else isinstance(value, (int, float)) and 0.0 < value < math.inf
+            value, wanted = getattr(self, name), "whole number from 1" if name in _WHOLE else "number above 0"
+            fits = is_whole(value) if name in _WHOLE else isinstance(value, (int, float)) and 0.0 < value < math.inf
             if not fits and not (value is None is getattr(BuPOConfig, name)):  # unless it may be left out
-                problems.append(
-                    f"{name} must be a {'whole number from 1' if whole else 'number above 0'}, not {value!r}"
-                )
+                problems.append(f"{name} must be a {wanted}, not {value!r}")
         if self.estimator != "ppo":
             changed = [name for name in _CRITIC if getattr(self, name) != getattr(BuPOConfig, name)]
             return problems + [f"{name} needs estimator ppo, not {self.estimator}" for name in changed]
-        shares = [(name, getattr(self, name)) for name in _CRITIC[2:]]
+        shares, sharded = [(name, getattr(self, name)) for name in _CRITIC[2:]], engine(self) not in ("one", "ddp")
         per_rollout, accumulation = cast(int, self.steps_per_generation), self.gradient_accumulation_steps
         return problems + failed({
             **{f"{n} must be between 0 and 1, not {x}": not 0 <= x <= 1 for n, x in shares},
-            "estimator ppo keeps a whole critic on every process; it does not run under FSDP or DeepSpeed": (
-                engine(self) not in ("one", "ddp")
-            ),
+            "estimator ppo keeps a whole critic on every process; it does not run under FSDP or DeepSpeed": sharded,
             "estimator ppo does not scale the critic's loss as fp16 needs; use bfloat16 or float32": self.fp16,
             f"estimator ppo needs whole updates: steps_per_generation {per_rollout} is not a multiple of "
             f"gradient_accumulation_steps {accumulation}": per_rollout % accumulation,
@@ -207,6 +196,8 @@ class BuPOConfig(GRPOConfig):
         rollouts = math.ceil(self.max_steps * self.gradient_accumulation_steps / self.generate_every)
         checkpointing = cast(dict, self.gradient_checkpointing_kwargs or {})
         reentrant = self.gradient_checkpointing and checkpointing.get("use_reentrant")
+        decays = kind == "deepspeed" and self.weight_decay != 0.0
+        keeps = self.guarded and kind in ("deepspeed", "fsdp1")
         unsupported = [
             f"{name} {value} {why}; set it to {needed!r}, or internal_steps to 0"
             for name, (needed, why) in _UNSUPPORTED.items()
@@ -215,16 +206,10 @@ class BuPOConfig(GRPOConfig):
         return frozen_problems(self.frozen_layers, schedule) + unsupported + failed({
             f"loss_type {self.loss_type!r} mixes the ratio with other weights; an internal phase needs one of "
             f"{', '.join(RATIO_LOSSES)}": self.loss_type not in RATIO_LOSSES,
-            "ddp_static_graph fails when the graph changes at the end of the phase; leave it unset": (
-                self.ddp_static_graph
-            ),
-            "internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number": (
-                self.guarded and kind in ("deepspeed", "fsdp1")
-            ),
+            "ddp_static_graph fails when the graph changes between phases; leave it unset": self.ddp_static_graph,
+            "internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number": keeps,
             f"weight_decay {self.weight_decay} would shrink the layers that an internal phase does not use, because "
-            "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP": (
-                kind == "deepspeed" and self.weight_decay != 0.0
-            ),
+            "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP": decays,
             "reentrant gradient checkpointing does not work with DDP and unused parameters, which an internal phase "
             "has; set use_reentrant to false in gradient_checkpointing_kwargs": kind == "ddp" and reentrant,
             f"the internal phases take {schedule.ends[-1]} rollout batches, more than the {rollouts} of the run": (
@@ -264,9 +249,8 @@ def model_problems(trainer: Any) -> list[str]:
     """Problems of a trainer's settings with its model, optimizer and dataset."""
     args, schedule, model = trainer.args, trainer.schedule, trainer.model
     above, problems = args.upper_learning_rate_above, []
-    named = [(name, getattr(args, name)) for name in ("frozen_layers", "upper_learning_rate_above")]
-    named = [(name, layer) for name, layer in named if layer is not None]
-    named += [("internal_layer", layer) for layer in schedule.layers]
+    named = [("frozen_layers", args.frozen_layers), ("upper_learning_rate_above", above)]
+    named = [pair for pair in named if pair[1]] + [("internal_layer", layer) for layer in schedule.layers]
     depth = find_layout(model).n_layers if named else 0
     for name, layer in named:
         try:

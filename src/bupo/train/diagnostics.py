@@ -37,8 +37,7 @@ CHOICE_RESPONSES = 32  # enough for the signs of the FFN entropy change; standar
 def check_trackers(names: Iterable[str]) -> None:
     """Raise `ConfigError` if the package of a tracker is not installed."""
     problem = "report_to {0}: the package is not installed (pip install {0}, or leave it out)"
-    missing = [problem.format(name) for name in names if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [problem.format(name) for name in names if importlib.util.find_spec(name) is None]:
         raise ConfigError(missing)
 
 

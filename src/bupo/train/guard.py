@@ -8,17 +8,14 @@ Measured once per rollout batch on some of its responses, with the weights that 
 - ``internal/transfer`` of the last batch's updates: the correlation, over responses, between the advantage and the
   change of the response's log-probability under the full policy, which a GRPO update makes clearly positive.
 
-With ``internal_steps: auto`` the phase guard decides from these by windows of `WINDOW` rollout batches (arXiv
-2512.19673: 30 fixed steps gain 3.4 points, 50 lose 13). Restored weights sampled the last batch of the best window.
+With ``internal_steps: auto`` the phase guard compares windows of `WINDOW` rollout batches (arXiv 2512.19673: 30 fixed
+steps gain 3.4 points, 50 lose 13). It ends the phase, and restores the weights that sampled the last batch of the best
+reward window, when
 
-============  =============================================================================================  ========
-signal        the phase ends when                                                                            weights
-============  =============================================================================================  ========
-reward        the window's mean is below the best window's by two standard errors of the difference           restored
-perplexity    the mean surprisal rose by half and by 0.1 nats per token over the first window                 restored
-divergence    KL(full || internal) rose by half and by 0.1 nats per token over its lowest window              restored
-transfer      its mean is not above zero by two standard errors, ``1 / sqrt(responses)`` each                 kept
-============  =============================================================================================  ========
+- the mean reward is below the best window's by two standard errors of the difference;
+- the mean surprisal rose by half and by 0.1 nats per token over the first window;
+- KL(full || internal) rose by half and by 0.1 nats per token over its lowest window;
+- the mean transfer is not above zero by two standard errors, ``1 / sqrt(responses)`` each; here the weights stay.
 """
 
 from __future__ import annotations
@@ -165,7 +162,6 @@ class PhaseMonitor:
         }
 
     def _reward_and_error(self) -> tuple[float, float]:
-        """Mean reward of the batch and its standard error over questions."""
         rewards = total_rewards(self._trainer.rewards, self._trainer.reward_weights)
         questions = rewards.view(-1, self._trainer.args.num_generations).nanmean(dim=1)
         questions = questions[~questions.isnan()]
@@ -194,7 +190,6 @@ class PhaseMonitor:
         trainer._last_loaded_step = -1  # an engine with a copy of the weights must load them again
 
     def leave_phase(self) -> None:
-        """Free what only an internal phase needs."""
         self.samples, self.best_weights = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,15 +199,14 @@ class PhaseMonitor:
         return {"samples": self.samples, "history": [tuple(signals) for signals in self.history], **weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
         self.samples = {name: t.to(self._trainer.accelerator.device) for name, t in state["samples"].items()}
         self.best_weights = dict(state["best_weights"])
         self.history = [Signals(*signals) for signals in state["history"]]
 
 
-def repeated_ngrams(responses: Iterable[Sequence[int]], n: int = 4) -> tuple[int, int]:
-    """How many n-grams of tokens occurred in the same response before, and how many n-grams there are in all."""
-    ngrams = [[tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)] for tokens in responses]
+def repeated_ngrams(responses: Iterable[Sequence[int]]) -> tuple[int, int]:
+    """How many 4-grams of tokens occurred in the same response before, and how many there are in all."""
+    ngrams = [[tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)] for tokens in responses]
     return sum(len(one) - len(set(one)) for one in ngrams), sum(map(len, ngrams))
 
 

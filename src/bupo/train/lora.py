@@ -55,10 +55,8 @@ def check_lora(model: nn.Module) -> None:
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     tied = None not in ends and ends[0].weight is ends[1].weight
     if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
-        raise ConfigError(
-            "lora.target_modules names an embedding that is tied to the unembedding: merging its adapter would change "
-            "both; leave it out"
-        )
+        what = "lora.target_modules names an embedding that is tied to the unembedding"
+        raise ConfigError(f"{what}: merging its adapter would change both; leave it out")
     if is_deepspeed_zero3_enabled():
         raise ConfigError("lora cannot be merged under DeepSpeed ZeRO-3; use ZeRO-2, FSDP2 or DDP")
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,8 @@ def train(
         if not stopped:
             save_final(trainer, recipe, folder)
         if "result" not in record:
-            updates = trainer.state.global_step or (0 if checkpoint is None else updates_of(checkpoint))
-            record["result"] = _summary(trainer, recipe, folder, updates, stopped)
-            record["result"]["seconds"] = round(time.monotonic() - started, 1)
+            seconds = round(time.monotonic() - started, 1)
+            record["result"] = {**_summary(trainer, recipe, folder, stopped), "seconds": seconds}
             if trainer.accelerator.is_main_process:
                 write_json(folder / RUN_FILE, record)
     return record["result"]
@@ -102,9 +101,9 @@ def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path 
     return stop.stopped
 
 
-def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, updates: int, stopped: bool) -> dict[str, Any]:
+def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, stopped: bool) -> dict[str, Any]:
     """What became of the run; rewards are means over the first and the last tenth of the rollout batches."""
-    log = folder / LOG_FILE
+    updates, log = trainer.state.global_step or recipe.updates(recipe.rollouts), folder / LOG_FILE
     rows = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ())
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     tenth = max(1, len(rewards) // 10)
@@ -125,10 +124,8 @@ def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, updates: int, s
 
 def _checkpoint_of(folder: Path, recipe: Recipe) -> Path:
     """The checkpoint to resume from, after checking that the run had the same recipe."""
-    if (checkpoint := last_checkpoint(folder / "checkpoints")) is None:
-        raise InputError(
-            f"{folder / 'checkpoints'} holds no complete checkpoint to resume from; start without --resume"
-        )
+    if (checkpoint := last_checkpoint(place := folder / "checkpoints")) is None:
+        raise InputError(f"{place} holds no complete checkpoint to resume from; start without --resume")
     before = read_run(folder)["config"]
     if problems := [
         f"{name} was {before.get(name)!r} and is now {value!r}; a resumed run keeps its recipe"
@@ -287,9 +284,7 @@ def drop_rows_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
     write_text(path, "".join(kept))

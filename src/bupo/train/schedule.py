@@ -28,9 +28,7 @@ class Phase:
     @property
     def name(self) -> str:
         """The phase's name in logs: ``internal``, ``joint`` or ``full``."""
-        if self.layer is None:
-            return "full"
-        return "internal" if self.weight == 1.0 else "joint"
+        return "full" if self.layer is None else "internal" if self.weight == 1.0 else "joint"
 
 
 FULL = Phase()

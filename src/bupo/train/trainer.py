@@ -57,9 +57,6 @@ class BuPOTrainer(GRPOTrainer):
     _logs: dict[str, Any]
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, *more: Any, **kwargs: Any):
-        if args is None:
-            name = (model if isinstance(model, str) else model.config._name_or_path).split("/")[-1] or "model"
-            args = BuPOConfig(f"{name}-BuPO")
         if not isinstance(args, BuPOConfig):
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self.schedule = args.schedule()
@@ -100,7 +97,6 @@ class BuPOTrainer(GRPOTrainer):
         return len(self.train_dataset) // self.args.prompts_per_rollout * self.args.generate_every
 
     def alignment_problems(self, schedule: Schedule) -> list[str]:
-        """The ends of phases that would fall inside an update of this run."""
         settings = self.args.generate_every, self.args.gradient_accumulation_steps
         return alignment_problems(schedule, *settings, self.micro_batches_per_epoch or 0)
 
@@ -145,9 +141,7 @@ class BuPOTrainer(GRPOTrainer):
         self.phase = self.schedule.at(rollout)
         if self.phase is FULL:
             self.monitor.leave_phase()
-            batch = self._sample(inputs, FULL)
-        else:
-            batch = self._internal_batch(inputs)
+        batch = self._sample(inputs, FULL) if self.phase is FULL else self._internal_batch(inputs)
         if self.critic is not None:
             for name, value in self.critic.learn(batch, self.position()).items():
                 metrics[name].append(value)
@@ -245,10 +239,8 @@ class BuPOTrainer(GRPOTrainer):
 
     def _check_finite(self, value: Any, name: str) -> None:
         if not torch.as_tensor(value).isfinite():
-            raise TrainingStopped(
-                f"non-finite {name} in {self.position()}; the weights were not updated with it. Lower learning_rate or "
-                "internal_steps and start from the last checkpoint"
-            )
+            remedy = "Lower learning_rate or internal_steps and start from the last checkpoint"
+            raise TrainingStopped(f"non-finite {name} in {self.position()}; no weight was updated with it. {remedy}")
 
     def create_optimizer(self, model: Any = None) -> Any:
         above, scale = self.args.upper_learning_rate_above, cast(float, self.args.upper_learning_rate_scale)
