@@ -151,7 +151,6 @@ class BuPOConfig(GRPOConfig):
         return [f"estimator {self.estimator} works on the weighted sum of the rewards; leave {name}" for name in wrong]
 
     def _problems(self) -> list[str]:
-        """What is wrong with single settings."""
         layer, steps, limit, auto = self.internal_layer, self.internal_steps, self.internal_max_steps, self.guarded
         counted = steps is None or auto or is_whole(steps, low=0)
         short = counted and steps  # the short form of one phase

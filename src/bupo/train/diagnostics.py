@@ -117,7 +117,6 @@ class Diagnostics(TrainerCallback):
             trainer._metrics["train"][f"grad_norm/{name}"].append(norm * scale)
 
     def _square(self, parameters: Iterable[Tensor]) -> Tensor:
-        """The squared norm of the gradients, over all shards."""
         accelerator = self._trainer.accelerator
         grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
         local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]

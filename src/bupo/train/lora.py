@@ -75,9 +75,8 @@ def merge_adapters(model: PeftModel, adapter: Path, recipe: Recipe, *, sharded: 
     A merge in place would need every process for ``sharded`` weights, and would round the sum of 4-bit ones. There the
     saved ``adapter`` is merged into the base model, loaded again or dequantised.
     """
-    base: Any
     if sharded:
-        base, _ = load_model(recipe.model, device="cpu", **recipe.model_dump(include=SOURCE))
+        base: Any = load_model(recipe.model, device="cpu", **recipe.model_dump(include=SOURCE))[0]
     elif getattr(model.get_base_model(), "is_loaded_in_4bit", False):
         base = model.unload().dequantize()
     else:

@@ -218,10 +218,9 @@ class StopOnSignal(TrainerCallback):
 class LogWriter(TrainerCallback):
     """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
 
-    Columns: ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy or None),
-    `COLUMNS` (entropies in nats per token, the length in tokens), ``seconds`` since this process began to train, and
-    every other metric under the trainer's own name. Evaluations are rows with ``eval_*`` names. A resumed run drops the
-    rows after its checkpoint.
+    Rows hold ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy), `COLUMNS`
+    (nats per token, tokens), ``seconds`` since this process began to train, and other metrics under the trainer's name;
+    those of evaluations hold ``eval_*`` names. A resumed run drops the rows after its checkpoint.
     """
 
     def __init__(self, path: Path, trainer: Any, show: Callable[[str], None], rollouts: int):
@@ -264,7 +263,6 @@ class LogWriter(TrainerCallback):
         }
 
     def _line(self, row: dict[str, Any]) -> str:
-        """One line for the console."""
         if "rollout" not in row:
             return f"evaluation after update {row['step']}: {_number(row, 'eval_reward', 'reward')}"
         phase = f"{row['phase']} l={row['layer']}" if row["layer"] else row["phase"]
