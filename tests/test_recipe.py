@@ -1,18 +1,16 @@
-"""Recipes: reading, changing, checking, the batch arithmetic; reading and the recipe's own checks load no torch."""
+"""Recipes: reading, changing, checking, the batch arithmetic."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bupo.errors import ConfigError, InputError
 from bupo.recipe import Recipe, load_yaml, override, read_recipe
-from bupo.train.build import check_recipe, trainer_config
+from bupo.train.build import check_recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 SMALLEST = {"model": "small", "dataset": "arithmetic"}
@@ -22,15 +20,6 @@ def problems(**raw):
     with pytest.raises(ConfigError) as error:
         check_recipe(raw)
     return error.value.problems
-
-
-def test_reading_and_the_package_need_no_torch():
-    code = (
-        "import sys, bupo; from bupo.recipe import validate, read_recipe;"
-        f"assert not any(validate(read_recipe(p))[1] for p in {[str(p) for p in RECIPES]!r});"
-        "assert not {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules), 'heavy import'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_package_exports_what_users_import():
@@ -69,18 +58,6 @@ def test_settings_of_the_trainer_pass_through():
     record = recipe.model_dump(mode="json")
     assert (record["learning_rate"], record["trl"]) == (1e-4, {"beta": 0})
     assert check_recipe({**SMALLEST, "fsdp": True}).trainer_settings(1)["fsdp"] is True
-
-
-def test_no_internal_steps_is_plain_grpo_whatever_else_is_set():
-    """`--internal-steps 0` is how a recipe becomes its own baseline."""
-    for phase in (
-        {"internal_layer": 2, "internal_temperature": 2.0, "internal_norm": True},
-        {"internal_layer": "auto", "internal_max_steps": 3},
-        {"phases": [{"layer": 2, "rollouts": 3}]},
-    ):
-        recipe = check_recipe({**SMALLEST, **phase, "internal_steps": 0})
-        assert not trainer_config(recipe, Path()).schedule().internal
-        assert recipe.internal_steps == 0
 
 
 def test_every_key_has_a_description():
@@ -137,7 +114,6 @@ WRONG = [
     ({"lora": 4}, "lora must be a mapping with r, alpha, dropout, target_modules, four_bit, not 4"),
     ({"trl": [1]}, "trl must be a mapping, not [1]"),
     ({"keep_checkpoints": 1}, "keep_checkpoints must be at least 2, not 1"),
-    ({"internal_layer": "top"}, "internal_layer must be a layer from 1 to L"),
     ({"internal_layer": 2, "internal_steps": 301}, "internal phases take 301 rollout batches, more than the 300"),
     ({"max_steps": 3}, "max_steps is set by the recipe's own key: rollouts"),
     ({"beta": 0, "trl": {"beta": 0}}, "beta is given twice, as a key of the recipe and under trl"),
@@ -148,7 +124,6 @@ WRONG = [
     ({"report_to": ["tensorbord"]}, "report_to must be one of tensorboard, trackio or wandb, not 'tensorbord'"),
     ({"eval": {"every": 3}}, "eval.dataset is missing"),
     ({"model": ""}, "model is missing"),
-    ({"estimator": "ppo2"}, "estimator must be one of grpo"),
     ({"prompts_per_rollout": 5, "updates_per_rollout": 3}, "updates_per_rollout 3: 40 samples do not split evenly"),
     ({"inside_layer": 2}, "inside_layer and inside_responses need inside_every"),
     ({"inside_every": 2}, "inside_every needs a layer to compare with the others"),

@@ -49,22 +49,9 @@ def test_a_whole_evaluation(tiny_folder, questions, tmp_path, bupo):
     assert "needs --model, --tasks, --output" in err
 
 
-def test_internal_layer(tiny_folder, questions, tmp_path, bupo):
-    responses = []
-    for layer in (1, 4):
-        output = tmp_path / str(layer)
-        more = ["--n", "10", "--internal-layer", layer, "--output", output]
-        assert bupo(*arguments(tiny_folder, questions, *more))[0] == 0
-        assert json.loads((output / "results.json").read_text())["sampling"]["internal_layer"] == layer
-        responses.append((output / "responses.parquet").read_bytes())
-    assert responses[0] != responses[1]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--model", "no/such-model"], "cannot"),
-        (["--model", "./nowhere"], "does not exist"),
         (["--tasks", "missing.jsonl"], "no such file: missing.jsonl"),
         (["--tasks", "columns.jsonl"], "columns found: text, label"),
         (["--tasks", "mathh"], "unknown dataset 'mathh'"),
@@ -72,12 +59,11 @@ def test_internal_layer(tiny_folder, questions, tmp_path, bupo):
         (["--tasks", "math500", "--data-dir", "nowhere"], "data folder nowhere does not exist"),
         (["--internal-layer", "5"], "layers 1 to 4"),
         (["--engine", "tgi"], "unknown engine"),
-        (["--template", "chatml"], "unknown template"),
         (["--template", "chat"], "no chat template"),
         (["--n", "1"], "needs at least 2 samples"),
         (["--max-new-tokens", "600"], "context of 512"),
         (["--top-p", "2"], "top_p must lie in"),
-        (["--dtype", "int3"], "int3"),
+        (["--dtype", "int3"], "unknown dtype 'int3'; choose one of auto, float32"),
         (["--regrade", "x"], "--regrade takes no --k, --max-new-tokens, --model, --n, --output, --tasks"),
     ],
 )

@@ -108,20 +108,14 @@ REFUSED = [
     ({"model": "no/such/model"}, "model folder no/such/model does not exist"),
     ({"dataset": "nothing.jsonl"}, "no such file: nothing.jsonl"),
     ({"dataset": "columns.jsonl"}, "lacks an answer column"),
-    ({"internal_layer": 5}, "layer 5 does not exist: this model has layers 1 to 4"),
-    ({"internal_layer": 0}, "internal_layer must be a layer from 1"),
     ({"max_completion_length": 1000}, "exceed the model's context of 512"),
     ({"max_prompt_length": 2}, "no prompt fits into max_prompt_length 2"),
     ({"prompts_per_rollout": 8}, "6 prompts, fewer than the 8 of a rollout batch"),
-    ({"trl": {"epsilon_hihg": 0.3}}, "unknown key trl.epsilon_hihg (did you mean epsilon_high?)"),
     ({"trl": {"beta": 0.1, "entropy_coef": 0.1}}, "beta 0.1"),
-    ({"trl": {"loss_type": "vespo"}}, "'vespo' mixes"),
     ({"trl": {"optim": "no_such_optimizer"}}, "no_such_optimizer"),
     ({"reward": "tests.support.training:no_such"}, "cannot be imported"),
-    ({"reward": "no_such_module:f"}, "cannot be imported"),
     ({"lora": {"target_modules": ["no_such_module"]}}, "no_such_module"),
     ({"dtype": "float32", "template": "chat"}, "no chat template"),
-    ({"inside_every": 1, "inside_layer": 9}, "layer 9 does not exist"),
 ]
 
 
@@ -225,18 +219,11 @@ def test_ctrl_c_saves_and_says_how_to_continue(bupo, tmp_path, recipe, whole_run
     assert ours == theirs
 
 
-def test_trouble_in_training_names_the_update(bupo, tmp_path, recipe):
-    for changes, told in (
-        ({"learning_rate": 1e38}, ("non-finite", "in update 2 (rollout batch 1, internal phase, layer 2)")),
-        (
-            {"reward": "tests.support.training:no_memory"},
-            ("out of accelerator memory in update 1 (rollout batch 1, internal phase, layer 2); lower",),
-        ),
-    ):
-        code, _, err = bupo("train", recipe(**changes), "--output", tmp_path / "run", "--overwrite")
-        assert code == 2
-        assert f"bupo: error: {told[0]}" in err
-        assert told[-1] in err
+def test_a_run_that_diverges_names_the_update(bupo, tmp_path, recipe):
+    code, _, err = bupo("train", recipe(learning_rate=1e38), "--output", tmp_path / "run")
+    assert code == 2
+    assert "bupo: error: non-finite" in err
+    assert "in update 2 (rollout batch 1, internal phase, layer 2)" in err
 
 
 def test_auto_stops_or_says_which_layer(bupo, tmp_path, recipe):

@@ -80,8 +80,6 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name, monkeypatch):
 
 def test_internal_policy_is_what_is_sampled(tiny):
     model, _ = tiny
-    with pytest.raises(InputError, match="layers 1 to 4"):
-        TransformersEngine(*tiny, internal_layer=5)
     for layer in (1, 2, 3):
         engine = TransformersEngine(*tiny, internal_layer=layer)
         (response,) = engine.run(PROMPTS, Batch(((0, 0),), 1), Sampling(5, temperature=0))
@@ -97,8 +95,6 @@ def test_wrong_settings():
     wrong = r"same name: sums, sums; top_p must.*; Avg@4 needs.*; the internal norm.*; a shard"
     with pytest.raises(ConfigError, match=wrong):
         EvalConfig("m", ("sums.json", "a/sums.jsonl"), k=4, n=2, top_p=2, internal_norm=True, shard="3/2")
-    with pytest.raises(InputError, match="unknown engine"):
-        choose_engine("vlm")
     with pytest.raises(InputError, match="cannot sample from an internal policy"):
         choose_engine("vllm", internal_layer=3)
 

@@ -32,11 +32,9 @@ def test_the_default_device_is_the_accelerator_of_any_kind(tiny_folder, monkeypa
     assert model.device.type == device
 
 
-def test_an_unknown_device_or_dtype_is_one_line(tiny_folder):
+def test_an_unknown_device_is_one_line(tiny_folder):
     with pytest.raises(InputError, match=r"cannot put the model on 'abacus'"):
         load_model(str(tiny_folder), device="abacus")
-    with pytest.raises(InputError, match=r"unknown dtype 'int3'; choose one of auto, float32"):
-        load_model(str(tiny_folder), dtype="int3")
 
 
 @pytest.mark.parametrize(

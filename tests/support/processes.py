@@ -59,15 +59,10 @@ def _join(job: Callable[..., None], places: dict[str, Any], **arguments: Any) ->
 def attempt(
     arguments: list[str], log: Path, folder: Path, event: int | None = None, seconds: float | None = None
 ) -> tuple[int, int, float]:
-    """Run `bupo train` in one process, which may be killed with SIGKILL.
+    """Run `bupo train` with these arguments in one process, which may be killed with SIGKILL.
 
-    Args:
-        arguments: of ``bupo train``.
-        log: file for what it prints.
-        folder: of the run.
-        event: it kills itself right before its n-th operation (from 1) on a file below the folder: opening, renaming,
-            removing, making a folder.
-        seconds: it is killed from outside after that time, wherever it is.
+    It kills itself right before its ``event``-th operation (opening, renaming, removing, making a folder; from 1) on a
+    file below ``folder``, or is killed from outside after ``seconds``.
 
     Returns: its exit code (-9 if killed), the operations seen below the folder, and the seconds it took.
     """

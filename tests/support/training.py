@@ -214,10 +214,6 @@ def digits_then_interrupt(completions: list[str], **more: Any) -> list[float]:
     return digits(completions)
 
 
-def no_memory(completions: list[str], **_: Any) -> list[float]:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
 def much_memory(completions: list[str], **_: Any) -> list[float]:
     """Asks for more memory than any machine has."""
     return torch.empty(1 << 60).tolist()

@@ -11,7 +11,7 @@ from bupo.errors import ConfigError, InputError
 from bupo.train import trainer as trainer_module
 from bupo.train.checkpoint import STATE_FILE, fill_optimizer_state, last_checkpoint, rotate, write_state
 from bupo.train.diagnostics import LayerChoice
-from tests.support.training import make_trainer, prompts, resumed, trained
+from tests.support.training import make_trainer, prompts, resumed, same_weights, trained, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "updates_per_rollout": 2}
 RESUME = [
@@ -38,6 +38,8 @@ def test_a_resumed_run_keeps_the_layer_that_auto_found(tmp_path, monkeypatch):
     settings = {**SAVING, "internal_layer": "auto", "internal_steps": 3}
     monkeypatch.setattr(trainer_module, "choose_layer", lambda *_: LayerChoice(3, "because"))
     whole = trained(tmp_path, **settings)
+    named = trained(tmp_path / "named", **{**settings, "internal_layer": 3})
+    assert same_weights(weights(whole.model), weights(named.model))
     monkeypatch.setattr(trainer_module, "choose_layer", lambda *_: LayerChoice(1, "another"))
     assert resumed(tmp_path, whole, 2, **settings).schedule.layers == (3,)
     # the state of a finished run can be read without training

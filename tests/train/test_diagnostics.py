@@ -148,8 +148,6 @@ def test_a_model_that_cannot_be_read_ends_the_readings_not_the_run(train, monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inside_layer": 2}, "inside_layer and inside_responses need inside_every"),
-        ({"inside_every": 1, "internal_layer": None, "internal_steps": 0}, "inside_every needs a layer"),
         ({"inside_every": 1, "inside_layer": 9}, "layer 9 does not exist"),
         ({"inside_every": 1, "inside_responses": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"report_to": ["wandb"]}, "wandb: the package is not installed (pip install wandb, or leave it out)"),

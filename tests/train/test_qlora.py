@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bupo.errors import ConfigError
+from bupo.recipe import read_recipe
 from bupo.train import lora, run
 from bupo.train.build import build, check_recipe
 from bupo.train.lora import upcast_adapters
-from tests.cli.test_cli_train import RECIPE
+from tests.cli.test_cli_train import write_recipe
 from tests.support.training import Gradients
 
 here = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -22,10 +22,8 @@ here = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reas
 
 @pytest.fixture
 def recipe(tmp_path, tiny_folder):
-    data = tmp_path / "sums.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)}) + "\n" for i in range(6)))
-    wanted = {**RECIPE, "model": str(tiny_folder), "dataset": str(data), "rollouts": 2, "internal_steps": 1}
-    return lambda **changes: check_recipe({**wanted, "lora": {"r": 2, "four_bit": True}, **changes})
+    short = {"model": str(tiny_folder), "rollouts": 2, "internal_steps": 1, "lora": {"r": 2, "four_bit": True}}
+    return lambda **changes: check_recipe(read_recipe(write_recipe(tmp_path, **short, **changes)))
 
 
 def packed(model):

@@ -92,9 +92,7 @@ def test_whose_memory_ran_out():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"): "accelerator",
         RuntimeError("CUDA error: out of memory"): "accelerator",
         MemoryError(): "host",
-        RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
-        ): "host",
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"): "host",
         OSError(12, "Cannot allocate memory"): "host",
         RuntimeError("shapes do not fit"): None,
         ValueError("memory"): None,

@@ -234,19 +234,6 @@ def test_the_joint_loss_is_the_weighted_sum_of_both_surrogates(tmp_path):
     assert moved(weights(start), weights(after)) == set(weights(start))  # every layer learns in the joint phase
 
 
-def choose(monkeypatch, layer):
-    monkeypatch.setattr(trainer_module, "choose_layer", lambda *_: LayerChoice(layer, f"boundary layer {layer}"))
-
-
-def test_auto_equals_naming_the_layer(tmp_path, monkeypatch):
-    choose(monkeypatch, 3)
-    auto = trained(tmp_path / "a", internal_layer="auto", internal_steps=1)
-    named = trained(tmp_path / "b", internal_layer=3, internal_steps=1)
-    assert auto.schedule == named.schedule
-    assert losses(auto) == losses(named)
-    assert same_weights(weights(auto.model), weights(named.model))
-
-
 def test_auto_without_a_boundary_stops_and_lists_the_candidates(tmp_path):
     model = tiny_model("qwen3", spread=3.0)
     with torch.no_grad():
@@ -259,7 +246,7 @@ def test_auto_without_a_boundary_stops_and_lists_the_candidates(tmp_path):
 
 
 def test_a_layer_found_by_analysis_that_is_frozen_stops(tmp_path, monkeypatch):
-    choose(monkeypatch, 2)
+    monkeypatch.setattr(trainer_module, "choose_layer", lambda *_: LayerChoice(2, "boundary layer 2"))
     trainer = make_trainer(tmp_path, internal_layer="auto", internal_steps=1, frozen_layers=2)
     with pytest.raises(TrainingStopped, match="boundary layer 2; frozen_layers 2 freezes every layer"):
         trainer.train()
