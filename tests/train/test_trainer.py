@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
 from bupo.train import trainer as trainer_module
+from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import LayerChoice
 from bupo.train.schedule import FULL
 from bupo.train.trainer import BuPOTrainer
@@ -66,8 +67,15 @@ def test_without_internal_steps_it_is_trls_trainer_bit_for_bit(tmp_path, setting
         assert a == {k: v for k, v in b.items() if k not in ("phase", "rollout")}
 
 
-def test_arguments_may_be_positional_as_for_trls_trainer(tmp_path):
-    args, data = config(tmp_path), prompts(8)
+def test_arguments_may_be_positional_or_left_out_as_for_trls_trainer(tmp_path, monkeypatch):
+    class OnCpu(BuPOConfig):  # TRL's default dtype needs an accelerator
+        def __init__(self, folder):
+            super().__init__(folder, use_cpu=True, bf16=False)
+
+    monkeypatch.setattr("bupo.train.trainer.BuPOConfig", OnCpu)
+    args, data = OnCpu(str(tmp_path)), prompts(8)
+    bare = BuPOTrainer(tiny_model(), even_share, train_dataset=data, processing_class=tiny_tokenizer())
+    assert bare.args.output_dir == "model-BuPO"
     trainer = BuPOTrainer(tiny_model(), even_share, args, data, data, tiny_tokenizer())
     assert (trainer.train_dataset, trainer.eval_dataset, trainer.args) == (data, data, args)
     with pytest.raises(ConfigError, match="needs a BuPOConfig, not GRPOConfig"):

@@ -57,6 +57,9 @@ class BuPOTrainer(GRPOTrainer):
     _logs: dict[str, Any]
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, *more: Any, **kwargs: Any):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = BuPOConfig(f"{name.split('/')[-1] or 'model'}-BuPO")
         if not isinstance(args, BuPOConfig):
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self.schedule = args.schedule()
