@@ -29,22 +29,13 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A saved random model (4 layers, 97 tokens, context 512) with a character tokenizer and no chat template."""
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.decoders import Fuse
-    from tokenizers.models import WordLevel
+    from tokenizers import Regex
     from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
 
-    from tests.support.tiny import tiny_model
+    from tests.support.tiny import tiny_model, word_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-model")
     tiny_model("qwen3", spread=3.0, max_position_embeddings=512).save_pretrained(folder)
-    characters = ["<pad>", "<bos>", "<eos>", *map(chr, range(32, 125)), "\n"]
-    backend = Tokenizer(WordLevel({text: index for index, text in enumerate(characters)}, unk_token="?"))
-    backend.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="?"
-    )
-    tokenizer.save_pretrained(folder)
+    characters = [*map(chr, range(32, 125)), "\n"]
+    word_tokenizer(characters, "?", Split(Regex(r"[\s\S]"), "isolated"), fuse=True).save_pretrained(folder)
     return folder

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "bupo"
 FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "matplotlib", "jinja2", "pyarrow")
-SOURCE_LINES, TEST_LINES, FILE_LINES, FUNCTION_LINES, PARAMETERS = 9_500, 7_500, 300, 60, 8
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 8
+TOTAL_LINES = {"src": 9_500, "tests": 7_500}
+ADDED = {"grading rules": {"src": 120, "tests": 70}}  # lines that features add which are newer than these limits
 # A file imports only from lower floors or from its own folder.
 FLOORS = {
     "errors": 0, "run_folder": 0, "recipe": 0, "models": 1, "data": 1, "lens": 2, "train": 3, "evaluate": 3,
@@ -39,8 +41,6 @@ DELAYED = {
     "reasoning_gym": "an optional task source",
     "math_verify": "loads inside the grading process only",
 }
-# Files and folders that are still being rebuilt; empty at the end.
-NOT_YET = ("plan/",)
 
 
 def name(path: Path) -> str:
@@ -97,15 +97,13 @@ def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunc
 
 
 def check(violations: set[str]) -> None:
-    assert sorted(one for one in violations if not one.startswith(NOT_YET)) == []
+    assert sorted(violations) == []
 
 
-@pytest.mark.xfail(condition=bool(NOT_YET), reason="still being rebuilt", strict=False)
-def test_total_sizes():
-    lines = {folder: sum(len(f.read_text().splitlines()) for f in (ROOT / folder).rglob("*.py"))
-             for folder in ("src", "tests")}  # fmt: skip
-    assert lines["src"] <= SOURCE_LINES, lines
-    assert lines["tests"] <= TEST_LINES, lines
+@pytest.mark.parametrize("folder", TOTAL_LINES)
+def test_total_sizes(folder):
+    limit = TOTAL_LINES[folder] + sum(added[folder] for added in ADDED.values())
+    assert sum(len(f.read_text().splitlines()) for f in (ROOT / folder).rglob("*.py")) <= limit
 
 
 def test_files_are_short():

@@ -43,20 +43,10 @@ RIGHT_AND_WRONG = {  # gold answer: right answers, wrong ones (a sentence is not
     r"x<-1\text{ or }x>3": ([r"(-\infty,-1)\cup(3,∞)", r"x>3\text{ or }x<-1"], [r"x<-1\text{ or }x>4", "x>3"]),
     "x=5": (["5", "x = 5"], ["6", "x=-5"]),
     "5": (
-        [
-            "5=x",
-            "x=2+3=5",
-            "f(2)=5",
-            r"\text{Area}=5",
-            r"5\text{ m/s}",
-            "5cm",
-            "5,",
-            "5;",
-            "**5**",
-            r"\text{Answer: }5",
-        ],
-        ["4=5", "1+1=5", "0=5", "1=2=3=4=5", "2x=5", "x-1=5", "xy=5", r"5\text{ is wrong}", "5 or 6", "5?"],
+        ["5=x", "x=2+3=5", "f(2)=5", r"\text{Area}=5"],
+        ["4=5", "1+1=5", "0=5", "1=2=3=4=5", "2x=5", "x-1=5", "xy=5"],
     ),
+    "+5": ([r"5\text{ m/s}", "5cm", "5,", "5;", "**5**", r"\text{Answer: }5"], [r"5\text{ is wrong}", "5 or 6", "5?"]),
     "25": (["x=25"], ["x^2=25"]),
     "x+1": (["y=x+1", "1+x"], ["x=x+1"]),
     "5t": (["t5", r"5\cdot t"], ["5", r"5\text{ t}"]),
@@ -185,12 +175,7 @@ def test_agreement_on_math500(shared_data, monkeypatch):
 def test_equal_at_sight():
     equal = [("4", "4"), ("4", "04"), ("\\frac{1}{2}", "2/4"), ("\\frac{1}{2}", "0.5"), ("x", "x")]
     other = [("4", "5"), ("-\\dfrac{1}{2}", "\\frac{1}{2}")]
-    unclear = [
-        ("-\\dfrac{1}{2}", "-$\\frac{1}{2}$"),
-        ("4", "4/0"),
-        ("4", "x"),
-        ("4", "\u0664"),
-    ]  # another script's digit
+    unclear = [("-\\dfrac{1}{2}", "-$\\frac{1}{2}$"), ("4", "4/0"), ("4", "x"), ("4", "\u0664")]  # a foreign digit
     unclear += [("\\frac{1}{3}", "0.333")]  # math-verify decides about rounding
     for pairs, expected in ((equal, True), (other, False), (unclear, None)):
         assert [(pair, answers.equal_at_sight(*pair)) for pair in pairs] == [(pair, expected) for pair in pairs]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 COMMON = {
     "vocab_size": 97,
@@ -36,6 +37,17 @@ def tiny_model(layout: str = "qwen3", *, seed: int = 0, spread: float = 6.0, **c
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def word_tokenizer(words, unknown: str, splitter, *, fuse: bool = False, **more) -> PreTrainedTokenizerFast:
+    """One token per word, from id 3 on; 0, 1 and 2 are padding, beginning and end."""
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": unknown}
+    known = [*list(special.values())[:3], *words]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token=unknown))
+    inner.pre_tokenizer = splitter
+    if fuse:
+        inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special, **more)
 
 
 def tokens(batch: int = 2, length: int = 9, *, seed: int = 0, vocabulary: int = 97) -> torch.Tensor:

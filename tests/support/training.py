@@ -11,27 +11,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from bupo.train.config import BuPOConfig
 from bupo.train.guard import Decision
 from bupo.train.trainer import BuPOTrainer
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, word_tokenizer
 
 VOCABULARY, L = 97, 4
 LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word: ``w3`` is id 3; 0, 1 and 2 are padding, beginning and end."""
-    words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCABULARY))]
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "w3"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special)
+    """One token per word: ``w3`` is id 3."""
+    return word_tokenizer([f"w{i}" for i in range(3, VOCABULARY)], "w3", WhitespaceSplit(), padding_side="left")
 
 
 def prompts(n: int = 24) -> Dataset:
