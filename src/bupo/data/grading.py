@@ -111,6 +111,8 @@ class Grader:
                     worker = None
                 if time.monotonic() - began > 0.7 * self._seconds:
                     break
+            if began == math.inf:
+                raise ConnectionError("no worker began: the server is ending")
             return 0.0, "timeout"
         finally:
             self._idle.append(worker)
