@@ -114,18 +114,19 @@ class _Recorder:
             self._before, self._layers = after, []
 
 
+@torch.no_grad()
 def capture_layers(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *, group: int = 4
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return ``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) in float32, for few tokens; see `capture_stream`."""
-    states: list[Tensor] = []
+    """Return ``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) in float32; the arguments are those of `capture_stream`.
 
-    def on_group(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
-        # within the group, H^l is the sum of what its layers add; the group's last state is the model's own
-        for layer in layers[:-1]:
-            before = before + layer.attn_out + layer.ffn_out
-            states.append(before)
-        states.append(after)
-
-    final = capture_stream(model, input_ids, attention_mask, positions, on_group, group=group)
-    return torch.stack(states), final
+    All layers are in memory at once.
+    """
+    layout, states = find_layout(model), list[Tensor]()
+    recorder = _Recorder(positions, layout, None, 1)
+    find_residual_writes(model)  # raises an error if a layer's output is not the stream
+    with ExitStack() as stack:
+        for layer in layout.layers:
+            stack.enter_context(on_output(layer, lambda stream: states.append(recorder.select(stream))))
+        output = layout.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return torch.stack(states), recorder.select(output.last_hidden_state)

@@ -7,10 +7,10 @@ break transformers' lazily installed output capture. Hooks, parameter names and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,24 @@ def check_layer(n_layers: int, layer: int, component: str = "layer") -> None:
         raise InputError(f"layer {layer} does not exist: this model has layers 1 to {n_layers}")
 
 
+class LayerMap(Protocol):
+    """A map of each layer's states to the output's basis, in front of the final norm; `bupo.Lens` is one."""
+
+    @property
+    def norm(self) -> bool:
+        """Whether the final norm follows the map."""
+
+    def transport(self, layer: int, states: Tensor, *, linear: bool = False) -> Tensor:
+        """Map states (..., d) of a layer; ``linear`` leaves out the bias."""
+
+
 @contextmanager
 def internal_policy(
-    model: _Model, layer: int, component: Component = "layer", norm: bool = False, temperature: float = 1.0
+    model: _Model,
+    layer: int,
+    component: Component = "layer",
+    lens: Literal["raw", "norm"] | LayerMap = "raw",
+    temperature: float = 1.0,
 ) -> Iterator[_Model]:
     """Within this context, ``model`` is its internal policy ``softmax(S E_u^T / temperature)``.
 
@@ -48,7 +63,8 @@ def internal_policy(
     Args:
         component: ``S`` is ``H^l``, the stream after the layer (Eq. 5), for ``"layer"``; what the attention or the FFN
             adds to the stream, ``A^l`` or ``F^l`` (Eq. 6), for ``"attn"`` or ``"ffn"``.
-        norm: apply the final norm, ``softmax(LN(S) E_u^T)`` (the paper's ablation).
+        lens: ``"raw"`` (Eq. 5), ``"norm"`` for ``softmax(LN(S) E_u^T)`` (the paper's ablation), or a `bupo.Lens` for
+            ``softmax(LN(A_l S + b_l) E_u^T)``. What a module adds to the stream is read without b_l.
         temperature: above 0; divides the input of the unembedding, which also reaches a head that TRL fuses into its
             loss. A bias and soft-capping come afterwards and are not divided. 1 in the paper.
 
@@ -65,7 +81,12 @@ def internal_policy(
         raise InputError(f"the temperature of an internal policy must be a number above 0, not {temperature!r}")
     if layout.layers_name in layout.backbone.__dict__:
         raise InputError("this model is already inside an internal_policy context; leave that one first")
+    if isinstance(lens, str) and lens not in ("raw", "norm"):
+        raise InputError(f"unknown lens {lens!r}; pass 'raw', 'norm' or what bupo.Lens.load returns")
+    norm = lens == "norm" if isinstance(lens, str) else lens.norm
     reader = _Reader(layout, layer, norm, temperature, name=type(unwrap(model)).__name__)
+    if not isinstance(lens, str):
+        reader.transport = partial(lens.transport, layer, linear=component != "layer")
     last = layout.layers[layer - 1]
     terms = () if component == "layer" else getattr(find_residual_writes(model)[layer - 1], component).terms
     with ExitStack() as stack:
@@ -89,6 +110,7 @@ class _Reader:
     def __init__(self, layout: DecoderLayout, layer: int, norm: bool, temperature: float, name: str):
         self._layer, self._norm, self._temperature, self._name = layer, norm, temperature, name
         self._normalize = layout.final_norm.forward
+        self.transport: Callable[[Tensor], Tensor] | None = None
         self.begin()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -118,6 +140,8 @@ class _Reader:
         if self._terms:
             terms = [term.reshape(hidden_states.shape).to(hidden_states.device) for term in self._terms.values()]
             hidden_states, self._terms = sum(terms[1:], terms[0]), {}
+        if self.transport is not None:
+            hidden_states = self.transport(hidden_states)
         if self._norm:
             hidden_states = self._normalize(hidden_states, *args, **kwargs)
         return hidden_states if self._temperature == 1.0 else hidden_states / self._temperature

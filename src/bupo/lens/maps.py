@@ -1,0 +1,206 @@
+"""Lenses: one affine map per layer in front of the final norm, ``softmax(LN(A_l H^l + b_l) E_u^T)``.
+
+``raw`` has neither map nor norm (Eq. 5 of arXiv 2512.19673), ``norm`` is the usual logit lens, ``ridge`` is the least
+squares map from H^l to H^L (arXiv 2303.09435). `bupo.lens.published` reads Jacobian and tuned lenses.
+
+Shape legend: L layers, N tokens, d width.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bupo.errors import InputError
+from bupo.lens.batching import check_rollouts, subsample
+from bupo.lens.readings import Progress, read_layers
+from bupo.lens.ridge import sum_states
+from bupo.models.layout import eval_mode, find_layout, unwrap
+from bupo.models.load import model_revision
+from bupo.run_folder import versions, write_bytes, write_json
+
+WEIGHTS, CARD = "lens.safetensors", "lens.json"
+FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 100.0)  # of the ridge term; the last nearly leaves the states as they are
+HELD_OUT = 4  # the responses to every fourth prompt are held out
+_FACTOR_TOKENS, _CARD_TOKENS = 64, 128  # held-out tokens that choose the factors, and that the card's figures are of
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A way to read every layer of one model; layers count from 1, and layer L is always the model's own output.
+
+    Attributes:
+        kind: ``raw``, ``norm``, ``ridge``, ``jacobian`` or ``tuned``.
+        maps, biases: A_l (L-1, d, d) and b_l (L-1, d) of layers 1..L-1 in float32; None for ``raw`` and ``norm``.
+        card: where the maps come from and how well they read held-out responses, as saved in ``lens.json``.
+    """
+
+    kind: str
+    maps: Tensor | None = None
+    biases: Tensor | None = None
+    card: dict[str, Any] = field(default_factory=dict, compare=False)
+    _placed: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def norm(self) -> bool:
+        """Whether the final norm is applied after the map."""
+        return self.kind != "raw"
+
+    def transport(self, layer: int, states: Tensor, *, linear: bool = False) -> Tensor:
+        """Map states (..., d) of ``layer`` to the output's basis, before the final norm.
+
+        Gradients flow through the states and never into the map. ``linear`` leaves out the bias, for what a module
+        adds to the stream.
+        """
+        if self.maps is None or layer > len(self.maps):
+            return states
+        key = (layer, states.device, states.dtype)
+        if key not in self._placed:
+            assert self.biases is not None
+            place = {"device": states.device, "dtype": states.dtype}
+            self._placed[key] = (self.maps[layer - 1].to(**place), self.biases[layer - 1].to(**place))
+        weight, bias = self._placed[key]
+        return functional.linear(states, weight, None if linear else bias)
+
+    @classmethod
+    def identity(cls) -> Lens:
+        """The usual logit lens: the final norm and no map (``norm``)."""
+        return cls("norm")
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        responses: Sequence[Any],
+        *,
+        batch_tokens: int = 2048,
+        seed: int = 0,
+        share: bool = False,
+        progress: Progress | None = None,
+    ) -> Lens:
+        """Fit a ridge lens on all response tokens; the arguments are those of `bupo.analyze_rollouts`.
+
+        The maps of layer l are first fitted on three of four prompts with several ridge factors. The factor whose map
+        reads the other prompts' responses best, by KL(full policy || lens), is taken for the fit on all of them. The
+        card holds how well the first maps read the held-out responses (``held_out``), beside ``raw`` and ``norm``.
+
+        Raises:
+            InputError: unusable responses, responses to a single prompt, or states that are not finite.
+        """
+        pairs = check_rollouts(model, responses)
+        prompts = list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))
+        if len(prompts) < 2:
+            raise InputError("a lens needs responses to two or more prompts, because it is checked on prompts left out")
+        held = set(prompts[HELD_OUT - 1 :: HELD_OUT] or prompts[-1:])
+        part = [[i for i, p in enumerate(pairs) if (tuple(p.prompt_ids) in held) == out] for out in (False, True)]
+        tokens = [range(len(pair.response_ids)) for pair in pairs]
+        done, total = 0, sum(map(len, tokens))
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress is not None:
+                progress("fitting maps", min(done, total), total)
+
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "share": share, "on_tokens": advance}
+        with eval_mode(unwrap(model)):
+            fitted, rest = (sum_states(model, pairs, tokens, indices, **how) for indices in part)
+        if not bool(torch.isfinite(fitted.values).all() and torch.isfinite(rest.values).all()):
+            raise InputError("the states of this model are not finite; check its weights, or load it in a wider dtype")
+        checked, layers = [pairs[i] for i in part[1]], len(fitted.values)
+        draw = partial(subsample, [len(pair.response_ids) for pair in checked], seed=seed)
+        candidates = [cls("ridge", *fitted.solve([factor] * layers)) for factor in FACTORS]
+        best = read_layers(model, checked, draw(_FACTOR_TOKENS), candidates).values[:, 2, :-1].mean(-1).argmin(0)
+        factors = [FACTORS[i] for i in best.tolist()]
+        readings = read_layers(model, checked, draw(_CARD_TOKENS), [RAW, NORM, cls("ridge", *fitted.solve(factors))])
+        curves, errors = readings.curves(("raw", "norm", "ridge"))
+        card = dict(zip(("model", "revision"), identity_of(model), strict=True)) | {
+            "tokens": fitted.tokens + rest.tokens,
+            "responses": len(pairs),
+            "ridge_factors": factors,
+            "held_out": {"tokens": sum(readings.counts), "responses": len(readings.counts), "curves": curves,
+                         "standard_errors": errors},
+        }  # fmt: skip
+        return cls("ridge", *(fitted + rest).solve(factors), card)
+
+    def check(self, model: nn.Module) -> Lens:
+        """Return this lens if it belongs to ``model``, with a warning if it was made on another revision of it.
+
+        Raises:
+            InputError: another number of layers or another width.
+        """
+        if self.maps is None:
+            return self
+        layers, width = find_layout(model).n_layers, find_layout(model).unembedding.weight.shape[1]
+        if self.maps.shape != (layers - 1, width, width):
+            raise InputError(
+                f"this {self.kind} lens is for {len(self.maps) + 1} layers of width {self.maps.shape[-1]}, but the "
+                f"model has {layers} layers of width {width}; use the lens of this model"
+            )
+        made, used = ((self.card.get("model"), self.card.get("revision")), identity_of(model))
+        if made[0] and made != used:
+            warnings.warn(f"this lens was made on {_named(made)}, and is used on {_named(used)}", stacklevel=2)
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``lens.safetensors`` and its card ``lens.json`` into a folder, and return the folder."""
+        assert self.maps is not None and self.biases is not None, f"{self.kind} has no maps to save"
+        tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
+        write_bytes(Path(folder) / WEIGHTS, save(tensors))
+        write_json(Path(folder) / CARD, {"schema": 1, "kind": self.kind, **self.card, "versions": versions()})
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Lens:
+        """Read a folder that `save` wrote.
+
+        Raises:
+            InputError: the folder holds no lens, or its files do not belong together.
+        """
+        folder = Path(folder)
+        try:
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS)
+            lens = cls(card["kind"], tensors["maps"], tensors["biases"], card)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(f"{folder} holds no lens ({CARD} and {WEIGHTS}): {error}") from error
+        return lens.complete()
+
+    def complete(self) -> Lens:
+        """Return this lens if its maps are finite and their shapes agree; raise `InputError` otherwise."""
+        maps, biases = self.maps, self.biases
+        if maps is None or biases is None or maps.ndim != 3 or maps.shape[1] != maps.shape[2]:
+            raise InputError(f"a {self.kind} lens needs one square matrix per layer")
+        if biases.shape != maps.shape[:2] or not bool(torch.isfinite(maps).all() and torch.isfinite(biases).all()):
+            raise InputError(f"the maps of this {self.kind} lens are damaged: wrong shapes or numbers that are not finite")
+        return self
+
+
+RAW, NORM = Lens("raw"), Lens("norm")
+
+
+def resolve(lens: str | Lens) -> Lens:
+    """The lens that a user names: ``raw``, ``norm``, or the folder of a saved one."""
+    if isinstance(lens, Lens):
+        return lens
+    return {"raw": RAW, "norm": NORM}.get(lens) or Lens.load(lens)
+
+
+def identity_of(model: nn.Module) -> tuple[str | None, str | None]:
+    inner: Any = unwrap(model)
+    return getattr(inner.config, "_name_or_path", "") or None, model_revision(inner)
+
+
+def _named(identity: Sequence[str | None]) -> str:
+    return f"{identity[0] or 'an unnamed model'} (revision {identity[1] or 'unknown'})"
