@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bupo.lens.analyze import analyze_rollouts
+    from bupo.lens.maps import Lens
     from bupo.models.internal_policy import internal_policy
     from bupo.models.load import load_model
     from bupo.train.config import BuPOConfig
@@ -16,10 +17,11 @@ _MODULES = {  # imported on first use, so that the command line starts without t
     "internal_policy": "bupo.models.internal_policy",
     "load_model": "bupo.models.load",
     "analyze_rollouts": "bupo.lens.analyze",
+    "Lens": "bupo.lens.maps",
     "BuPOConfig": "bupo.train.config",
     "BuPOTrainer": "bupo.train.trainer",
 }
-__all__ = ["BuPOConfig", "BuPOTrainer", "analyze_rollouts", "internal_policy", "load_model"]
+__all__ = ["BuPOConfig", "BuPOTrainer", "Lens", "analyze_rollouts", "internal_policy", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

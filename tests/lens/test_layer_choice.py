@@ -126,7 +126,7 @@ def test_every_curve_is_its_definition(chosen):
         uniform = math.log(97) - final.entropy().mean()
         for layer in range(1, 5):
             for lens in ("raw", "norm"):
-                with internal_policy(model, layer, norm=lens == "norm"):
+                with internal_policy(model, layer, lens=lens):
                     through = policies()
                 curve = {kind: values[layer - 1] for kind, values in block["curves"][lens].items()}
                 kl = kl_divergence(final, through).mean().item()

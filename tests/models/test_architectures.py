@@ -91,10 +91,10 @@ def test_layouts_without_two_contributions_are_refused(name):
         pass
     with pytest.raises(InputError, match=words if name in LAYER_ONLY else "cannot be read"):
         analyze_rollouts(model, ROLLOUTS)
-    for norm in (False, True) if name in UNREADABLE else ():
+    for lens in ("raw", "norm") if name in UNREADABLE else ():
         with (
             pytest.raises(InputError, match="what layer 2 returns does not reach"),
-            internal_policy(model, 2, norm=norm),
+            internal_policy(model, 2, lens=lens),
         ):
             model(input_ids=tokens(), use_cache=False)
 

@@ -21,8 +21,8 @@ L = 4
 EVERY = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]
 POLICIES = [{"layer": 1}, {"layer": 3}, {"layer": L}, {"layer": 2, "component": "attn"},
             {"layer": 2, "component": "ffn"}, {"layer": 3, "temperature": 0.3},
-            {"layer": 2, "component": "attn", "norm": True, "temperature": 2.5},
-            {"layer": 3, "norm": True, "temperature": 7.0}]  # fmt: skip
+            {"layer": 2, "component": "attn", "lens": "norm", "temperature": 2.5},
+            {"layer": 3, "lens": "norm", "temperature": 7.0}]  # fmt: skip
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def logits(model, *arguments, **more):
 
 def test_last_layer_with_norm_is_the_model_itself():
     model = tiny_model()
-    assert torch.equal(logits(model, L, norm=True), model(tokens()).logits)
+    assert torch.equal(logits(model, L, lens="norm"), model(tokens()).logits)
 
 
 def surrogate(logits, ids):
@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_the_definition_and_vanish_above(layou
     ids, reference = tokens(), tiny_model(layout, tie_word_embeddings=tied)
     states = stream(reference, ids, find_residual_writes(reference))
     state = states[policy.get("component", "layer")][policy["layer"] - 1]
-    state = reference.model.norm(state) if policy.get("norm") else state
+    state = reference.model.norm(state) if policy.get("lens") else state
     expected = surrogate(reference.lm_head(state) / policy.get("temperature", 1.0), ids)
     expected.backward()
     model = tiny_model(layout, tie_word_embeddings=tied).train()

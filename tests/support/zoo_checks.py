@@ -79,7 +79,7 @@ def read_all(
             module.register_forward_hook(lambda *_, number=number, ran=ran: ran.append(number))
             for number, module in enumerate(layer_list(model), start=1)
         ]
-        with internal_policy(model, layer, component, norm=norm):
+        with internal_policy(model, layer, component, lens="norm" if norm else "raw"):
             got = model(input_ids=ids, use_cache=False).logits
         for hook in hooks:
             hook.remove()

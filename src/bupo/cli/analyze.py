@@ -112,7 +112,7 @@ def analyze(
             rollouts = _generate(loaded, tokenizer, problems, progress, context.params) if rank == 0 else []
             rollouts = rollouts if processes == 1 else broadcast_object_list([rollouts])[0]
         writer = ParquetTokenWriter(output) if per_token else None
-        details = AnalysisOptions(model, choice, choice_tokens, writer, progress.move)
+        details = AnalysisOptions(model, choice, choice_tokens, on_tokens=writer, progress=progress.move)
         settings: dict[str, Any] = {"max_tokens": max_tokens, "batch_tokens": batch_tokens, "seed": seed}
         settings |= {"statistics": names, "share": processes > 1, "options": details}
         result = analyze_rollouts(loaded, rollouts, **settings)

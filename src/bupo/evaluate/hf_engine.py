@@ -45,7 +45,11 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         rows = [list(prompts[problem]) for problem, _ in batch.items]
-        policy = internal_policy(self.model, self.internal_layer, norm=self.norm) if self.internal_layer else None
+        policy = (
+            internal_policy(self.model, self.internal_layer, lens="norm" if self.norm else "raw")
+            if self.internal_layer
+            else None
+        )
         device, greedy = self.model.device, sampling.temperature == 0
         drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         ends: Any = {"eos_token_id": sorted(self.end_ids) or None, "pad_token_id": self._pad_id}

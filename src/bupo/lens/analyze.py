@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from bupo.errors import InputError
 from bupo.lens import batching
 from bupo.lens.batching import ClusterMeans, PaddedBatch, TokenPair, check_rollouts, rounded
-from bupo.lens.layer_choice import Progress, choose_layer, find_boundary
+from bupo.lens.layer_choice import choose_layer, find_boundary
+from bupo.lens.maps import find_lens, fit_on_half
 from bupo.lens.online import StatsRequest
+from bupo.lens.readings import Progress
 from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
 from bupo.models.capture import LayerStates, capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
@@ -38,6 +40,8 @@ class AnalysisOptions:
     name: str | None = None  # `model` in the result (default: the name the model was loaded by)
     layer_choice: bool = False  # add the block `layer_choice`, from a sample of tokens (`layer_choice.choose_layer`)
     choice_tokens: int | None = None  # the size of that sample
+    # what it is read through: raw, norm, ridge (fitted on half of the responses, read on the others), or folders
+    lenses: Sequence[str] = ("raw", "norm")
     # called with each batch and its statistics (6, L, N[, k]); with `share`, on each process for its own responses
     on_tokens: Callable[[PaddedBatch, Stats], None] | None = None
     progress: Progress | None = None  # (stage, done, total): "reading states" in tokens, "comparing layers" in layers
@@ -96,8 +100,12 @@ def analyze_rollouts(
         counts = {"tokens_used": means.tokens, "tokens_of_responses": sum(sizes)}
         result["sampling"] = {"max_tokens": max_tokens, **counts}
     if options.layer_choice:
-        tokens_drawn, progress = options.choice_tokens, options.progress
-        result["layer_choice"] = choose_layer(model, pairs, result, tokens=tokens_drawn, seed=seed, progress=progress)
+        lenses: dict[str, Any] = {name: find_lens(name, model) for name in options.lenses if name != "ridge"}
+        if "ridge" in options.lenses:
+            how = {"batch_tokens": batch_tokens, "seed": seed, "share": share, "progress": options.progress}
+            lenses["ridge"], pairs = fit_on_half(model, pairs, **how)
+        sample: dict[str, Any] = {"tokens": options.choice_tokens, "seed": seed, "progress": options.progress}
+        result["layer_choice"] = choose_layer(model, pairs, result, lenses=lenses, **sample)
     return result
 
 

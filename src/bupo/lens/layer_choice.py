@@ -3,29 +3,24 @@
 The FFN entropy change ``H(F^l) - H(LN(H^{l-1} + A^l))`` is positive in the first layers (exploration), about zero in
 the middle (integration) and negative in the last ones (convergence); the *boundary layer* is the last positive one
 before the shift. The *recovered* information is ``R(l) = 1 - KL(pi || q^l) / KL(pi || uniform)``, where pi is the full
-policy and q^l layer l through the final norm. Where R turns from flat to climbing, the model commits to its output.
+policy and q^l layer l through a lens. Where R turns from flat to climbing, the model commits itself to its output.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, chain, product
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bupo.errors import InputError
-from bupo.lens.batching import ClusterMeans, TokenPair, pad, rounded, subsample
-from bupo.lens.online import StatsRequest
-from bupo.lens.softmax_stats import lens_stats
-from bupo.models.capture import capture_layers
-from bupo.models.layout import eval_mode, find_layout, unwrap
-from bupo.models.unembed import get_unembedding
+from bupo.lens.batching import ClusterMeans, TokenPair, rounded, subsample
+from bupo.lens.maps import PLAIN
+from bupo.lens.readings import Progress, Readings, read_layers
+from bupo.models.internal_policy import LayerMap
 
-LENSES = ("raw", "norm")
-KINDS = ("entropy", "kl", "top1")
 TITLES = ("the paper's rule on the FFN entropy change", "knee of the agreement with the final policy")
 MOST_TOKENS, LEAST_TOKENS, SHARE = 512, 128, 16  # by default a sixteenth of all tokens, between these bounds
 RESPONSES, TOKENS_PER_RESPONSE = 32, 4  # of more than 32 responses, so few that each has four sampled tokens on average
@@ -36,8 +31,6 @@ LEAST_GAIN = 0.1  # and that gains at least this much in all
 ABOUT_ZERO = 0.15
 MISFITS = 0.15  # at most this share of the layers may have another sign than their region's
 NO_REGIONS: dict[str, list[int] | None] = {"exploration": None, "integration": None, "convergence": None}
-_LAYERS_AT_ONCE = 8
-Progress = Callable[[str, int, int], None]
 
 
 class Candidate(NamedTuple):
@@ -47,12 +40,12 @@ class Candidate(NamedTuple):
     reason: str
 
 
-@torch.no_grad()
 def choose_layer(
     model: nn.Module,
     responses: Sequence[TokenPair],
     analysis: Mapping[str, Any],
     *,
+    lenses: Mapping[str, LayerMap] = PLAIN,
     tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -61,69 +54,41 @@ def choose_layer(
 
     ``analysis`` is the result of `bupo.lens.analyze.analyze_rollouts` for the model and the responses; of its tokens,
     by default 1/16 are sampled, clamped to 128..512. Returns the block ``layer_choice`` of ``analysis.json``, with the
-    curves ``entropy`` and ``kl`` (``KL(full policy || layer)``) in nats, ``top1`` (share of tokens with the same most
-    likely next token) and ``recovered``. The standard error of the knee is in layers.
+    curves ``entropy`` and its ``change`` from layer to layer, ``kl`` (``KL(full policy || layer)``) in nats, ``top1``
+    (share of tokens with the same most likely next token) and ``recovered`` through each of the ``lenses``. The knee
+    is that of the last lens with a final norm; its standard error is in layers.
     """
     tokens = tokens or min(MOST_TOKENS, max(LEAST_TOKENS, int(analysis["tokens"]) // SHARE))
     lengths = [len(response.response_ids) for response in responses]
     drawn = subsample(lengths, tokens, seed, max_responses=max(RESPONSES, tokens // TOKENS_PER_RESPONSE))
-    counts = [len(part) for part in drawn if part]
-    with eval_mode(unwrap(model)):
-        values, uniform_kl = _compare_layers(model, responses, drawn, progress)
-    if not bool(torch.isfinite(values).all()):
-        raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
-    # R is a ratio of means: to first order, its error is that of the mean influence of each token (L, N)
-    kl, scale = values[1, 1], uniform_kl.mean()
-    recovered = 1 - kl.mean(1) / scale
-    influence = ((1 - recovered)[:, None] * uniform_kl - kl) / scale
-    knee, boundary = find_knee(recovered.tolist()), Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
-    gradient = torch.full_like(recovered, math.nan) if knee.layer is None else knee_gradient(recovered, knee.layer)
-    rows = torch.cat([values.flatten(0, 2), influence, (gradient @ influence)[None]])
-    means, errors = (part.split(len(recovered)) for part in ClusterMeans.of(rows, counts).statistics())
-
-    def by_name(lists: Sequence[Tensor]) -> dict[str, dict[str, list]]:
-        names = [*product(LENSES, KINDS), ("norm", "recovered")]
-        named = list(zip(names, lists, strict=True))
-        return {lens: {kind: rounded(values) for (of, kind), values in named if of == lens} for lens in LENSES}
-
+    readings = read_layers(model, responses, drawn, list(lenses.values()), progress)
+    boundary = Candidate(analysis["boundary_layer"], analysis["boundary_reason"])
+    curves, errors = readings.curves(list(lenses))
+    knees = {name: _knee(readings, i) for i, (name, lens) in enumerate(lenses.items()) if lens.norm}
+    name, (knee, error) = list(knees.items())[-1] if knees else ("", (Candidate(None, "no lens has a norm"), None))
     return {
-        "tokens": sum(counts),
-        "responses": len(counts),
+        "tokens": sum(readings.counts),
+        "responses": len(readings.counts),
         "seed": seed,
         "recommendation": recommend(boundary, knee),
         "criteria": [
             {"name": "boundary", "title": TITLES[0], **boundary._asdict()},
-            {"name": "knee", "title": TITLES[1], **knee._asdict(), "standard_error": rounded(errors[-1])[0]},
+            {"name": "knee", "title": f"{TITLES[1]}, lens {name}", **knee._asdict(), "standard_error": error},
         ],
-        "curves": by_name([*means[:-2], recovered]),
-        "standard_errors": by_name(errors[:-1]),
+        "knees": {lens: {**found._asdict(), "standard_error": e} for lens, (found, e) in knees.items()},
+        "curves": curves,
+        "standard_errors": errors,
     }
 
 
-def _compare_layers(
-    model: nn.Module, responses: Sequence[TokenPair], drawn: list[list[int]], progress: Progress | None
-) -> tuple[Tensor, Tensor]:
-    """The `KINDS` per lens, layer and drawn token, (2, 3, L, N) float64, and ``KL(pi || uniform)`` per token (N,)."""
-    unembedding, norm = get_unembedding(model), find_layout(model).final_norm
-    like = next(chain(norm.parameters(), model.parameters()))  # the model's own dtype, and the norm's device
-    captured = []
-    for index in (i for i, part in enumerate(drawn) if part):
-        batch = pad(responses, drawn, [index], unembedding.weight.device)
-        captured.append(capture_layers(model, *batch.inputs, group=1))
-    states = torch.cat([layers for layers, _ in captured], dim=1)
-    final = torch.cat([state for _, state in captured])
-    output = lens_stats(final[None], unembedding, StatsRequest(top_k=1))
-    request = StatsRequest(reference=final, kl_from_reference=True, top_k=1)
-    parts = []
-    for group in states.split(_LAYERS_AT_ONCE):
-        normed = norm(group.to(like.device, like.dtype)).to(group.device, torch.float32)
-        stats = lens_stats(torch.cat([group, normed]), unembedding, request)
-        same = (stats["top"] == output["top"]).squeeze(-1).double()
-        kl = stats["kl_from_reference"].clamp(min=0)  # it is negative by rounding only
-        parts.append(torch.stack(torch.stack([stats["entropy"], kl, same]).cpu().chunk(2, dim=1)))
-        if progress is not None:
-            progress("comparing layers", sum(part.shape[2] for part in parts), len(states))
-    return torch.cat(parts, dim=2), math.log(len(unembedding.weight)) - output["entropy"][0].cpu()
+def _knee(readings: Readings, lens: int) -> tuple[Candidate, float | None]:
+    """The knee of the information that a lens recovers, and its standard error in layers."""
+    recovered, influence = readings.recovered(lens)
+    knee = find_knee(recovered.tolist())
+    if knee.layer is None:
+        return knee, None
+    shift = knee_gradient(recovered, knee.layer) @ influence
+    return knee, rounded(ClusterMeans.of(shift[None], readings.counts).statistics()[1])[0]
 
 
 def find_knee(recovered: Sequence[float]) -> Candidate:

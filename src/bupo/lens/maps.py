@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bupo.errors import InputError
-from bupo.lens.batching import check_rollouts, subsample
+from bupo.lens.batching import TokenPair, check_rollouts, subsample
 from bupo.lens.readings import Progress, read_layers
 from bupo.lens.ridge import sum_states
 from bupo.models.layout import eval_mode, find_layout, unwrap
@@ -32,6 +32,7 @@ from bupo.run_folder import versions, write_bytes, write_json
 
 WEIGHTS, CARD = "lens.safetensors", "lens.json"
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 100.0)  # of the ridge term; the last nearly leaves the states as they are
+_IDENTITY = ("model", "revision", "architecture")
 HELD_OUT = 4  # the responses to every fourth prompt are held out
 _FACTOR_TOKENS, _CARD_TOKENS = 64, 128  # held-out tokens that choose the factors, and that the card's figures are of
 
@@ -68,8 +69,7 @@ class Lens:
         key = (layer, states.device, states.dtype)
         if key not in self._placed:
             assert self.biases is not None
-            place = {"device": states.device, "dtype": states.dtype}
-            self._placed[key] = (self.maps[layer - 1].to(**place), self.biases[layer - 1].to(**place))
+            self._placed[key] = (self.maps[layer - 1].to(states), self.biases[layer - 1].to(states))
         weight, bias = self._placed[key]
         return functional.linear(states, weight, None if linear else bias)
 
@@ -123,9 +123,11 @@ class Lens:
         candidates = [cls("ridge", *fitted.solve([factor] * layers)) for factor in FACTORS]
         best = read_layers(model, checked, draw(_FACTOR_TOKENS), candidates).values[:, 2, :-1].mean(-1).argmin(0)
         factors = [FACTORS[i] for i in best.tolist()]
-        readings = read_layers(model, checked, draw(_CARD_TOKENS), [RAW, NORM, cls("ridge", *fitted.solve(factors))])
-        curves, errors = readings.curves(("raw", "norm", "ridge"))
-        card = dict(zip(("model", "revision"), identity_of(model), strict=True)) | {
+        readings = read_layers(
+            model, checked, draw(_CARD_TOKENS), [*PLAIN.values(), cls("ridge", *fitted.solve(factors))]
+        )
+        curves, errors = readings.curves([*PLAIN, "ridge"])
+        card = identity_of(model) | {
             "tokens": fitted.tokens + rest.tokens,
             "responses": len(pairs),
             "ridge_factors": factors,
@@ -138,7 +140,7 @@ class Lens:
         """Return this lens if it belongs to ``model``, with a warning if it was made on another revision of it.
 
         Raises:
-            InputError: another number of layers or another width.
+            InputError: another architecture, number of layers or width.
         """
         if self.maps is None:
             return self
@@ -148,14 +150,20 @@ class Lens:
                 f"this {self.kind} lens is for {len(self.maps) + 1} layers of width {self.maps.shape[-1]}, but the "
                 f"model has {layers} layers of width {width}; use the lens of this model"
             )
-        made, used = ((self.card.get("model"), self.card.get("revision")), identity_of(model))
-        if made[0] and made != used:
-            warnings.warn(f"this lens was made on {_named(made)}, and is used on {_named(used)}", stacklevel=2)
+        made, used = {key: self.card.get(key) for key in _IDENTITY}, identity_of(model)
+        if made["architecture"] not in (None, used["architecture"]):
+            raise InputError(
+                f"this lens was made on a {made['architecture']}, but the model is a {used['architecture']}"
+            )
+        if made["model"] is not None and made != {**used, "architecture": made["architecture"]}:
+            names = (f"{one['model']} (revision {one['revision'] or 'unknown'})" for one in (made, used))
+            warnings.warn("this lens was made on {}, and is used on {}".format(*names), stacklevel=2)
         return self
 
     def save(self, folder: str | Path) -> Path:
         """Write ``lens.safetensors`` and its card ``lens.json`` into a folder, and return the folder."""
-        assert self.maps is not None and self.biases is not None, f"{self.kind} has no maps to save"
+        if self.maps is None or self.biases is None:
+            raise InputError(f"the lens {self.kind} has no maps to save")
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
         write_bytes(Path(folder) / WEIGHTS, save(tensors))
         write_json(Path(folder) / CARD, {"schema": 1, "kind": self.kind, **self.card, "versions": versions()})
@@ -182,25 +190,35 @@ class Lens:
         maps, biases = self.maps, self.biases
         if maps is None or biases is None or maps.ndim != 3 or maps.shape[1] != maps.shape[2]:
             raise InputError(f"a {self.kind} lens needs one square matrix per layer")
-        if biases.shape != maps.shape[:2] or not bool(torch.isfinite(maps).all() and torch.isfinite(biases).all()):
-            raise InputError(f"the maps of this {self.kind} lens are damaged: wrong shapes or numbers that are not finite")
+        if biases.shape != maps.shape[:2]:
+            raise InputError(f"a {self.kind} lens needs one bias vector per layer, as wide as its matrices")
+        if not bool(torch.isfinite(maps).all() and torch.isfinite(biases).all()):
+            raise InputError(f"this {self.kind} lens holds numbers that are not finite; fit or download it again")
         return self
 
 
-RAW, NORM = Lens("raw"), Lens("norm")
+PLAIN = {"raw": Lens("raw"), "norm": Lens("norm")}
 
 
-def resolve(lens: str | Lens) -> Lens:
-    """The lens that a user names: ``raw``, ``norm``, or the folder of a saved one."""
-    if isinstance(lens, Lens):
-        return lens
-    return {"raw": RAW, "norm": NORM}.get(lens) or Lens.load(lens)
+def find_lens(name: str | Lens, model: nn.Module) -> Lens:
+    """Return the lens that a user names for a model: ``raw``, ``norm``, or the folder of a saved one."""
+    return (name if isinstance(name, Lens) else PLAIN.get(name) or Lens.load(name)).check(model)
 
 
-def identity_of(model: nn.Module) -> tuple[str | None, str | None]:
+def fit_on_half(model: nn.Module, pairs: Sequence[TokenPair], **how: Any) -> tuple[Lens, list[TokenPair]]:
+    """Fit a ridge lens on the responses to every other prompt; return it with the other responses, to be read."""
+    prompts = list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))
+    if len(prompts) < 4:
+        raise InputError(
+            "a ridge lens needs responses to four or more prompts; pass more, or leave ridge out of --lens"
+        )
+    fitted = set(prompts[1::2])
+    halves = [[pair for pair in pairs if (tuple(pair.prompt_ids) in fitted) == inside] for inside in (True, False)]
+    return Lens.fit(model, halves[0], **how), halves[1]
+
+
+def identity_of(model: nn.Module) -> dict[str, str | None]:
+    """What tells models apart: name, revision and architecture, where they are known."""
     inner: Any = unwrap(model)
-    return getattr(inner.config, "_name_or_path", "") or None, model_revision(inner)
-
-
-def _named(identity: Sequence[str | None]) -> str:
-    return f"{identity[0] or 'an unnamed model'} (revision {identity[1] or 'unknown'})"
+    name = getattr(inner.config, "_name_or_path", "") or None
+    return dict(zip(_IDENTITY, (name, model_revision(inner), type(inner).__name__), strict=True))

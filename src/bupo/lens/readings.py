@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import InputError
-from bupo.lens.batching import TokenPair, pad
-from bupo.lens.clustered import ClusterMeans, rounded
+from bupo.lens.batching import ClusterMeans, TokenPair, pad, rounded
 from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import lens_stats
 from bupo.models.capture import capture_layers
@@ -48,10 +47,6 @@ class Readings:
         # R is a ratio of means: to first order, its error is that of the mean influence of each token
         return recovered, ((1 - recovered)[:, None] * self.uniform_kl - kl) / scale
 
-    def errors(self, rows: Tensor) -> Tensor:
-        """Standard errors, clustered by response, of the means of rows (K, N)."""
-        return ClusterMeans.of(rows, self.counts).statistics()[1]
-
     def curves(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Means and standard errors by lens and kind, as lists over layers; ``recovered`` beside the `KINDS`."""
         curves: dict[str, Any] = {}
@@ -59,12 +54,9 @@ class Readings:
         for index, name in enumerate(names):
             recovered, influence = self.recovered(index)
             rows = torch.cat([self.values[index].flatten(0, 1), influence])
-            means, deviations = ClusterMeans.of(rows, self.counts).statistics()
-            lists = [*means.split(len(recovered))[:-1], recovered]
-            kinds = (*KINDS, "recovered")
-            curves[name] = {kind: rounded(values) for kind, values in zip(kinds, lists, strict=True)}
-            parts = deviations.split(len(recovered))
-            errors[name] = {kind: rounded(values) for kind, values in zip(kinds, parts, strict=True)}
+            means, deviations = (x.view(-1, len(recovered)) for x in ClusterMeans.of(rows, self.counts).statistics())
+            curves[name] = dict(zip((*KINDS, "recovered"), rounded(torch.stack([*means[:-1], recovered])), strict=True))
+            errors[name] = dict(zip((*KINDS, "recovered"), rounded(deviations), strict=True))
         return curves, errors
 
 
@@ -89,7 +81,7 @@ def read_layers(
     with eval_mode(unwrap(model)):
         for index in (i for i, part in enumerate(drawn) if part):
             batch = pad(responses, drawn, [index], unembedding.weight.device)
-            captured.append(capture_layers(model, batch.ids, batch.mask, batch.positions))
+            captured.append(capture_layers(model, *batch.inputs))
     states, final = (torch.cat(parts, dim=-2) for parts in zip(*captured, strict=True))
     output = lens_stats(final[None], unembedding, StatsRequest(top_k=1))
     request = StatsRequest(reference=final, kl_from_reference=True, top_k=1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bupo.lens.batching import TokenPair, balance, batches, pad
 from bupo.models.capture import capture_layers
 from bupo.models.layout import find_layout
-from bupo.models.processes import join_processes
+from bupo.models.load import join_processes
 
 _BYTES = 4 * 2**30  # of sums per pass over the responses; more layers take more passes
 
@@ -85,7 +85,7 @@ def sum_states(
         sums = torch.zeros(len(layers), width + 1, 2 * width + 1, dtype=torch.float64, device=device)
         for group in batches(responses, batch_tokens, indices):
             batch = pad(responses, tokens, group, device)
-            states, _ = capture_layers(model, batch.ids, batch.mask, batch.positions)
+            states, _ = capture_layers(model, *batch.inputs)
             last = nn.functional.pad(states[-1].double(), (0, 1), value=1.0)
             for total, layer in zip(sums, layers, strict=True):
                 x = states[layer].double()

@@ -124,7 +124,8 @@ class BuPOTrainer(GRPOTrainer):
                 tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
                 stack.enter_context(narrow_tiles(trl_utils, input_ids.device, tokens))
             if isinstance(layer := self._scored.layer, int):
-                how: dict[str, Any] = {"norm": self.args.internal_norm, "temperature": self.args.internal_temperature}
+                how: dict[str, Any] = {"temperature": self.args.internal_temperature}
+                how["lens"] = "norm" if self.args.internal_norm else "raw"
                 stack.enter_context(internal_policy(self.accelerator.unwrap_model(model), layer, **how))
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
