@@ -156,7 +156,9 @@ def scripted(script: str) -> Callable[[Any], Decision]:
     return decide
 
 
-def internal_logps(model: Any, inputs: Any, layer: int, norm: bool = False, temperature: float = 1.0) -> Any:
+def internal_logps(
+    model: Any, inputs: Any, layer: int, norm: bool = False, temperature: float = 1.0, lens: Any = None
+) -> Any:
     """log pi^l of the responses from an ordinary forward's hidden states, and its entropies."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -164,7 +166,8 @@ def internal_logps(model: Any, inputs: Any, layer: int, norm: bool = False, temp
     hook = model.model.layers[layer - 1].register_forward_hook(lambda m, i, o: states.append(o))
     model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     hook.remove()
-    state = model.model.norm(states[0]) if norm else states[0]
+    state = states[0] if lens is None else lens.transport(layer, states[0])
+    state = model.model.norm(state) if norm else state
     logits = state @ model.lm_head.weight.T / temperature
     logps = logits[:, inputs["prompt_ids"].size(1) - 1 : -1].log_softmax(-1)
     return logps.gather(-1, inputs["completion_ids"][..., None])[..., 0], -(logps.exp() * logps).sum(-1)

@@ -17,7 +17,8 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "updates_per_rollout": 2}
 RESUME = [
     {},
     {"gradient_accumulation_steps": 2, "num_iterations": 2, "updates_per_rollout": 2},
-    {"lr_scheduler_type": "linear", "internal_norm": True},
+    {"lr_scheduler_type": "linear", "internal_lens": "norm"},
+    {"internal_lens": "ridge", "internal_lens_tokens": 40, "internal_lens_refit": 2, "internal_steps": 3},
     {"phases": [{"layer": 1, "rollouts": 1, "weight": 0.5}, {"layer": 3, "rollouts": 1}], "internal_steps": None},
 ]
 

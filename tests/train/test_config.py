@@ -119,7 +119,7 @@ def test_what_is_refused(tmp_path, settings, part):
     "settings",
     [s for s, _ in UNSUPPORTED[:6]]
     + [{"internal_temperature": 2.0}, {"internal_max_steps": 3}, {"phases": [{"layer": 2, "rollouts": 1}]}]
-    + [{"internal_layer": "auto"}, {"internal_norm": True}, {"frozen_layers": 3}],
+    + [{"internal_layer": "auto"}, {"internal_lens": "norm"}, {"frozen_layers": 3}],
     ids=str,
 )
 def test_zero_internal_steps_are_the_baseline_whatever_else_is_set(tmp_path, settings):

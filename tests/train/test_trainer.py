@@ -103,7 +103,8 @@ REFERENCE = [
     {"loss_type": "dr_grpo", "scale_rewards": "none"},
     {"loss_type": "grpo", "importance_sampling_level": "sequence"},
     {"internal_layer": L},
-    {"internal_layer": 1, "internal_norm": True},
+    {"internal_layer": 1, "internal_lens": "norm"},
+    {"internal_lens": "ridge", "internal_lens_tokens": 60},
     {"epsilon": 0.05, "epsilon_high": 0.1},
     {"internal_temperature": 2.0},
 ]
@@ -114,14 +115,14 @@ def test_the_loss_is_the_clipped_surrogate_of_the_internal_policy(tmp_path, sett
     trainer = trained(tmp_path, Recorder, internal_steps=1, max_steps=5, **settings)
     loss_type, level = settings.get("loss_type", "dapo"), settings.get("importance_sampling_level", "token")
     low = settings.get("epsilon", 0.2)
-    layer, norm = settings.get("internal_layer", 2), settings.get("internal_norm", False)
-    temperature = settings.get("internal_temperature", 1.0)
+    layer, norm = settings.get("internal_layer", 2), settings.get("internal_lens", "raw") != "raw"
+    temperature, lens = settings.get("internal_temperature", 1.0), trainer.lens.lens
     clipped, (start, inputs, _, logps) = 0, trainer.seen[0]
     mask = inputs["completion_mask"].bool()
     assert torch.equal(logps[mask], inputs["old_per_token_logps"][mask])  # the ratio is exactly one before any update
     for model, inputs, loss, _ in trainer.seen[:4]:
         with torch.no_grad():
-            old, logps = (internal_logps(one, inputs, layer, norm, temperature)[0] for one in (start, model))
+            old, logps = (internal_logps(one, inputs, layer, norm, temperature, lens)[0] for one in (start, model))
             high = settings.get("epsilon_high", low)
             expected = surrogate(logps, old, inputs, loss_type, level, low=low, high=high)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)

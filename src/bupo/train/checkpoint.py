@@ -24,7 +24,8 @@ from bupo.train.schedule import Schedule
 STATE_FILE = "bupo_state.json"
 PARTS_FILE = "bupo_state-{}.pt"  # one per process
 _FIXED = [  # settings of BuPOConfig that a resumed run must not change
-    *("internal_norm", "internal_temperature", "estimator", "critic_learning_rate", "critic_clip", "gae_gamma"),
+    *("internal_lens", "internal_lens_tokens", "internal_lens_refit", "internal_temperature", "estimator"),
+    *("critic_learning_rate", "critic_clip", "gae_gamma"),
     *("gae_lambda", "frozen_layers", "upper_learning_rate_scale", "upper_learning_rate_above", "steps_per_generation"),
     *("num_iterations", "gradient_accumulation_steps", "generation_batch_size", "num_generations", "seed", "guarded"),
 ]
@@ -35,7 +36,8 @@ class Checkpointer(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self._trainer, self._due = trainer, False
-        self._parts = {"monitor": trainer.monitor, **({"critic": trainer.critic} if trainer.critic else {})}
+        self._parts = {"monitor": trainer.monitor, "lens": trainer.lens}
+        self._parts |= {"critic": trainer.critic} if trainer.critic else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         due = self._due or control.should_save

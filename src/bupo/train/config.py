@@ -32,7 +32,7 @@ _UNSUPPORTED = {  # the value that an internal phase needs, and what another one
 
 _CRITIC = ("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda")
 _POSITIVE = ("internal_temperature", "temperature", "learning_rate", "upper_learning_rate_scale", *_CRITIC[:2])
-_WHOLE = ("frozen_layers", "upper_learning_rate_above", "probe_samples")
+_WHOLE = ("frozen_layers", "upper_learning_rate_above", "probe_samples", "internal_lens_tokens")
 
 
 def _setting(text: str, default: Any = None) -> Any:
@@ -60,7 +60,13 @@ class BuPOConfig(GRPOConfig):
         "internal settings are; 'auto' lets the phase guard end the phase.",
     )
     internal_max_steps: int | None = _setting("Limit of internal_steps 'auto'. Default: a third of the run.")
-    internal_norm: bool = _setting("Apply the final norm inside the internal policy (an ablation of the paper).", False)
+    internal_lens: str = _setting(
+        "How the internal policy reads the layer: raw (as in the paper), norm (through the final norm, an ablation of "
+        "the paper), ridge (through maps fitted before the first update), or the folder of a saved lens.",
+        "raw",
+    )
+    internal_lens_tokens: int | None = _setting("Response tokens of a ridge fit. Default: 8 per dimension of a state.")
+    internal_lens_refit: int = _setting("Rollout batches of a phase between two ridge fits; 0 fits once.", 0)
     internal_temperature: float = _setting("Temperature T of the internal policy softmax(H^l E_u^T / T).", 1.0)
     estimator: str = _setting(f"Advantage estimator, one of {', '.join(ESTIMATORS)}.", "grpo")
     critic_learning_rate: float = _setting("Constant learning rate of the critic (estimator ppo).", 1e-5)
@@ -158,7 +164,8 @@ class BuPOConfig(GRPOConfig):
         limited = limit is None or steps == 0 or (auto and is_whole(limit))
         endless = auto and limit is None and self.max_steps <= 0
         half = (self.upper_learning_rate_scale is None) != (self.upper_learning_rate_above is None)
-        one = self.save_total_limit == 1
+        one, refit = self.save_total_limit == 1, self.internal_lens_refit
+        fits = self.internal_lens == "ridge" or (self.internal_lens_tokens is None and not refit)
         problems = failed({
             f"internal_steps must be a whole number of rollout batches from 0, or auto, not {steps!r}": not counted,
             "set either phases or internal_layer and internal_steps, not both": short and self.phases,
@@ -166,6 +173,8 @@ class BuPOConfig(GRPOConfig):
             f"internal_layer must be a layer from 1 to L, or auto, not {layer!r}": not known,
             "internal_max_steps must be a whole number from 1, and needs internal_steps auto": not limited,
             "internal_steps auto needs internal_max_steps, or max_steps to take a third of": endless,
+            f"internal_lens_refit must be a whole number from 0, not {refit!r}": not is_whole(refit, low=0),
+            "internal_lens_tokens and internal_lens_refit need internal_lens ridge": not fits,
             "save_total_limit must be at least 2, as the last checkpoint stays until the next one is complete": one,
             "upper_learning_rate_scale and upper_learning_rate_above need each other; set both or neither": half,
         })  # fmt: skip
@@ -206,6 +215,9 @@ class BuPOConfig(GRPOConfig):
             f"loss_type {self.loss_type!r} mixes the ratio with other weights; an internal phase needs one of "
             f"{', '.join(RATIO_LOSSES)}": self.loss_type not in RATIO_LOSSES,
             "ddp_static_graph fails when the graph changes between phases; leave it unset": self.ddp_static_graph,
+            "internal_lens ridge cannot be fitted under DeepSpeed; use FSDP2 or DDP, or name the folder of a lens": (
+                kind == "deepspeed" and self.internal_lens == "ridge"
+            ),
             "internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number": keeps,
             f"weight_decay {self.weight_decay} would shrink the layers that an internal phase does not use, because "
             "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP": decays,

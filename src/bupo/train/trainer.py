@@ -24,6 +24,7 @@ from bupo.train.config import BuPOConfig, frozen_problems, model_problems
 from bupo.train.diagnostics import LayerChoice, choose_layer
 from bupo.train.guard import PhaseMonitor
 from bupo.train.lora import upcast_adapters
+from bupo.train.phase_lens import PhaseLens
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
 from bupo.train.tiles import narrow_tiles
 
@@ -78,7 +79,7 @@ class BuPOTrainer(GRPOTrainer):
         self.critic = PPO(self.model, args, self.accelerator) if args.estimator == "ppo" else None
         for layer in find_layout(self.model).layers[: args.frozen_layers] if args.frozen_layers else ():
             layer.requires_grad_(False)  # with LoRA: its adapters
-        self.monitor = PhaseMonitor(self)
+        self.monitor, self.lens = PhaseMonitor(self), PhaseLens(self)
         self.checkpointer = Checkpointer(self)
         self.add_callback(self.checkpointer)
 
@@ -124,8 +125,7 @@ class BuPOTrainer(GRPOTrainer):
                 tokens = min(len(input_ids), self.args.per_device_train_batch_size) * input_ids.shape[1]
                 stack.enter_context(narrow_tiles(trl_utils, input_ids.device, tokens))
             if isinstance(layer := self._scored.layer, int):
-                how: dict[str, Any] = {"temperature": self.args.internal_temperature}
-                how["lens"] = "norm" if self.args.internal_norm else "raw"
+                how: dict[str, Any] = {"lens": self.lens.lens, "temperature": self.args.internal_temperature}
                 stack.enter_context(internal_policy(self.accelerator.unwrap_model(model), layer, **how))
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
@@ -160,6 +160,7 @@ class BuPOTrainer(GRPOTrainer):
         """A rollout batch of an internal phase, measured; or of the full policy, if the guard ends the phase here."""
         rollout, metrics = self.rollout, self._metrics["train"]
         logged = {name: list(values) for name, values in metrics.items()}
+        self.lens.before_rollout(inputs)
         # TRL's old log-probabilities can be the internal policy's at once, unless the full policy's are needed too
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         at_once = self.phase.layer != "auto" and self.phase.weight == 1.0 and not corrected
@@ -170,6 +171,8 @@ class BuPOTrainer(GRPOTrainer):
             prefix = "" if self.phase.weight == 1.0 else "internal_"  # a joint phase needs both policies'
             batch[f"{prefix}old_per_token_logps"], _ = self.score(batch, self.phase)
         decision = self.monitor.before_updates(batch)
+        if self.lens.fitted is not None:  # these samples are not those of the fit
+            metrics["internal/lens_kl"] = list(metrics["internal/divergence"])
         ended = self.schedule.ended_before(rollout)
         if decision.action == "continue" or self.alignment_problems(ended):
             return batch
