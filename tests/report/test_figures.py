@@ -62,18 +62,24 @@ def test_lines_carry_the_values_and_bands_two_standard_errors():
     assert len(analysis_figures.entropy_change(Analysis.parse(content)).axes[0].collections) == 1
 
 
-def test_layer_choice_shows_both_lenses_the_boundary_and_the_knee():
+def test_layer_choice_shows_every_lens_the_boundary_and_the_knees():
     content = analysis(boundary=2, layer_choice=layer_choice(knee=3))
-    panels = analysis_figures.layer_choice(Analysis.parse(content)).axes
-    raw, norm = (content["layer_choice"]["curves"][lens] for lens in ("raw", "norm"))
-    for axes, label, values in (
-        (panels[0], "same top token", [100 * v for v in norm["top1"]]),
-        (panels[0], "recovered information", [100 * v for v in norm["recovered"]]),
-        (panels[1], "logit lens (Eq. 5)", raw["kl"]), (panels[2], "logit lens (Eq. 5)", raw["entropy"]),
-    ):  # fmt: skip
-        assert list(line(axes, label).get_ydata()) == values
+    figure = analysis_figures.layer_choice(Analysis.parse(content))
+    names = {"raw": "logit lens (Eq. 5)", "norm": "final norm", "ridge": "ridge", "other/lens": "other/lens"}
+    kinds = {"recovered": 100, "top1": 100, "kl": 1, "entropy": 1, "change": 1}
+    for axes, (kind, scale) in zip(figure.axes, kinds.items(), strict=True):
+        for lens, label in names.items():
+            values = [math.nan if v is None else scale * v for v in content["layer_choice"]["curves"][lens][kind]]
+            assert list(line(axes, label).get_ydata()) == pytest.approx(values, nan_ok=True)
+        assert len(axes.collections) == 4  # bands
         assert list(line(axes, "boundary: layer 2").get_xdata()) == [2, 2]
-        assert list(line(axes, "knee (a candidate): layer 3").get_xdata()) == [3, 3]
+        assert list(line(axes, "knee (a candidate), ridge: layer 3").get_xdata()) == [3, 3]
+        assert list(line(axes, "knee (a candidate), final norm: layer 4").get_xdata()) == [4, 4]
+    overlaid = analysis_figures.overlay([("a", Analysis.parse(content)), ("b", parsed())]).axes
+    titles = [axes.get_title(loc="left") for axes in overlaid]
+    assert [f"Recovered information, {label}" for label in names.values()] == titles[4:8]
+    assert [f"Entropy, {label}" for label in list(names.values())[1:]] == titles[8:]
+    assert Analysis.parse(analysis(layer_choice=layer_choice(knees={}))).knees["norm"].layer == 3  # of an older file
     none = parsed(boundary=None, layer_choice=layer_choice(knee=None))
     assert not any(len(set(mark.get_xdata())) == 1 for mark in analysis_figures.layer_choice(none).axes[0].lines)
 
@@ -104,7 +110,7 @@ def test_overlay_uses_relative_depth_where_the_numbers_of_layers_differ(second, 
         ({"sites": {}}, "sites.attn_out is missing"),
         ({"entropy_change": None}, "entropy_change: Input should be"),
         ({"layers": 5}, "6 values for 5 layers"),
-        ({"layer_choice": layer_choice(curves={})}, "layer_choice.curves.raw.entropy is missing"),
+        ({"layer_choice": layer_choice(curves={})}, "layer_choice: curves.raw.entropy is missing"),
         ({"layer_choice": layer_choice(5)}, "5 values for 6 layers"),
         ({"layer_choice": layer_choice(criteria=[{"name": "knee"}])}, "layer_choice.criteria.0.layer: Field required"),
     ],

@@ -1,10 +1,10 @@
-"""Figures of an analysis over the layers: entropy flow, entropy change, residual cosine, and the choice of a layer."""
+"""Figures over the layers: entropy flow, entropy change, residual cosine, the choice of a layer, and a lens."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bupo.errors import InputError
 from bupo.report import style
-from bupo.report.results import Analysis
+from bupo.report.results import Analysis, LensCard, Readings
 from bupo.report.style import Look, styled
 
 LAYER, ATTENTION, FFN = (style.BLUE, "o"), (style.RED, "s"), (style.GREEN, "^")
@@ -25,17 +26,17 @@ OVERLAY = (
     ("residual_cosine.ffn", "Residual cosine of the FFN", "cosine", True),
     ("entropy_change.ffn", "Entropy change in the FFN", "nats", True),
     ("entropy_change.attn", "Entropy change in attention", "nats", True),
-    ("layer_choice.curves.norm.recovered", "Agreement with the output", "recovered, per cent", False),
-    ("layer_choice.curves.norm.entropy", "Entropy through the final norm", "nats", False),
 )
-# panels of the choice of a layer: title, unit, and label and look of each curve
-_LENSES = (("raw", "logit lens (Eq. 5)", LAYER), ("norm", "through the final norm", ATTENTION))
-CHOICE = (
-    ("Agreement with the output", "per cent",
-     {"norm.recovered": ("recovered information", FFN), "norm.top1": ("same top token", (style.PINK, "D"))}),
-    ("KL from the output", "nats", {f"{lens}.kl": (label, look) for lens, label, look in _LENSES}),
-    ("Entropy", "nats", {f"{lens}.entropy": (label, look) for lens, label, look in _LENSES}),
-)  # fmt: skip
+# panels of readings through lenses: kind in the file, title, unit
+READINGS = (
+    ("recovered", "Recovered information", "per cent"),
+    ("top1", "Same most likely token", "per cent"),
+    ("kl", "KL from the output", "nats"),
+    ("entropy", "Entropy", "nats"),
+    ("change", "Entropy change from the layer before", "nats"),
+)
+_LENSES = {"raw": ("logit lens (Eq. 5)", LAYER), "norm": ("final norm", ATTENTION), "ridge": ("ridge", FFN)}
+_OTHER_LENSES = ((style.PINK, "D"), (style.ORANGE, "v"), (style.SKY, "P"))
 
 
 def write_analysis_figures(analysis: Mapping[str, Any], folder: str | Path) -> list[Path]:
@@ -79,26 +80,62 @@ def residual_cosine(analysis: Analysis) -> Figure:
 
 @styled()
 def layer_choice(analysis: Analysis) -> Figure:
-    """Agreement with the model's output, divergence from it and entropy over layers 1..L."""
-    figure, panels = style.grid(3, 3, 8.6, 3.7)
-    for axes, (title, unit, lines) in zip(panels, CHOICE, strict=True):
-        for name, (label, look) in lines.items():
-            _curve(axes, analysis, f"layer_choice.curves.{name}", label, look)
-        axes.set(title=title, ylabel=unit, xlabel="layer")
-        style.layer_axis(axes, analysis.layers, most=8)
-        axes.set_ylim(bottom=0)
+    """Agreement with the model's output, divergence from it, entropy and its change, through every lens measured."""
+    assert analysis.layer_choice is not None
+    figure, panels = _readings(analysis.layer_choice)
+    lenses = lens_looks(analysis.layer_choice.curves)
+    for axes in panels:
         _mark_boundary(axes, analysis)
-        if analysis.knee and analysis.knee.layer is not None:
-            dotted: Any = {"color": style.PINK, "linewidth": 1.3, "linestyle": (0, (1, 1.5)), "zorder": 2.4}
-            axes.axvline(analysis.knee.layer, label=f"knee (a candidate): layer {analysis.knee.layer}", **dotted)
-    panels[0].set_ylim(0, 105)
-    largest = panels[1].get_ylim()[1]
-    if largest > 5:  # logarithmic above 1 nat
-        panels[1].set_yscale("symlog", linthresh=1, linscale=0.6)
-        panels[1].set_yticks([t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= 1.5 * largest])
-        panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for lens, knee in analysis.knees.items():
+            if knee.layer is not None:
+                label, (colour, _) = lenses[lens]
+                dotted: Any = {"color": colour, "linewidth": 1.3, "linestyle": (0, (1, 1.5)), "zorder": 2.4}
+                axes.axvline(knee.layer, label=f"knee (a candidate), {label}: layer {knee.layer}", **dotted)
     style.legend_below(figure, columns=3)
     return figure
+
+
+@styled()
+def lens(card: LensCard) -> Figure:
+    """How well a lens reads held-out responses, beside the logit lens with and without the final norm."""
+    if card.held_out is None:
+        raise InputError("this lens has no held-out figures; `bupo lens load` with --responses measures them")
+    figure, _ = _readings(card.held_out)
+    style.legend_below(figure, columns=3)
+    return figure
+
+
+def lens_looks(lenses: Iterable[str]) -> dict[str, tuple[str, Look]]:
+    """Label, colour and marker of each lens; one from a folder is called by the end of its path."""
+    others = dict.fromkeys(lens for lens in lenses if lens not in _LENSES)
+    looks = {lens: ("/".join(Path(lens).parts[-2:]), _OTHER_LENSES[i % 3]) for i, lens in enumerate(others)}
+    return {**_LENSES, **looks}
+
+
+def _readings(readings: Readings) -> tuple[Figure, list[Axes]]:
+    """A panel for each of `READINGS`, with a curve for each lens."""
+    shown = [panel for panel in READINGS if any(panel[0] in curves for curves in readings.curves.values())]
+    figure, panels = style.grid(len(shown), 3, 8.6, 5.6)
+    for axes, (kind, title, unit) in zip(panels, shown, strict=True):
+        share = unit == "per cent"
+        for lens, (label, look) in lens_looks(readings.curves).items():
+            if values := readings.curves.get(lens, {}).get(kind):
+                errors, x = readings.standard_errors.get(lens, {}).get(kind), range(1, readings.layers + 1)
+                style.line_with_band(axes, x, values, errors, look, scale=100 if share else 1, label=label)
+        axes.set(title=title, ylabel=unit, xlabel="layer")
+        style.layer_axis(axes, readings.layers, most=8)
+        if share:
+            axes.set_ylim(0, 105)
+        elif kind == "change":
+            style.level(axes)
+        else:
+            axes.set_ylim(bottom=0)
+        largest = axes.get_ylim()[1]
+        if kind == "kl" and largest > 5:  # logarithmic above 1 nat
+            axes.set_yscale("symlog", linthresh=1, linscale=0.6)
+            axes.set_yticks([t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= 1.5 * largest])
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return figure, panels
 
 
 @styled()
@@ -106,7 +143,24 @@ def overlay(analyses: Sequence[tuple[str, Analysis]]) -> Figure:
     """Several models, dashed at their boundary layers; x is the relative depth where numbers of layers differ."""
     relative = len({analysis.layers for _, analysis in analyses}) > 1
     look = style.looks([name for name, _ in analyses])
-    shown = [panel for panel in OVERLAY if any(panel[0] in analysis.curves for _, analysis in analyses)]
+    lenses = lens_looks(
+        lens for _, analysis in analyses if analysis.layer_choice for lens in analysis.layer_choice.curves
+    )
+    at = "layer_choice.curves"
+    panels_of_lenses = [
+        *(
+            (f"{at}.{lens}.recovered", f"Recovered information, {label}", "per cent", False)
+            for lens, (label, _) in lenses.items()
+        ),
+        # the raw entropy is the first panel
+        *(
+            (f"{at}.{lens}.entropy", f"Entropy, {label}", "nats", False)
+            for lens, (label, _) in lenses.items()
+            if lens != "raw"
+        ),
+    ]
+    candidates = (*OVERLAY, *panels_of_lenses)
+    shown = [panel for panel in candidates if any(panel[0] in analysis.curves for _, analysis in analyses)]
     rows = -(-len(shown) // 2)
     figure, panels = style.grid(len(shown), 2, 8.6, 3.1 * rows, sharex=True)
     for axes, (path, title, unit, signed) in zip(panels, shown, strict=True):
@@ -119,7 +173,7 @@ def overlay(analyses: Sequence[tuple[str, Analysis]]) -> Figure:
         if signed:
             style.level(axes)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 105 if unit == "per cent" else None)
     for axes in panels[2 * rows - 2 :]:
         axes.set_xlabel("depth (layer / number of layers)" if relative else "layer")
     if not relative:

@@ -39,21 +39,51 @@ class ResultFile(BaseModel):
 class Criterion(BaseModel):
     """What one criterion gives: a layer (from 1) or None, and the reason as a sentence without a full stop."""
 
-    name: str
+    name: str = "knee"
     layer: int | None
     reason: str
     standard_error: float | None = None
 
 
-class LayerChoice(BaseModel):
-    """Agreement of every layer with the model's output, and the layers that criteria name."""
+class Readings(BaseModel):
+    """Every layer through lenses, compared with the model's output: curves by lens and kind."""
 
     tokens: int
     responses: int
-    seed: int = 0
-    criteria: list[Criterion]
     curves: dict[str, dict[str, Values]]
     standard_errors: dict[str, dict[str, Values]] = {}
+
+    @property
+    def layers(self) -> int:
+        return len(next(iter(self.curves.values()))["kl"])
+
+    @model_validator(mode="after")
+    def _all_kinds(self) -> Self:
+        needed = [(lens, kind) for lens in self.curves or ("raw",) for kind in ("entropy", "kl", "top1")]
+        if missing := [f"{lens}.{kind}" for lens, kind in needed if kind not in self.curves.get(lens, {})]:
+            raise ValueError(f"curves.{missing[0]} is missing")
+        for lens, curves in [*self.curves.items(), *self.standard_errors.items()]:
+            for kind, values in curves.items():
+                _check_length(f"curves.{lens}.{kind}", values, self.layers, "layers")
+        return self
+
+
+class LayerChoice(Readings):
+    """The readings of an analysis, and the layers that criteria name."""
+
+    seed: int = 0
+    criteria: list[Criterion]
+    knees: dict[str, Criterion] = {}  # by lens
+
+
+class LensCard(ResultFile):
+    """``lens.json``: a lens, and how well it reads held-out responses, where that was measured."""
+
+    command = "bupo lens fit"
+    kind: str
+    model: str | None = None
+    tokens: int | None = None
+    held_out: Readings | None = None
 
 
 class Analysis(ResultFile):
@@ -94,16 +124,16 @@ class Analysis(ResultFile):
         }
 
     @property
-    def knee(self) -> Criterion | None:
-        """The knee of the agreement curve: a candidate, which nobody has tried in training."""
-        criteria = self.layer_choice.criteria if self.layer_choice else []
-        return next((criterion for criterion in criteria if criterion.name == "knee"), None)
+    def knees(self) -> dict[str, Criterion]:
+        """The knee of the agreement curve of each lens: candidates, which nobody has tried in training."""
+        if (choice := self.layer_choice) is None:
+            return {}
+        older = (criterion for criterion in choice.criteria if criterion.name == "knee")
+        return choice.knees or dict(zip(["norm"], older, strict=False))
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         required = ["sites.attn_out", "sites.ffn_out", "sites.layer_out", "entropy_change.attn", "entropy_change.ffn"]
-        for lens in ("raw", "norm") if self.layer_choice else ():
-            required += [f"layer_choice.curves.{lens}.{kind}" for kind in ("entropy", "kl", "top1")]
         if missing := [path for path in required if path not in self.curves]:
             raise ValueError(f"{missing[0]} is missing")
         for path, columns in self.curves.items():
