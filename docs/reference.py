@@ -109,7 +109,13 @@ def page() -> str:
     text += "### Settings of `BuPOConfig`\n\n" + table(("key", "type", "default", "meaning"), config_rows())
     text += "## Commands\n\n`bupo COMMAND --help` prints the same with examples.\n\n"
     group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    commands = {
+        " ".join(path): command
+        for name, entry in group.commands.items()
+        for path, command in [((name, sub), one) for sub, one in getattr(entry, "commands", {}).items()]
+        or [((name,), entry)]
+    }
+    for name, command in commands.items():
         summary = (command.help or "").strip().split("\n\n")[0]
         text += f"### `bupo {name}`\n\n{' '.join(summary.split())}\n\n"
         text += table(("option", "default", "meaning"), option_rows(command))

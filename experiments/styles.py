@@ -62,7 +62,7 @@ def one(arch: str, tied: bool, data: str, seed: int) -> dict[str, Any]:
         trained = json.loads((model / "pretraining.json").read_text())
         _run(
             "-m", "bupo", "analyze", "--model", model, "--dataset", "arithmetic", "--split", "test",
-            "--limit", PROBLEMS, "--max-new-tokens", 40, "--output", out, "--json",
+            "--limit", PROBLEMS, "--max-new-tokens", 40, "--lens", "raw,norm", "--output", out, "--json",
         )  # fmt: skip
         analysis = json.loads((out / "analysis.json").read_text())
     return {

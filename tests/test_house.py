@@ -204,7 +204,7 @@ def test_nothing_names_a_machine():
     assert [str(f) for f in files if places.search(f.read_text())] == []
 
 
-COMMANDS = ("", "analyze", "plan", "train", "eval", "compare", "report", "demo")
+COMMANDS = ("", "analyze", "plan", "train", "eval", "compare", "report", "demo", "lens", "lens fit")
 LIGHT = {f"help {command}": f"from bupo.cli import main; main('{command} --help'.split())" for command in COMMANDS}
 LIGHT["recipes"] = """
 from pathlib import Path; from bupo.recipe import read_recipe, validate

@@ -137,7 +137,7 @@ def test_page_is_accessible_and_self_contained(page):
 
 def test_page_escapes_everything_that_comes_from_outside(tmp_path):
     data = everything(HOSTILE)
-    choice = layer_choice(criteria=[{"name": "knee", "layer": 3, "reason": HOSTILE}])
+    choice = layer_choice(knees={"norm": {"layer": 3, "reason": HOSTILE}})
     data.analyses = [(HOSTILE, Analysis.parse(analysis(boundary_reason=HOSTILE, layer_choice=choice)))]
     page = page_of(tmp_path, data)
     assert page.text.count(HOSTILE) >= 8

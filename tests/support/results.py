@@ -46,11 +46,10 @@ def layer_choice(layers: int = 6, knee: int | None = 3, **more) -> dict[str, Any
                "recovered": [r / f - 0.1 for r in rising], "change": [None, *kl[1:]]}
         for lens, f in (("raw", 1.5), ("norm", 1.0), ("ridge", 0.9), ("other/lens", 0.8))
     }  # fmt: skip
-    found = {"name": "knee", "layer": knee, "reason": "it turns there", "standard_error": 0.4 if knee else None}
-    criteria = [{"name": "boundary", "layer": None, "reason": "negative in every layer"}, found]
+    found = {"layer": knee, "reason": "it turns there", "standard_error": 0.4 if knee else None}
     errors = {lens: {kind: [0.01] * layers for kind in kinds} for lens, kinds in curves.items()}
     knees = {"norm": {**found, "layer": 4}, "ridge": found} if knee else {}
-    return {"tokens": 40, "responses": 4, "seed": 0, "criteria": criteria, "curves": curves, "knees": knees,
+    return {"tokens": 40, "responses": 4, "seed": 0, "curves": curves, "knees": knees,
             "standard_errors": errors, **more}  # fmt: skip
 
 

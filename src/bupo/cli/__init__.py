@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
-from bupo.cli import analyze, compare, demo, eval, plan, report, train
+from bupo.cli import analyze, compare, demo, eval, lens, plan, report, train
 from bupo.errors import BupoError
 from bupo.run_folder import versions
 
@@ -22,16 +23,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, report.report, demo.demo):
+_lenses = typer.Typer(help="Fit, load and show lenses, which map every layer to the output.", no_args_is_help=True)
+app.add_typer(_lenses, name="lens")
+_COMMANDS = (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, report.report, demo.demo)
+for command in (*_COMMANDS, lens.fit, lens.load, lens.show):
     # named like its file; neighbouring lines of a help text are joined, so each example becomes a paragraph
     text = cleandoc(command.__doc__ or "").replace("\n  bupo", "\n\n  bupo")
-    app.command(command.__module__.split(".")[-1], help=text)(command)
+    group, name = (app, command.__module__.split(".")[-1]) if command in _COMMANDS else (_lenses, command.__name__)
+    group.command(name, help=text)(command)
 # telemetry off, and the bars and notices of libraries, which would tear our own lines
 _QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 os.environ.update({**_QUIET, "TRANSFORMERS_VERBOSITY": "error", **os.environ})
+warnings.formatwarning = lambda message, *place, **more: f"bupo: warning: {message}\n"  # no lines of our source
 _AGAIN = "Nothing was written; the same command starts again from the beginning."
 _SAVED = "Responses so far are saved; the same command continues."
-_INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "eval": _SAVED}
+_INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "lens": _AGAIN, "eval": _SAVED}
 
 
 @app.callback(invoke_without_command=True)

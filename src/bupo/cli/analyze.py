@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +12,7 @@ from rich.console import Console
 
 from bupo.cli import options
 from bupo.errors import InputError
-from bupo.run_folder import claim, describe_run, write_json, write_text
+from bupo.run_folder import claim, describe_run, write_json
 
 # Keys of analysis.json that the printed JSON leaves out.
 _LONG = ("sites", "standard_errors", "entropy_change", "residual_cosine", "statistics")
@@ -24,32 +22,28 @@ def analyze(
     context: typer.Context,
     model: options.Model,
     output: options.Output,
-    dataset: Annotated[str | None, typer.Option(help="Problems to respond to: a task, a file, or a hub id.")] = None,
-    responses: Annotated[
-        Path | None, typer.Option(help="Responses to analyse instead: rows with prompt(_ids) and response(_ids).")
-    ] = None,
+    dataset: options.Dataset = None,
+    responses: options.Responses = None,
     split: Annotated[str | None, typer.Option(help="Split of the dataset.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of problems, or of rows of --responses, to use.")] = 20,
-    samples: Annotated[int, typer.Option(min=1, help="Number of responses to generate per problem.")] = 1,
+    samples: options.Samples = 1,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = 1.0,
     template: options.Template = "auto",
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Analyse this many random response tokens. Default: all of them.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Analyse so many random tokens. Default: all.")] = None,
     statistics: Annotated[
         str, typer.Option(help="More means per site, separated by commas: logprob, rank, varentropy, kl, topK (top5).")
     ] = "",
     per_token: Annotated[
-        bool, typer.Option("--per-token", help="Also write the values of every token and site to per_token.parquet.")
+        bool, typer.Option("--per-token", help="Write every token's values, per_token.parquet.")
     ] = False,
-    explore: Annotated[
-        int, typer.Option(min=0, help="Number of responses to write to tokens.json for the report's token explorer.")
-    ] = 0,
+    explore: Annotated[int, typer.Option(min=0, help="Number of responses for the report's token explorer.")] = 0,
+    lens: Annotated[
+        str | None, typer.Option(help="Lenses, separated by commas: raw, norm, ridge, folders. Default: raw,ridge.")
+    ] = None,
     choice: Annotated[bool, typer.Option(help="Measure each layer's agreement with the output, and its knee.")] = True,
     choice_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of tokens to measure it on. Default: 1/16 of all, within 128 to 512."),
+        int | None, typer.Option(min=1, help="Number of tokens to measure it on. Default: 1/16 of all, 128 to 512.")
     ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -69,50 +63,40 @@ def analyze(
       bupo analyze --model small --dataset arithmetic --output runs/look
       bupo analyze --model Qwen/Qwen3-4B --dataset HuggingFaceH4/MATH-500 --limit 20 --output runs/qwen3
       bupo analyze --model models/smollm2 --responses responses.jsonl --max-tokens 5000 --output runs/smollm2
+      bupo analyze --model models/smollm2 --responses R.jsonl --lens raw,norm,ridge,runs/lens --output runs/lenses
 
       accelerate launch --num_processes 8 -m bupo analyze --model Qwen/Qwen3-8B --responses R.jsonl --output runs/q
     """
     rank, processes = options.launched_processes()
-    if (dataset is None) == (responses is None):
-        raise InputError("pass either --dataset (responses are generated) or --responses FILE, not both")
-    if responses is not None and not responses.is_file():
-        raise InputError(f"responses file {responses} does not exist")
-    if choice_tokens is not None and not choice:
-        raise InputError("--choice-tokens has no effect with --no-choice; leave out one of them")
+    options.check_source(dataset, responses)
+    for option, value in (("--choice-tokens", choice_tokens), ("--lens", lens)):
+        if value is not None and not choice:
+            raise InputError(f"{option} has no effect with --no-choice; leave out one of them")
     if per_token and processes > 1:
         raise InputError("--per-token writes one file in one process; leave out --per-token or the launcher")
     if device is not None and ":" in device and processes > 1:
         raise InputError(f"--device {device} names one device for {processes} processes; write {device.split(':')[0]}")
     claim(output, overwrite=overwrite)
 
-    from accelerate.utils import broadcast_object_list
-
-    from bupo.data.problems import load_problems
-    from bupo.data.rollouts import read_responses
     from bupo.lens.analyze import AnalysisOptions, analyze_rollouts, statistic_columns
+    from bupo.lens.maps import CARD, LEAST_PROMPTS, PLAIN
     from bupo.lens.tokens import ParquetTokenWriter, explore_rollouts
-    from bupo.models.load import join_processes, load_model, model_revision
+    from bupo.models.load import model_revision
     from bupo.report.analysis_figures import write_analysis_figures
 
     started, names = time.monotonic(), options.split_names(statistics)
     statistic_columns(names)  # wrong arguments are found before the model is loaded
-    problems = load_problems(dataset, split=split, limit=limit, seed=seed) if dataset is not None else []
-    source: dict[str, Any] = {"device": device, "revision": revision, "trust_remote_code": trust_remote_code}
-    if processes > 1:  # each process has a device of its own, of the type that was asked for
-        own = join_processes(cpu=device == "cpu").device
-        if device not in (None, own.type):
-            raise InputError(f"--device {device} is not available to launched processes; they run on {own.type}")
-        source["device"] = str(own)
+    lenses = options.split_names("raw,ridge" if lens is None else lens)
+    for name in lenses or [""]:
+        if name not in (*PLAIN, "ridge") and not (Path(name) / CARD).is_file():
+            raise InputError(f"unknown lens {name!r}; use raw, norm, ridge, or a folder that bupo lens wrote")
     with options.Progress(not as_json and rank == 0) as progress:
-        progress.print(f"loading {model}", markup=False, highlight=False)
-        loaded, tokenizer = load_model(model, dtype="fitting" if dtype == "auto" else dtype, **source)
-        if responses is not None:
-            rollouts = read_responses(responses, tokenizer, template)[:limit]
-        else:
-            rollouts = _generate(loaded, tokenizer, problems, progress, context.params) if rank == 0 else []
-            rollouts = rollouts if processes == 1 else broadcast_object_list([rollouts])[0]
+        loaded, tokenizer, rollouts = options.load_with_responses(context.params, progress)
+        if lens is None and choice and len({tuple(rollout.prompt_ids) for rollout in rollouts}) < LEAST_PROMPTS:
+            lenses = list(PLAIN)
+            progress.print(f"read through raw and norm: a ridge lens needs responses to {LEAST_PROMPTS} prompts")
         writer = ParquetTokenWriter(output) if per_token else None
-        details = AnalysisOptions(model, choice, choice_tokens, on_tokens=writer, progress=progress.move)
+        details = AnalysisOptions(model, choice, choice_tokens, lenses, on_tokens=writer, progress=progress.move)
         settings: dict[str, Any] = {"max_tokens": max_tokens, "batch_tokens": batch_tokens, "seed": seed}
         settings |= {"statistics": names, "share": processes > 1, "options": details}
         result = analyze_rollouts(loaded, rollouts, **settings)
@@ -125,9 +109,7 @@ def analyze(
     for name in ("responses.jsonl", "tokens.json", "per_token.parquet"):  # of a run that is replaced
         (output / name).unlink(missing_ok=True)
     if responses is None:
-        columns = ("problem_id", "sample", "prompt", "response", "prompt_ids", "response_ids")
-        rows = ({c: getattr(rollout, c) for c in columns} for rollout in rollouts)
-        write_text(output / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        options.write_responses(output, rollouts)
     if tokens is not None:
         write_json(output / "tokens.json", tokens)
     if writer is not None:
@@ -140,31 +122,12 @@ def analyze(
     if as_json:
         short = {k: v for k, v in result.items() if not k.startswith(_LONG) and k != "layer_choice"}
         short |= {"output": str(output), "layer": result["boundary_layer"], "reason": result["boundary_reason"]}
-        short |= {k: v for k, v in result.get("layer_choice", {}).items() if k in ("recommendation", "criteria")}
+        chosen = result.get("layer_choice", {})
+        short |= {key: chosen[key] for key in ("recommendation", "criteria", "knees") if key in chosen}
         typer.echo(json.dumps(short, ensure_ascii=False))
     else:
         _print(result)
         typer.echo(f"wrote {output}/analysis.json and {len(figures)} figure files")
-
-
-def _generate(model: Any, tokenizer: Any, problems: Any, progress: options.Progress, config: Mapping[str, Any]) -> Any:
-    """Sample the model's own responses to the problems, of at most 512 tokens where the user names no number."""
-    from bupo.data.prompts import prompt_ids
-    from bupo.data.rollouts import Rollout
-    from bupo.evaluate.engines import Sampling, response_limit
-    from bupo.evaluate.hf_engine import sample
-    from bupo.models.layout import context_length
-
-    prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
-    tokens = response_limit(prompts, context_length(model.config), config["max_new_tokens"], 512)
-    sampling = Sampling(tokens, config["temperature"], seed=config["seed"])
-    bar = partial(progress.move, "generating responses")
-    sampled = sample(model, tokenizer, prompts, sampling, samples=config["samples"], on_progress=bar)
-    return [
-        Rollout(prompt, list(ids), problem.prompt, tokenizer.decode(ids, skip_special_tokens=True), problem.id, number)
-        for problem, prompt, responses in zip(problems, prompts, sampled, strict=True)
-        for number, ids in enumerate(responses)
-    ]
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -176,18 +139,20 @@ def _print(result: dict[str, Any]) -> None:
         "layer": [str(layer) for layer in layers],
         **{f"H {name}": [f"{h:.3f}" for h in sites[f"{name.lower()}_out"]] for name in ("layer", "attn", "FFN")},
         **{f"Δ {name}": [f"{d:+.3f}" for d in change[name.lower()]] for name in ("attn", "FFN")},
-        "top-1": [f"{100 * share:.0f} %" for share in choice.get("curves", {}).get("norm", {}).get("top1", [])],
         "region": [regions.get(n, "") + " <- boundary" * (n == result["boundary_layer"]) for n in layers],
     }
     read = f"{result['samples']} responses, {result['tokens']} tokens"
     title = f"{result['model']}: {read}; H: entropy, nats; Δ: its change"
-    options.print_table(title, {name: cells for name, cells in columns.items() if cells}, left="region")
+    options.print_table(title, columns, left="region")
+    if lenses := [lens for lens in choice.get("curves", {}) if lens != "raw"]:
+        title = f"through lenses, {choice['tokens']} tokens of {choice['responses']} responses; KL: from the output"
+        options.print_table(title, options.lens_columns(choice, lenses))
     console = Console()
     if sampling := result.get("sampling"):
         used, total = sampling["tokens_used"], sampling["tokens_of_responses"]
         console.print(f"read {used} of {total} response tokens, drawn at random")
     found = [("boundary layer", {"layer": result["boundary_layer"], "reason": result["boundary_reason"]})]
-    found += [("candidate, the knee of agreement", c) for c in choice.get("criteria", []) if c["name"] == "knee"]
+    found += [(f"candidate, the knee of agreement ({lens})", c) for lens, c in choice.get("knees", {}).items()]
     for name, answer in found:
         error = answer.get("standard_error")
         place = f"layer {answer['layer']}" + ("" if error is None else f" ± {error:.1f}") + ":"

@@ -1,12 +1,14 @@
-"""What commands share: their options (each declared once), bars, tables, and the launcher's processes."""
+"""What commands share: their options (each declared once), bars, tables, responses, and the launcher's processes."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import rich.progress
 import typer
@@ -15,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bupo.errors import InputError
+from bupo.run_folder import write_text
 
 
 def _finite(value: float) -> float:
@@ -57,6 +60,9 @@ Template = Annotated[str, _TEMPLATE]
 OptionalTemplate = Annotated[str | None, _TEMPLATE]
 Temperature = Annotated[float, typer.Option(min=0.0, callback=_finite, help="Sampling temperature; 0 is greedy.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens per response.")]
+Dataset = Annotated[str | None, typer.Option(help="Problems to respond to: a task, a file, or a hub id.")]
+Responses = Annotated[Path | None, typer.Option(help="Responses instead: rows with prompt(_ids) and response(_ids).")]
+Samples = Annotated[int, typer.Option(min=1, help="Number of responses to generate per problem.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; dots reach into nested keys."),
@@ -76,14 +82,29 @@ class Progress(rich.progress.Progress):
         self.update(known[0] if known else self.add_task(name), completed=done, total=total)
 
 
-def print_table(title: str, columns: Mapping[str, Sequence[str]], left: str) -> None:
+def print_table(title: str, columns: Mapping[str, Sequence[str]], left: str = "") -> None:
     """Print columns of cells under their names, right-aligned but for the column ``left``."""
     table = Table(title=title)
-    for name in columns:
-        table.add_column(name, justify="left" if name == left else "right", no_wrap=name != left)
+    for name, cells in columns.items():
+        width = None if name == left else max(map(len, (name, *cells)))  # only the column `left` is wrapped
+        table.add_column(name, justify="left" if name == left else "right", min_width=width)
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).minimum)
+    console.print(table)
+
+
+def lens_columns(readings: Mapping[str, Any], lenses: Sequence[str]) -> dict[str, list[str]]:
+    """Columns of a table over layers: entropy, KL with its standard error, and top-1 agreement through each lens."""
+    columns = {"layer": [str(layer) for layer, _ in enumerate(readings["curves"][lenses[0]]["kl"], start=1)]}
+    for lens in lenses:
+        curves, errors, name = readings["curves"][lens], readings["standard_errors"][lens]["kl"], Path(lens).name
+        columns[f"H {name}"] = [f"{value:.2f}" for value in curves["entropy"]]
+        kl = zip(curves["kl"], errors, strict=True)
+        columns[f"KL {name}"] = [f"{value:.2f}" + ("" if error is None else f"±{error:.2f}") for value, error in kl]
+        columns[f"top-1 {name}"] = [f"{100 * share:.0f} %" for share in curves["top1"]]
+    return columns
 
 
 def launched_processes() -> tuple[int, int]:
@@ -96,6 +117,68 @@ def refuse_launcher(command: str, instead: str) -> None:
     _, processes = launched_processes()
     if processes > 1:
         raise InputError(f"{command} runs in one process, but the launcher started {processes}; {instead}")
+
+
+def check_source(dataset: str | None, responses: Path | None) -> None:
+    """Raise `InputError` unless there is exactly one of the two, and the file exists."""
+    if (dataset is None) == (responses is None):
+        raise InputError("pass either --dataset (responses are generated) or --responses FILE, not both")
+    if responses is not None and not responses.is_file():
+        raise InputError(f"responses file {responses} does not exist")
+
+
+def load_with_responses(config: Mapping[str, Any], progress: Progress) -> tuple[Any, Any, list[Any]]:
+    """The model, its tokenizer, and the responses that the options name, the same on all processes of a launcher."""
+    from accelerate.utils import broadcast_object_list
+
+    from bupo.data.problems import load_problems
+    from bupo.data.rollouts import read_responses
+    from bupo.models.load import join_processes, load_model
+
+    dataset, limit, (rank, processes) = config["dataset"], config["limit"], launched_processes()
+    problems = load_problems(dataset, split=config["split"], limit=limit, seed=config["seed"]) if dataset else []
+    source = {name: config[name] for name in ("device", "revision", "trust_remote_code")}
+    if processes > 1:  # each process has a device of its own, of the type that was asked for
+        own = join_processes(cpu=source["device"] == "cpu").device
+        if source["device"] not in (None, own.type):
+            raise InputError(
+                f"--device {config['device']} is not available to launched processes; they run on {own.type}"
+            )
+        source["device"] = str(own)
+    progress.print(f"loading {config['model']}", markup=False, highlight=False)
+    dtype = "fitting" if config["dtype"] == "auto" else config["dtype"]
+    model, tokenizer = load_model(config["model"], dtype=dtype, **source)
+    if config["responses"] is not None:
+        return model, tokenizer, read_responses(config["responses"], tokenizer, config["template"])[:limit]
+    rollouts = _generate(model, tokenizer, problems, progress, config) if problems and rank == 0 else []
+    return model, tokenizer, rollouts if processes == 1 else broadcast_object_list([rollouts])[0]
+
+
+def _generate(model: Any, tokenizer: Any, problems: Any, progress: Progress, config: Mapping[str, Any]) -> Any:
+    """Sample the model's own responses to the problems, of at most 512 tokens where the user names no number."""
+    from bupo.data.prompts import prompt_ids
+    from bupo.data.rollouts import Rollout
+    from bupo.evaluate.engines import Sampling, response_limit
+    from bupo.evaluate.hf_engine import sample
+    from bupo.models.layout import context_length
+
+    prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
+    tokens = response_limit(prompts, context_length(model.config), config["max_new_tokens"], 512)
+    sampling = Sampling(tokens, config["temperature"], seed=config["seed"])
+    bar = partial(progress.move, "generating responses")
+    sampled = sample(model, tokenizer, prompts, sampling, samples=config["samples"], on_progress=bar)
+    return [
+        Rollout(prompt, list(ids), problem.prompt, tokenizer.decode(ids, skip_special_tokens=True), problem.id, number)
+        for problem, prompt, responses in zip(problems, prompts, sampled, strict=True)
+        for number, ids in enumerate(responses)
+    ]
+
+
+def write_responses(folder: Path, rollouts: Sequence[Any]) -> None:
+    """Write sampled responses to ``responses.jsonl``, in a form that --responses reads."""
+    columns = ("problem_id", "sample", "prompt", "response", "prompt_ids", "response_ids")
+    rows = ({column: getattr(rollout, column) for column in columns} for rollout in rollouts)
+    write_text(folder / "responses.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def split_names(text: str) -> list[str]:

@@ -91,6 +91,12 @@ def analyze_rollouts(
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
     analysis = _Analysis(model, statistic_columns(statistics), options)
+    named = options.lenses if options.layer_choice else ()  # found first: a wrong one costs no pass over the responses
+    lenses: dict[str, Any] = {name: find_lens(name, model) for name in named if name != "ridge"}
+    read = pairs
+    if "ridge" in named:
+        how = {"batch_tokens": batch_tokens, "seed": seed, "share": share, "progress": options.progress}
+        lenses["ridge"], read = fit_on_half(model, pairs, **how)
     sizes = [len(pair.response_ids) for pair in pairs]
     tokens = [list(range(n)) for n in sizes] if max_tokens is None else batching.subsample(sizes, max_tokens, seed)
     with eval_mode(unwrap(model)), torch.no_grad():
@@ -100,12 +106,8 @@ def analyze_rollouts(
         counts = {"tokens_used": means.tokens, "tokens_of_responses": sum(sizes)}
         result["sampling"] = {"max_tokens": max_tokens, **counts}
     if options.layer_choice:
-        lenses: dict[str, Any] = {name: find_lens(name, model) for name in options.lenses if name != "ridge"}
-        if "ridge" in options.lenses:
-            how = {"batch_tokens": batch_tokens, "seed": seed, "share": share, "progress": options.progress}
-            lenses["ridge"], pairs = fit_on_half(model, pairs, **how)
         sample: dict[str, Any] = {"tokens": options.choice_tokens, "seed": seed, "progress": options.progress}
-        result["layer_choice"] = choose_layer(model, pairs, result, lenses=lenses, **sample)
+        result["layer_choice"] = choose_layer(model, read, result, lenses=lenses, **sample)
     return result
 
 

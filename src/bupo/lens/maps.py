@@ -33,6 +33,7 @@ from bupo.run_folder import versions, write_bytes, write_json
 WEIGHTS, CARD = "lens.safetensors", "lens.json"
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 100.0)  # of the ridge term; the last nearly leaves the states as they are
 _IDENTITY = ("model", "revision", "architecture")
+LEAST_PROMPTS = 4  # for a lens that is fitted on the responses to half of the prompts
 HELD_OUT = 4  # the responses to every fourth prompt are held out
 _FACTOR_TOKENS, _CARD_TOKENS = 64, 128  # held-out tokens that choose the factors, and that the card's figures are of
 
@@ -123,18 +124,21 @@ class Lens:
         candidates = [cls("ridge", *fitted.solve([factor] * layers)) for factor in FACTORS]
         best = read_layers(model, checked, draw(_FACTOR_TOKENS), candidates).values[:, 2, :-1].mean(-1).argmin(0)
         factors = [FACTORS[i] for i in best.tolist()]
-        readings = read_layers(
-            model, checked, draw(_CARD_TOKENS), [*PLAIN.values(), cls("ridge", *fitted.solve(factors))]
-        )
-        curves, errors = readings.curves([*PLAIN, "ridge"])
         card = identity_of(model) | {
             "tokens": fitted.tokens + rest.tokens,
             "responses": len(pairs),
             "ridge_factors": factors,
-            "held_out": {"tokens": sum(readings.counts), "responses": len(readings.counts), "curves": curves,
-                         "standard_errors": errors},
-        }  # fmt: skip
+            "held_out": cls("ridge", *fitted.solve(factors)).measure(model, checked, seed=seed),
+        }
         return cls("ridge", *(fitted + rest).solve(factors), card)
+
+    def measure(self, model: nn.Module, responses: Sequence[Any], *, seed: int = 0) -> dict[str, Any]:
+        """Compare ``raw``, ``norm`` and this lens on responses it was not fitted on (``held_out`` of a card)."""
+        pairs = check_rollouts(model, responses)
+        drawn = subsample([len(pair.response_ids) for pair in pairs], _CARD_TOKENS, seed)
+        readings = read_layers(model, pairs, drawn, [*PLAIN.values(), self])
+        counts = {"tokens": sum(readings.counts), "responses": len(readings.counts)}
+        return counts | dict(zip(("curves", "standard_errors"), readings.curves([*PLAIN, self.kind]), strict=True))
 
     def check(self, model: nn.Module) -> Lens:
         """Return this lens if it belongs to ``model``, with a warning if it was made on another revision of it.
@@ -165,6 +169,7 @@ class Lens:
         if self.maps is None or self.biases is None:
             raise InputError(f"the lens {self.kind} has no maps to save")
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
+        (Path(folder) / CARD).unlink(missing_ok=True)  # without it there is no lens: the old card never fits new maps
         write_bytes(Path(folder) / WEIGHTS, save(tensors))
         write_json(Path(folder) / CARD, {"schema": 1, "kind": self.kind, **self.card, "versions": versions()})
         return Path(folder)
@@ -208,7 +213,7 @@ def find_lens(name: str | Lens, model: nn.Module) -> Lens:
 def fit_on_half(model: nn.Module, pairs: Sequence[TokenPair], **how: Any) -> tuple[Lens, list[TokenPair]]:
     """Fit a ridge lens on the responses to every other prompt; return it with the other responses, to be read."""
     prompts = list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))
-    if len(prompts) < 4:
+    if len(prompts) < LEAST_PROMPTS:
         raise InputError(
             "a ridge lens needs responses to four or more prompts; pass more, or leave ridge out of --lens"
         )

@@ -12,9 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bupo.errors import InputError
 from bupo.report import style
-from bupo.report.results import Analysis, LensCard, Readings
+from bupo.report.results import Analysis, Readings
 from bupo.report.style import Look, styled
 
 LAYER, ATTENTION, FFN = (style.BLUE, "o"), (style.RED, "s"), (style.GREEN, "^")
@@ -27,13 +26,13 @@ OVERLAY = (
     ("entropy_change.ffn", "Entropy change in the FFN", "nats", True),
     ("entropy_change.attn", "Entropy change in attention", "nats", True),
 )
-# panels of readings through lenses: kind in the file, title, unit
+# panels of readings through lenses: kind in the file, title, unit, limits
 READINGS = (
-    ("recovered", "Recovered information", "per cent"),
-    ("top1", "Same most likely token", "per cent"),
-    ("kl", "KL from the output", "nats"),
-    ("entropy", "Entropy", "nats"),
-    ("change", "Entropy change from the layer before", "nats"),
+    ("recovered", "Recovered information", "per cent", (0, 105)),
+    ("top1", "Same most likely token", "per cent", (0, 105)),
+    ("kl", "KL from the output", "nats", (0, None)),
+    ("entropy", "Entropy", "nats", (0, None)),
+    ("change", "Entropy change", "nats", (None, None)),
 )
 _LENSES = {"raw": ("logit lens (Eq. 5)", LAYER), "norm": ("final norm", ATTENTION), "ridge": ("ridge", FFN)}
 _OTHER_LENSES = ((style.PINK, "D"), (style.ORANGE, "v"), (style.SKY, "P"))
@@ -79,28 +78,30 @@ def residual_cosine(analysis: Analysis) -> Figure:
 
 
 @styled()
-def layer_choice(analysis: Analysis) -> Figure:
+def layer_choice(analysis: Analysis | Readings) -> Figure:
     """Agreement with the model's output, divergence from it, entropy and its change, through every lens measured."""
-    assert analysis.layer_choice is not None
-    figure, panels = _readings(analysis.layer_choice)
-    lenses = lens_looks(analysis.layer_choice.curves)
-    for axes in panels:
-        _mark_boundary(axes, analysis)
-        for lens, knee in analysis.knees.items():
-            if knee.layer is not None:
-                label, (colour, _) = lenses[lens]
-                dotted: Any = {"color": colour, "linewidth": 1.3, "linestyle": (0, (1, 1.5)), "zorder": 2.4}
+    readings = analysis.layer_choice if isinstance(analysis, Analysis) else analysis
+    assert readings is not None
+    figure, panels = style.grid(len(READINGS), 3, 8.6, 5.6)
+    lenses, x = lens_looks(readings.curves), range(1, readings.layers + 1)
+    for axes, (kind, title, unit, limits) in zip(panels, READINGS, strict=True):
+        for lens, curves in readings.curves.items():
+            (label, look), errors = lenses[lens], readings.standard_errors.get(lens, {}).get(kind)
+            scale = 100 if unit == "per cent" else 1
+            style.line_with_band(axes, x, curves.get(kind, [None] * len(x)), errors, look, scale=scale, label=label)
+            if (knee := readings.knees.get(lens)) and knee.layer is not None:
+                dotted: Any = {"color": look[0], "linewidth": 1.3, "linestyle": (0, (1, 1.5)), "zorder": 2.4}
                 axes.axvline(knee.layer, label=f"knee (a candidate), {label}: layer {knee.layer}", **dotted)
-    style.legend_below(figure, columns=3)
-    return figure
-
-
-@styled()
-def lens(card: LensCard) -> Figure:
-    """How well a lens reads held-out responses, beside the logit lens with and without the final norm."""
-    if card.held_out is None:
-        raise InputError("this lens has no held-out figures; `bupo lens load` with --responses measures them")
-    figure, _ = _readings(card.held_out)
+        if isinstance(analysis, Analysis):
+            _mark_boundary(axes, analysis)
+        axes.set(title=title, ylabel=unit, xlabel="layer", ylim=limits)
+        style.layer_axis(axes, len(x), most=8)
+        style.level(axes)
+        largest = axes.get_ylim()[1]
+        if kind == "kl" and largest > 5:  # logarithmic above 1 nat
+            axes.set_yscale("symlog", linthresh=1, linscale=0.6)
+            axes.set_yticks([t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= 1.5 * largest])
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     style.legend_below(figure, columns=3)
     return figure
 
@@ -112,55 +113,18 @@ def lens_looks(lenses: Iterable[str]) -> dict[str, tuple[str, Look]]:
     return {**_LENSES, **looks}
 
 
-def _readings(readings: Readings) -> tuple[Figure, list[Axes]]:
-    """A panel for each of `READINGS`, with a curve for each lens."""
-    shown = [panel for panel in READINGS if any(panel[0] in curves for curves in readings.curves.values())]
-    figure, panels = style.grid(len(shown), 3, 8.6, 5.6)
-    for axes, (kind, title, unit) in zip(panels, shown, strict=True):
-        share = unit == "per cent"
-        for lens, (label, look) in lens_looks(readings.curves).items():
-            if values := readings.curves.get(lens, {}).get(kind):
-                errors, x = readings.standard_errors.get(lens, {}).get(kind), range(1, readings.layers + 1)
-                style.line_with_band(axes, x, values, errors, look, scale=100 if share else 1, label=label)
-        axes.set(title=title, ylabel=unit, xlabel="layer")
-        style.layer_axis(axes, readings.layers, most=8)
-        if share:
-            axes.set_ylim(0, 105)
-        elif kind == "change":
-            style.level(axes)
-        else:
-            axes.set_ylim(bottom=0)
-        largest = axes.get_ylim()[1]
-        if kind == "kl" and largest > 5:  # logarithmic above 1 nat
-            axes.set_yscale("symlog", linthresh=1, linscale=0.6)
-            axes.set_yticks([t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= 1.5 * largest])
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    return figure, panels
-
-
 @styled()
 def overlay(analyses: Sequence[tuple[str, Analysis]]) -> Figure:
     """Several models, dashed at their boundary layers; x is the relative depth where numbers of layers differ."""
     relative = len({analysis.layers for _, analysis in analyses}) > 1
     look = style.looks([name for name, _ in analyses])
-    lenses = lens_looks(
-        lens for _, analysis in analyses if analysis.layer_choice for lens in analysis.layer_choice.curves
-    )
-    at = "layer_choice.curves"
-    panels_of_lenses = [
-        *(
-            (f"{at}.{lens}.recovered", f"Recovered information, {label}", "per cent", False)
-            for lens, (label, _) in lenses.items()
-        ),
-        # the raw entropy is the first panel
-        *(
-            (f"{at}.{lens}.entropy", f"Entropy, {label}", "nats", False)
-            for lens, (label, _) in lenses.items()
-            if lens != "raw"
-        ),
+    lenses = lens_looks(n for _, analysis in analyses if analysis.layer_choice for n in analysis.layer_choice.curves)
+    through = [
+        (f"layer_choice.curves.{lens}.{kind}", f"{title}, {label}", unit, False)
+        for lens, (label, _) in lenses.items()
+        for kind, title, unit, _ in (READINGS[0], READINGS[3])
     ]
-    candidates = (*OVERLAY, *panels_of_lenses)
-    shown = [panel for panel in candidates if any(panel[0] in analysis.curves for _, analysis in analyses)]
+    shown = [panel for panel in (*OVERLAY, *through) if any(panel[0] in analysis.curves for _, analysis in analyses)]
     rows = -(-len(shown) // 2)
     figure, panels = style.grid(len(shown), 2, 8.6, 3.1 * rows, sharex=True)
     for axes, (path, title, unit, signed) in zip(panels, shown, strict=True):

@@ -36,20 +36,21 @@ class ResultFile(BaseModel):
             raise InputError(f"{problem}; write it again with `{cls.command}`") from None
 
 
-class Criterion(BaseModel):
-    """What one criterion gives: a layer (from 1) or None, and the reason as a sentence without a full stop."""
+class Knee(BaseModel):
+    """Where agreement turns to climbing: a layer (from 1) or None, and the reason as a sentence without a full stop."""
 
-    name: str = "knee"
     layer: int | None
     reason: str
     standard_error: float | None = None
 
 
 class Readings(BaseModel):
-    """Every layer through lenses, compared with the model's output: curves by lens and kind."""
+    """Every layer through lenses, compared with the output, by lens and kind; a knee is a candidate, never trained."""
 
     tokens: int
     responses: int
+    seed: int = 0
+    knees: dict[str, Knee] = {}
     curves: dict[str, dict[str, Values]]
     standard_errors: dict[str, dict[str, Values]] = {}
 
@@ -59,30 +60,18 @@ class Readings(BaseModel):
 
     @model_validator(mode="after")
     def _all_kinds(self) -> Self:
-        needed = [(lens, kind) for lens in self.curves or ("raw",) for kind in ("entropy", "kl", "top1")]
-        if missing := [f"{lens}.{kind}" for lens, kind in needed if kind not in self.curves.get(lens, {})]:
-            raise ValueError(f"curves.{missing[0]} is missing")
-        for lens, curves in [*self.curves.items(), *self.standard_errors.items()]:
-            for kind, values in curves.items():
-                _check_length(f"curves.{lens}.{kind}", values, self.layers, "layers")
+        for path in (f"{lens}.{kind}" for lens in self.curves or ("raw",) for kind in ("entropy", "kl", "top1")):
+            lens, _, kind = path.rpartition(".")
+            if kind not in self.curves.get(lens, {}):
+                raise ValueError(f"curves.{path} is missing")
+            _check_length(f"curves.{path}", self.curves[lens][kind], self.layers, "layers")
         return self
 
 
-class LayerChoice(Readings):
-    """The readings of an analysis, and the layers that criteria name."""
-
-    seed: int = 0
-    criteria: list[Criterion]
-    knees: dict[str, Criterion] = {}  # by lens
-
-
 class LensCard(ResultFile):
-    """``lens.json``: a lens, and how well it reads held-out responses, where that was measured."""
-
-    command = "bupo lens fit"
+    command = "bupo lens"  # writes lens.json
     kind: str
-    model: str | None = None
-    tokens: int | None = None
+    model: str | None
     held_out: Readings | None = None
 
 
@@ -106,7 +95,7 @@ class Analysis(ResultFile):
     regions: dict[str, tuple[int, int] | None] = {}
     boundary_layer: int | None = None
     boundary_reason: str = "no reason recorded"
-    layer_choice: LayerChoice | None = None
+    layer_choice: Readings | None = None
 
     @cached_property
     def curves(self) -> dict[str, tuple[Values, Values | None]]:
@@ -124,12 +113,8 @@ class Analysis(ResultFile):
         }
 
     @property
-    def knees(self) -> dict[str, Criterion]:
-        """The knee of the agreement curve of each lens: candidates, which nobody has tried in training."""
-        if (choice := self.layer_choice) is None:
-            return {}
-        older = (criterion for criterion in choice.criteria if criterion.name == "knee")
-        return choice.knees or dict(zip(["norm"], older, strict=False))
+    def knees(self) -> dict[str, Knee]:
+        return self.layer_choice.knees if self.layer_choice else {}
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
