@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from bupo.cli import main
 from bupo.lens.maps import Lens
 from bupo.models.load import SMALL_MODEL
 
@@ -28,8 +29,6 @@ def published(path, width=WIDTH):
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     """A lens that `bupo lens fit` wrote, with the responses that it sampled."""
-    from bupo.cli import main
-
     folder = tmp_path_factory.mktemp("lens") / "fitted"
     options = ("--dataset", "arithmetic", "--limit", "8", "--samples", "2", "--max-new-tokens", "24")
     assert main(["lens", "fit", *SMALL, *options, "--output", str(folder)]) == 0
@@ -38,9 +37,7 @@ def fitted(tmp_path_factory):
 
 def test_a_lens_is_fitted_kept_with_its_responses_and_shown(bupo, fitted, tmp_path):
     about = card(fitted)
-    assert (about["kind"], about["corpus"], about["responses"], len(about["ridge_factors"])) == (
-        "ridge", "arithmetic", 16, L - 1,
-    )  # fmt: skip
+    assert [about[key] for key in ("kind", "corpus", "responses")] == ["ridge", "arithmetic", 16]
     assert about["versions"]["torch"]
     assert json.loads((fitted / "run.json").read_text())["command"] == "lens fit"
     held = about["held_out"]["curves"]
@@ -75,15 +72,18 @@ def test_a_published_lens_is_checked_measured_and_saved(bupo, tmp_path, response
     assert (tmp_path / "o" / "lens.png").is_file()
 
 
-def test_what_is_no_lens_of_the_model_is_refused(bupo, refused, tmp_path, responses, monkeypatch):
+def test_what_cannot_be_used_is_refused(bupo, refused, tmp_path, responses, monkeypatch):
     wide, text = published(tmp_path / "wide.pt", WIDTH + 1), tmp_path / "text.pt"
     text.write_text("no lens")
+    load, fit, read = ("lens", "load"), ("lens", "fit"), ("analyze", "--responses", responses, "--lens")
     for arguments, words in (
-        (("load", wide), f"8 layers of width {WIDTH + 1}"), (("load", text), "holds no published lens"),
-        (("load", tmp_path / "none.pt"), "does not exist"), (("load", wide, "--responses", "none"), "file none does"),
-        (("fit",), "pass either --dataset"), (("fit", "--responses", responses, "--limit", 1), "two or more prompts"),
+        ((*load, wide), f"8 layers of width {WIDTH + 1}"), ((*load, text), "holds no published lens"),
+        ((*load, tmp_path / "none.pt"), "does not exist"), ((*load, wide, "--responses", "none"), "file none does"),
+        (fit, "pass either --dataset"), ((*fit, "--responses", responses, "--limit", 1), "two or more prompts"),
+        ((*read, "ridge"), "four or more prompts"), ((*read, "raw,nowhere"), "unknown lens 'nowhere'"),
+        ((*read, ","), "unknown lens ''"), ((*read, "raw", "--no-choice"), "--lens has no effect with --no-choice"),
     ):  # fmt: skip
-        assert words in refused("lens", *arguments, *SMALL, output=tmp_path / "o")
+        assert words in refused(*arguments, *SMALL, output=tmp_path / "o")
     code, _, err = bupo("lens", "show", tmp_path)
     assert (code, "holds no lens" in err) == (2, True)
 
@@ -91,8 +91,8 @@ def test_what_is_no_lens_of_the_model_is_refused(bupo, refused, tmp_path, respon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Lens, "fit", interrupt)
-    code, _, err = bupo("lens", "fit", *SMALL, "--responses", responses, "--output", tmp_path / "o")
-    assert (code, err.splitlines()[-1][:37]) == (130, "bupo: interrupted. Nothing was written")
+    code, _, err = bupo(*fit, *SMALL, "--responses", responses, "--output", tmp_path / "o")
+    assert (code, "bupo: interrupted. Nothing was written" in err) == (130, True)
     assert not (tmp_path / "o").exists()
 
 
@@ -113,16 +113,3 @@ def test_an_analysis_reads_through_the_lenses_it_is_given(bupo, fitted, tmp_path
         assert code == 0
         assert ("needs responses to 4 prompts" in err) == (name == "b")
         assert set(json.loads((tmp_path / name / "analysis.json").read_text())["layer_choice"]["curves"]) == lenses
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--lens", "ridge"], "four or more prompts"),
-        (["--lens", "raw,nowhere"], "unknown lens 'nowhere'"),
-        (["--lens", ","], "unknown lens ''"),
-        (["--lens", "raw", "--no-choice"], "--lens has no effect with --no-choice"),
-    ],
-)
-def test_lenses_that_cannot_be_used_are_refused(refused, tmp_path, responses, options, words):
-    assert words in refused("analyze", *SMALL, "--responses", responses, *options, output=tmp_path / "o")
