@@ -11,8 +11,7 @@ from bupo.cli import main
 from bupo.lens.maps import Lens
 from bupo.models.load import SMALL_MODEL
 
-SMALL = ("--model", "small")
-L = 8
+SMALL, L = ("--model", "small"), 8
 WIDTH = json.loads((SMALL_MODEL / "config.json").read_text())["hidden_size"]
 
 

@@ -53,6 +53,8 @@ def fit(
     with options.Progress(not as_json and rank == 0) as progress:
         loaded, _, rollouts = options.load_with_responses(config, progress)
         lens = Lens.fit(loaded, rollouts, seed=seed, share=processes > 1, progress=progress.move)
+        if (tokens := lens.card["tokens"]) < 8 * (width := loaded.config.get_text_config().hidden_size):
+            progress.print(f"{tokens} tokens are few for states of width {width}; fit on more responses")
     lens.card["corpus"] = dataset or str(responses)
     if rank == 0:
         _save(lens, context, rollouts if dataset else [])
