@@ -19,7 +19,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "matplotlib", "jinja2", "pyarrow")
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 8
 TOTAL_LINES = {"src": 9_500, "tests": 7_500}
-ADDED = {"grading rules": {"src": 120, "tests": 70}}  # lines that features add which are newer than these limits
+# lines that features add which are newer than these limits
+ADDED = {"grading rules": {"src": 120, "tests": 70}, "lenses": {"src": 850, "tests": 410}}
 # A file imports only from lower floors or from its own folder.
 FLOORS = {
     "errors": 0, "run_folder": 0, "recipe": 0, "models": 1, "data": 1, "lens": 2, "train": 3, "evaluate": 3,

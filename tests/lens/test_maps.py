@@ -164,6 +164,14 @@ def test_a_fit_reads_held_out_responses_better_than_the_norm_alone(fitted):
         Lens.fit(tiny_model(), [([3, 4], [5, 6]), ([3, 4], [7])])
 
 
+def test_a_fit_on_few_tokens_is_the_norm_at_worst():
+    lens = Lens.fit(tiny_model(), pairs([(3, 2)] * 4))
+    assert None in lens.card["ridge_factors"]
+    layer = lens.card["ridge_factors"].index(None) + 1
+    states = torch.randn(5, D)
+    assert torch.equal(lens.transport(layer, states), states)
+
+
 def test_readings_are_the_policies(fitted):
     model, responses = tiny_model(), check_rollouts(tiny_model(), pairs())
     drawn = [range(len(p.response_ids)) for p in responses]

@@ -9,6 +9,7 @@ Shape legend: L layers, N tokens, d width.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from bupo.models.load import model_revision
 from bupo.run_folder import versions, write_bytes, write_json
 
 WEIGHTS, CARD = "lens.safetensors", "lens.json"
-FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 100.0)  # of the ridge term; the last nearly leaves the states as they are
+FACTORS = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the ridge term; the last leaves the states as they are (`norm`)
 _IDENTITY = ("model", "revision", "architecture")
 LEAST_PROMPTS = 4  # for a lens that is fitted on the responses to half of the prompts
 HELD_OUT = 4  # the responses to every fourth prompt are held out
@@ -127,7 +128,7 @@ class Lens:
         card = identity_of(model) | {
             "tokens": fitted.tokens + rest.tokens,
             "responses": len(pairs),
-            "ridge_factors": factors,
+            "ridge_factors": [None if math.isinf(factor) else factor for factor in factors],  # None: no map
             "held_out": cls("ridge", *fitted.solve(factors)).measure(model, checked, seed=seed),
         }
         return cls("ridge", *(fitted + rest).solve(factors), card)

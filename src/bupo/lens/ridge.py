@@ -8,6 +8,7 @@ Shape legend: L layers, N tokens, d width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,7 +41,7 @@ class RidgeSums:
         """The maps (L-1, d, d) and biases (L-1, d) in float32, given a ridge factor per layer.
 
         A map is ``I + W``, where W minimises the mean of ``|y - x - W x - b|^2`` plus ``factor c |W|^2``, with c the
-        mean variance of the components of x.
+        mean variance of the components of x. An infinite factor leaves the states as they are.
         """
         maps, biases = [], []
         for sums, factor in zip(self.values, factors, strict=True):
@@ -48,6 +49,10 @@ class RidgeSums:
             x, y = sums[:d, -1] / n, sums[-1, d:-1] / n
             covariance = sums[:d, :d] / n - torch.outer(x, x)
             identity = torch.eye(d).to(sums)
+            if math.isinf(factor):
+                maps.append(identity.float())
+                biases.append(torch.zeros_like(x).float())
+                continue
             penalised = covariance + factor * covariance.diagonal().mean().clamp(min=1e-12) * identity
             rest = sums[:d, d:-1] / n - torch.outer(x, y) - covariance
             weight = torch.linalg.solve(penalised, rest).T + identity
@@ -69,12 +74,13 @@ def sum_states(
 ) -> RidgeSums:
     """Sum over the given ``tokens`` (from 0) of the responses with these ``indices``.
 
-    ``share`` distributes the responses over the processes of a launcher. ``on_tokens`` is called with the number of
-    tokens of each batch.
+    ``share`` distributes the responses over the processes of a launcher, unless the model is sharded. ``on_tokens`` is
+    called with the number of tokens of each batch.
     """
     layout = find_layout(model)
     width, device = layout.unembedding.weight.shape[1], layout.unembedding.weight.device
-    state = join_processes() if share else None
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    state = join_processes() if share and not sharded else None
     if state is not None:
         part = balance([len(tokens[i]) for i in indices], state.num_processes)[state.process_index]
         indices = [indices[i] for i in part]
