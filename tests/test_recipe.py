@@ -25,7 +25,8 @@ def problems(**raw):
 def test_the_package_exports_what_users_import():
     import bupo
 
-    assert sorted(bupo.__all__) == ["BuPOConfig", "BuPOTrainer", "analyze_rollouts", "internal_policy", "load_model"]
+    functions = ["analyze_rollouts", "internal_policy", "load_model"]
+    assert sorted(bupo.__all__) == ["BuPOConfig", "BuPOTrainer", "Lens", *functions]
     assert all(callable(getattr(bupo, name)) for name in bupo.__all__)
     assert set(bupo.__all__) <= set(dir(bupo))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -110,7 +111,10 @@ WRONG = [
     ({"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, not 1"),
     ({"seed": 2**32}, "seed must be below 4294967296, not 4294967296"),
     ({"template": "qwen"}, "template must be one of auto, raw, chat, qwen-math, qwen3-no-thinking or octothinker"),
-    ({"internal_lens_refit": -1}, "internal_lens_refit must be a whole number from 0, not -1"),
+    (
+        {"internal_lens": "ridge", "internal_lens_refit": -1},
+        "internal_lens_refit must be a whole number from 0, not -1",
+    ),
     ({"internal_lens_refit": 2}, "internal_lens_refit need internal_lens ridge"),
     ({"lora": 4}, "lora must be a mapping with r, alpha, dropout, target_modules, four_bit, not 4"),
     ({"trl": [1]}, "trl must be a mapping, not [1]"),
