@@ -24,7 +24,6 @@ from bupo.lens.readings import Progress
 from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
 from bupo.models.capture import LayerStates, capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
-from bupo.models.load import join_processes
 from bupo.models.unembed import get_unembedding
 
 CHANGES = {"attn": ("attn_out", "attn_in"), "ffn": ("ffn_out", "ffn_in"), "layer": ("layer_out", "layer_in")}
@@ -124,9 +123,7 @@ class _Analysis:
 
     def average(self, pairs: list[TokenPair], tokens: list[list[int]], batch_tokens: int, share: bool) -> ClusterMeans:
         counts = [len(part) for part in tokens]
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in self._model.parameters())
-        state = join_processes() if share and not sharded else None
-        mine = batching.balance(counts, state.num_processes)[state.process_index] if state else range(len(counts))
+        mine, processes = batching.own_part(self._model, counts, share)
         means, total = ClusterMeans(), sum(counts[i] for i in mine)
         for indices in batching.batches(pairs, batch_tokens, [i for i in mine if counts[i]]):
             batch = batching.pad(pairs, tokens, indices, self._unembedding.weight.device)
@@ -137,7 +134,7 @@ class _Analysis:
                 self._options.progress("reading states", means.tokens, total)
             if self._options.on_tokens is not None:
                 self._options.on_tokens(batch, stats)
-        if state is not None and state.num_processes > 1:
+        if processes > 1:
             for rows in gather_object([means.rows]):
                 means.rows |= rows
         return means

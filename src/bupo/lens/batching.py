@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bupo.errors import InputError
 from bupo.models.layout import context_length, find_layout, unwrap
+from bupo.models.load import join_processes
 
 
 class TokenPair(NamedTuple):
@@ -113,6 +114,18 @@ def balance(lengths: Sequence[int], processes: int) -> list[list[int]]:
         parts[least].append(index)
         loads[least] += lengths[index]
     return [sorted(part) for part in parts]
+
+
+def own_part(model: nn.Module, lengths: Sequence[int], share: bool) -> tuple[list[int], int]:
+    """The responses (from 0) that this process reads, and the number of processes that they are divided among.
+
+    A forward of a sharded model is a collective operation, so every process of such a model reads them all.
+    """
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    if not share or sharded:
+        return list(range(len(lengths))), 1
+    state = join_processes()
+    return balance(lengths, state.num_processes)[state.process_index], state.num_processes
 
 
 @dataclass(frozen=True)

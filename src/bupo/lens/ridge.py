@@ -15,10 +15,9 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from bupo.lens.batching import TokenPair, balance, batches, pad
+from bupo.lens.batching import TokenPair, batches, own_part, pad
 from bupo.models.capture import capture_layers
 from bupo.models.layout import find_layout
-from bupo.models.load import join_processes
 
 _BYTES = 4 * 2**30  # of sums per pass over the responses; more layers take more passes
 
@@ -79,11 +78,8 @@ def sum_states(
     """
     layout = find_layout(model)
     width, device = layout.unembedding.weight.shape[1], layout.unembedding.weight.device
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    state = join_processes() if share and not sharded else None
-    if state is not None:
-        part = balance([len(tokens[i]) for i in indices], state.num_processes)[state.process_index]
-        indices = [indices[i] for i in part]
+    part, processes = own_part(model, [len(tokens[i]) for i in indices], share)
+    indices = [indices[i] for i in part]
     per_pass = max(1, _BYTES // (8 * (width + 1) * (2 * width + 1)))
     parts = []
     for first in range(0, layout.n_layers - 1, per_pass):
@@ -100,6 +96,6 @@ def sum_states(
                 on_tokens(sum(batch.counts))
         parts.append(sums.cpu() if per_pass < layout.n_layers - 1 else sums)
     total = torch.cat(parts)
-    if state is not None and state.num_processes > 1:
+    if processes > 1:
         total = reduce(total, reduction="sum")
     return RidgeSums(total)
