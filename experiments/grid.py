@@ -63,6 +63,7 @@ def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path 
         result = json.loads((out / "run.json").read_text())["result"]
         row |= {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
         row["curves"] = _curves(out / "log.jsonl")
+        row["update_seconds"] = _update_seconds(out / "log.jsonl")
         if settings.get("inside_every"):
             row["inside"] = [_rounded(rundir.read_json(path)) for path in sorted((out / "inside").glob("after-*.json"))]
         model = str(out / "model")
@@ -95,6 +96,13 @@ def _curves(log: Path) -> dict[str, list[float | None]]:
         if any(v is not None for v in values):
             found[name] = [None if v is None else round(v, 4) for v in values]
     return found
+
+
+def _update_seconds(log: Path) -> float:
+    """Seconds of training that were not spent on sampling and rewards, lens fits included."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in rows if "sampling_seconds" in row]
+    return round(rows[-1]["seconds"] - sum(row["sampling_seconds"] for row in rows), 1)
 
 
 def _rounded(reading: dict[str, Any]) -> dict[str, Any]:

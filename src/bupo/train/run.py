@@ -219,8 +219,8 @@ class LogWriter(TrainerCallback):
     """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
 
     Rows hold ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy), `COLUMNS`
-    (nats per token, tokens), ``seconds`` since this process began to train, and other metrics under the trainer's name;
-    those of evaluations hold ``eval_*`` names. A resumed run drops the rows after its checkpoint.
+    (nats per token, tokens), ``seconds`` since this process began to train, ``sampling_seconds`` of sampling and rewards
+    since the last row, and other metrics under the trainer's name; those of evaluations hold ``eval_*`` names. A resumed run drops the rows after its checkpoint.
     """
 
     def __init__(self, path: Path, trainer: Any, show: Callable[[str], None], rollouts: int):
@@ -252,6 +252,7 @@ class LogWriter(TrainerCallback):
         if any(name.startswith("eval_") for name in metrics):
             return {"step": step, "seconds": seconds, **metrics}
         trainer = self._trainer
+        sampling, trainer.sampling_seconds = trainer.sampling_seconds, 0.0
         return {
             "step": step,
             "rollout": (trainer._step - 1) // trainer.args.generate_every + 1,  # of the last micro-batch
@@ -259,6 +260,7 @@ class LogWriter(TrainerCallback):
             "layer": trainer.phase.layer,
             **{name: metrics.pop(_THEIRS.get(name, name), None) for name in COLUMNS},
             "seconds": seconds,
+            "sampling_seconds": round(sampling, 3),
             **metrics,
         }
 

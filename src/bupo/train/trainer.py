@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,6 +72,7 @@ class BuPOTrainer(GRPOTrainer):
         self.rewards: Any = None  # of the last rollout batch, (N, functions), of all processes
         self.sampler: Any = None  # of the training data
         self.unclipped_norm: Any = None  # of the last update's gradient
+        self.sampling_seconds = 0.0  # of sampling and rewards since the last log line
         self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if problems := model_problems(self):
@@ -217,9 +219,20 @@ class BuPOTrainer(GRPOTrainer):
         self._logs["advantages"].extend(advantages.tolist())  # the table holds one rollout batch: replaces TRL's
         return batch
 
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._timed():
+            return super()._generate(*args, **kwargs)
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.rewards = super()._calculate_rewards(*args, **kwargs)
+        with self._timed():
+            self.rewards = super()._calculate_rewards(*args, **kwargs)
         return self.rewards
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.sampling_seconds += (time.perf_counter() - started) * self.model.training  # not of evaluations
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         phase = self.phase if self.model.training else FULL
