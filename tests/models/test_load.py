@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import ssl
+import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from bupo.errors import InputError
 from bupo.models import load
 from bupo.models.load import load_model, load_tokenizer, resolve_model
+from tests.support.tiny import tiny_model
+from tests.support.training import LORA
 
 
 @pytest.mark.parametrize(
@@ -68,3 +74,90 @@ def test_other_weight_formats_are_not_loaded(tiny_folder, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="not a valid JSON"):
         load_model(str(tmp_path))
+
+
+def changed(folder, source, edit, **config):
+    """A copy of a saved model whose tensors by name went through ``edit``, and whose configuration has other values."""
+    folder.mkdir()
+    for file in source.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    save_file(edit(load_file(source / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+INCOMPLETE = [
+    (
+        lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"},
+        {},
+        r"lack tensors of the model: lm_head.weight;",
+    ),
+    (
+        lambda t: {f"policy.{k}": v for k, v in t.items()},
+        {},
+        r"lack .*lm_head.weight, .* and 43 more; .*: policy.lm_head",
+    ),
+    (
+        lambda t: t | {UP: torch.zeros(3, 3)},
+        {},
+        r"other shapes .*: model.layers.1.mlp.up_proj.weight \[3, 3\] instead of",
+    ),
+    (lambda t: t | {UP.replace("weight", "bias"): torch.zeros(48)}, {}, "no place for .*up_proj.bias"),
+    (
+        lambda t: t,
+        {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+        r"no place for .*layers.3.input_lay",
+    ),
+    (lambda t: t, {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}, r"lack .*layers.4.input_lay"),
+]
+
+
+@pytest.mark.parametrize(("edit", "config", "words"), INCOMPLETE)
+def test_every_parameter_comes_from_the_file_and_every_tensor_has_its_place(tiny_folder, tmp_path, edit, config, words):
+    with pytest.raises(InputError, match=words) as error:
+        load_model(changed(tmp_path / "m", tiny_folder, edit, **config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_missing_from_a_shard_is_named(tiny_folder, tmp_path):
+    model, tokenizer = load_model(str(tiny_folder))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    shard = tmp_path / json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][UP]
+    save_file({k: v for k, v in load_file(shard).items() if k != UP}, shard, {"format": "pt"})
+    with pytest.raises(InputError, match=f"lack tensors of the model: {UP}"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_wrappers_are_left_out_with_a_notice(tiny_folder, tmp_path, prefix):
+    folder = changed(tmp_path / "m", tiny_folder, lambda t: {prefix + k: v for k, v in t.items()})
+    with pytest.warns(UserWarning, match="torch.compile or DDP"):
+        model, _ = load_model(folder)
+    expected = load_model(str(tiny_folder))[0].state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_tied_embeddings_need_one_tensor_and_unused_ones_are_said(tmp_path, tiny_folder):
+    tied = tmp_path / "tied"
+    tiny_model("qwen3", tie_word_embeddings=True).save_pretrained(tied)
+    load_tokenizer(str(tiny_folder)).save_pretrained(tied)
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(str(tied))
+    with pytest.warns(UserWarning, match=r"tensors of the weights are not used: value_head.weight$"):
+        load_model(changed(tmp_path / "m", tied, lambda t: t | {"value_head.weight": torch.zeros(3)}))
+
+
+def test_an_adapter_as_model_names_its_base_and_how_to_merge_it(tiny_folder, tmp_path):
+    adapted = get_peft_model(load_model(str(tiny_folder))[0], LORA)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=f"PEFT adapter of {tiny_folder}, .*merge_and_unload") as error:
+        load_model(str(tmp_path / "adapter"))
+    assert str(tmp_path / "adapter") in str(error.value)
+    changed(tmp_path / "model", tiny_folder, lambda t: t)
+    with pytest.raises(InputError, match=rf"not a whole model; name {tmp_path / 'model'}$"):
+        load_tokenizer(str(tmp_path / "adapter"))

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig
 
 from bupo.errors import InputError
 from bupo.evaluate.engines import Batch, Engine, Sampling, cut_at_end, end_tokens
 from bupo.models.internal_policy import check_layer, internal_policy
 from bupo.models.layout import context_length, find_layout
 from bupo.models.load import model_revision
+from bupo.models.padding import attends_only
 
 _FIRST_STRETCH = 32  # tokens
 
@@ -74,8 +74,7 @@ class TransformersEngine(Engine):
 
         Recurrent states can be neither cut nor continued, and may take padding for text: one call per prompt length.
         """
-        kinds = {type(layer) for layer in DynamicCache(config=self.model.config.get_text_config()).layers}
-        if not self.model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        if attends_only(self.model):
             return self._generate(rows, limit, _FIRST_STRETCH)
         responses: dict[int, list[int]] = {}
         for length in sorted(set(map(len, rows))):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from bupo.models.unembed import has_low_precision_units
 
 SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small"
 DTYPES = ("float32", "bfloat16", "float16")
+_ADAPTER = "adapter_config.json"  # of PEFT
+_WRAPPERS = r"(^|\.)(?:(?:_orig_mod|module)\.)+"  # what torch.compile and DDP put before the names of tensors
 # words in transformers' messages where the hub does not have the model, or could not be asked
 _NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model identifier", "cannot find")
 
@@ -35,6 +41,8 @@ def resolve_model(name: str) -> str:
         return str(SMALL_MODEL)
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / _ADAPTER).exists():
+            raise _adapter(name)
         if not (path / "config.json").exists():
             raise InputError(f"model folder {path} has no config.json; name the folder that save_pretrained wrote")
         return str(path)
@@ -91,7 +99,10 @@ def load_model(
         multimodal = type(AutoConfig.from_pretrained(path, **source)) in AutoModelForImageTextToText._model_mapping
         auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
         torch_dtype = getattr(torch, dtype) if dtype in DTYPES else "auto"
-        model = auto.from_pretrained(path, dtype=torch_dtype, use_safetensors=True, **source, **kwargs)
+        source |= {"dtype": torch_dtype, "use_safetensors": True, **kwargs}
+        model = _complete(auto, path, name, **source)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(_explain("model", name, error)) from error
     if not getattr(model, "is_quantized", False):  # quantised models refuse to be moved
@@ -107,6 +118,58 @@ def load_model(
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"cannot put the model on {device!r}: {_first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def _complete(auto: Any, path: str, name: str, **kwargs: Any) -> Any:
+    """``from_pretrained``; raises `InputError` for tensors that it would initialise at random or ignore wrongly."""
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # a wrong shape is refused below, by name
+    model, info = auto.from_pretrained(path, **kwargs)
+    wrapped = [tensor for tensor in info["unexpected_keys"] if re.search(_WRAPPERS, tensor)]
+    if wrapped and info["missing_keys"] and "key_mapping" not in kwargs:
+        model, info = auto.from_pretrained(path, key_mapping={_WRAPPERS: r"\1"}, **kwargs)
+        prefixes = "names of torch.compile or DDP (such as _orig_mod.) before the names of its tensors were left out"
+        warnings.warn(f"model {name!r}: {prefixes}", stacklevel=3)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapter(name)
+    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    shapes = [f"{t} {list(its)} instead of {list(ours)}" for t, its, ours in sorted(info["mismatched_keys"])]
+    found = {
+        "the weights lack tensors of the model": missing,
+        "tensors have other shapes than config.json says": shapes,
+        "config.json has no place for tensors of the weights": [t for t in extra if missing or _has_place(model, t)],
+    }
+    if any(found.values()):
+        problems = "; ".join(f"{what}: {_shortened(tensors)}" for what, tensors in found.items() if tensors)
+        remedy = "check that config.json and the weights belong together and were saved whole"
+        raise InputError(f"cannot load model {name!r}: {problems}; {remedy}")
+    if extra:
+        warnings.warn(f"model {name!r}: tensors of the weights are not used: {_shortened(extra)}", stacklevel=3)
+    return model
+
+
+def _has_place(model: Any, tensor: str) -> bool:
+    """Whether the model could hold the tensor with other settings: a bias that is off, or one layer more."""
+    module, _, parameter = re.sub(r"\.\d+\.", ".0.", tensor).rpartition(".")
+    with suppress(AttributeError):
+        return parameter in model.get_submodule(module)._parameters
+    return False
+
+
+def _shortened(names: list[str], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _adapter(name: str) -> InputError:
+    """The error for a PEFT adapter as model: transformers would load its base, if it finds one, with layers inside."""
+    folder, base = Path(name).expanduser(), ""
+    with suppress(OSError, ValueError, KeyError):
+        base = f" of {json.loads((folder / _ADAPTER).read_text(encoding='utf-8'))['base_model_name_or_path']}"
+    merged = folder.parent / "model"  # where bupo train merges it
+    python = f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
+    remedy = (
+        f"name {merged}" if (merged / "config.json").exists() else f"merge it with PEFT and name the result: {python}"
+    )
+    return InputError(f"model {name} is a PEFT adapter{base}, not a whole model; {remedy}")
 
 
 def _first_line(error: BaseException) -> str:

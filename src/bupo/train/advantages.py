@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bupo.errors import TrainingStopped
 from bupo.models.layout import find_layout
+from bupo.models.padding import from_left, to_left
 
 COMPUTED_HERE = ("rloo", "reinforce++", "reinforce++-baseline")
 ESTIMATORS = ("grpo", *COMPUTED_HERE, "ppo")
@@ -98,7 +99,9 @@ class Critic(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, responses: int) -> Tensor:
         """Values of the states before each of the last ``responses`` tokens, (B, responses), float32."""
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        ids, mask = to_left(attention_mask, input_ids, attention_mask)
+        states = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states = from_left(attention_mask, states)
         return self.head(states[:, -responses - 1 : -1].to(self.head.weight.dtype))[..., 0].float()
 
 

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from bupo.errors import ConfigError
 from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout
+from bupo.models.padding import attends_only, padding_changes
 from bupo.train.advantages import ESTIMATORS
 from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
 
@@ -272,12 +273,19 @@ def model_problems(trainer: Any) -> list[str]:
     foreign = trainer.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
     cast_to = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     casts = args.use_transformers_continuous_batching and cast_to is not None
+    samples = not (trainer._is_vlm or args.use_vllm or trainer.rollout_func or attends_only(model))
     problems += failed({
         f"upper_learning_rate_above: no layer is above {depth}; set a lower one": above and above == depth,
         "upper_learning_rate_scale needs the trainer's own optimizer; do not pass one, and leave the optimizer out of "
         "DeepSpeed's configuration": above and foreign,
         "internal phases and estimator ppo support text models only, and this model takes images": (
             trainer._is_vlm and (schedule.internal or args.estimator == "ppo")
+        ),
+        "this model takes the padding before shorter prompts for text when it samples; sample with use_vllm": (
+            samples and padding_changes(model, sampling=True)
+        ),
+        "use_liger_kernel scores prompts behind padding, which this model takes for text; leave it out": (
+            args.use_liger_kernel and padding_changes(model)
         ),
         f"use_transformers_continuous_batching would turn the trained weights to {cast_to} for good (TRL casts the "
         f"model to sample); load it with dtype {cast_to}, or set precision float32": (

@@ -19,9 +19,10 @@ from trl.trainer import utils as trl_utils
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
 from bupo.models.layout import find_layout
+from bupo.models.padding import aligned, padding_changes
 from bupo.train.advantages import PPO, outcome_advantages, total_rewards
 from bupo.train.checkpoint import Checkpointer
-from bupo.train.config import BuPOConfig, frozen_problems, model_problems
+from bupo.train.config import BuPOConfig, engine, frozen_problems, model_problems
 from bupo.train.diagnostics import LayerChoice, choose_layer
 from bupo.train.guard import PhaseMonitor
 from bupo.train.lora import upcast_adapters
@@ -75,6 +76,9 @@ class BuPOTrainer(GRPOTrainer):
         self.sampling_seconds = 0.0  # of sampling and rewards since the last log line
         self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        # a model that is split later is not measured
+        split = engine(args) not in ("one", "ddp")
+        self.aligned = not self._is_vlm and (split or padding_changes(self.model))
         if problems := model_problems(self):
             raise ConfigError(problems)
         upcast_adapters(self.model)
@@ -129,6 +133,7 @@ class BuPOTrainer(GRPOTrainer):
             if isinstance(layer := self._scored.layer, int):
                 how: dict[str, Any] = {"lens": self.lens.lens, "temperature": self.args.internal_temperature}
                 stack.enter_context(internal_policy(self.accelerator.unwrap_model(model), layer, **how))
+            model = aligned(model) if self.aligned else model
             return super()._get_per_token_logps_and_entropies(model, input_ids, *args, **kwargs)
 
     def score(self, batch: dict[str, Any], phase: Phase, *, compute_entropy: bool = False) -> tuple[Tensor, Any]:
