@@ -55,12 +55,12 @@ def config(folder: Any, kind: type = BuPOConfig, **changes: Any) -> Any:
 
 def make_trainer(folder: Any, kind: type = BuPOTrainer, args: Any = None, model: Any = None, **changes: Any) -> Any:
     """A trainer on a tiny random model (4 layers), ready to train."""
-    names = ("rollout_func", "peft_config", "callbacks", "train_dataset", "optimizers")
+    names = ("rollout_func", "peft_config", "callbacks", "train_dataset", "optimizers", "reward_funcs")
+    names += ("reward_processing_classes",)
     more = {k: changes.pop(k) for k in names if k in changes}
-    more.setdefault("train_dataset", prompts())
+    more = {"train_dataset": prompts(), "reward_funcs": even_share, **more}
     trainer = kind(
         model=model if model is not None else tiny_model("qwen3", spread=3.0),
-        reward_funcs=even_share,
         args=args if args is not None else config(folder, **changes),
         processing_class=tiny_tokenizer(),
         **more,

@@ -121,18 +121,27 @@ def test_adapters_on_tied_embeddings_are_refused(bupo, tmp_path, recipe, tiny_fo
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("target", [["embed_tokens", "q_proj"], "all-linear"], ids=str)
-def test_the_merged_model_is_base_plus_adapter(bupo, tmp_path, recipe, tiny_folder, target):  # noqa: F811
+TARGETS = [["embed_tokens", "q_proj"], "all-linear", r".*\.[qv]_proj"]
+
+
+def test_a_target_module_that_does_not_exist_is_refused_beside_one_that_does(bupo, tmp_path, recipe):  # noqa: F811
+    path = recipe(lora={"r": 2, "target_modules": ["q_proj", "Wqkv"]})
+    code, _, err = bupo("train", path, "--output", tmp_path / "run")
+    assert (code, "lora.target_modules: the model has no module 'Wqkv'" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("target", "dtype"), [*((target, "float32") for target in TARGETS), (TARGETS[1], "bfloat16")])
+def test_the_merged_model_is_base_plus_adapter(bupo, tmp_path, recipe, tiny_folder, target, dtype):  # noqa: F811
     from peft import PeftModel
 
     folder = tmp_path / "run"
-    path = recipe(lora={"r": 2, "target_modules": target}, rollouts=2, learning_rate=0.02)
+    path = recipe(lora={"r": 2, "target_modules": target}, rollouts=2, learning_rate=0.02, dtype=dtype)
     code, _, err = bupo("train", path, "--output", folder)
     assert code == 0, err
     ids = torch.randint(3, 20, (2, 6))
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(folder / "model").eval()(ids).logits
-        base = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+        base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype).float().eval()  # rounded as in training
         start = base(ids).logits
         both = PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits
     assert not torch.allclose(start, both, atol=1e-2)

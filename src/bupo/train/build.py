@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import math
 import os
 import random
 import sys
@@ -32,6 +31,7 @@ from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import Diagnostics, Draw, check_trackers
 from bupo.train.lora import SOURCE, check_lora, load_in_4bit, lora_config
+from bupo.train.rewards import finite
 from bupo.train.trainer import BuPOTrainer
 
 # trainer settings that follow from keys of the recipe
@@ -245,18 +245,7 @@ class OwnReward:
             if out_of_memory(error) is not None:
                 raise
             raise InputError(f"{self._title} failed with {type(error).__name__}: {error}") from error
-        if not hasattr(values, "__len__") or isinstance(values, (str, dict)) or len(values) != len(completions):
-            raise InputError(f"{self._title} must return one number per response ({len(completions)}), not {values!r}")
-        return [self._checked(value, i, str(completions[i])) for i, value in enumerate(values)]
-
-    def _checked(self, value: Any, i: int, completion: str) -> float | None:
-        with suppress(TypeError, ValueError, OverflowError):  # a TypeError for text and lists
-            if value is None or math.isfinite(value):
-                return None if value is None else float(value)
-        raise InputError(
-            f"{self._title} must return a finite number or None per response, but returned {value!r} for response "
-            f"{i + 1} of its batch: {completion[:60]!r}"
-        )
+        return finite(self._title, values, completions)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -49,9 +49,13 @@ def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
 
 
 def check_lora(model: nn.Module) -> None:
-    """Raise `ConfigError` for adapters that could not be merged into one model at the end of the run."""
+    """Raise `ConfigError` for adapters that could not be merged into one model at the end of the run, or are none."""
     if not isinstance(model, PeftModel):
         return
+    names, adapted = model.active_peft_config.target_modules or (), model.base_model.targeted_module_names
+    for name in names if isinstance(names, list | set) else ():  # PEFT complains only if it finds none of them
+        if not any(one == name or one.endswith(f".{name}") for one in adapted):
+            raise ConfigError(f"lora.target_modules: the model has no module {name!r} that could get an adapter")
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     tied = None not in ends and ends[0].weight is ends[1].weight
     if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
@@ -73,12 +77,15 @@ def merge_adapters(model: PeftModel, adapter: Path, recipe: Recipe, *, sharded: 
     """The policy that was trained as one model without adapters, made by the main process alone.
 
     A merge in place would need every process for ``sharded`` weights, and would round the sum of 4-bit ones. There the
-    saved ``adapter`` is merged into the base model, loaded again or dequantised.
+    saved ``adapter`` is merged into the base model, loaded again or dequantised. The sum is in float32: 16 bits would
+    round most of an adapter away.
     """
     if sharded:
-        base: Any = load_model(recipe.model, device="cpu", **recipe.model_dump(include=SOURCE))[0]
+        source = recipe.model_dump(include=SOURCE) | {"dtype": "float32"}
+        base: Any = load_model(recipe.model, device="cpu", **source)[0]
     elif getattr(model.get_base_model(), "is_loaded_in_4bit", False):
-        base = model.unload().dequantize()
+        base = model.unload().dequantize().to("cpu", torch.float32)
     else:
-        return model.merge_and_unload()
+        wide = model.dtype == torch.float32
+        return (model if wide else model.to("cpu", torch.float32)).merge_and_unload()
     return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

@@ -27,6 +27,7 @@ from bupo.train.diagnostics import LayerChoice, choose_layer
 from bupo.train.guard import PhaseMonitor
 from bupo.train.lora import upcast_adapters
 from bupo.train.phase_lens import PhaseLens
+from bupo.train.rewards import checked
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
 from bupo.train.tiles import narrow_tiles
 
@@ -76,8 +77,7 @@ class BuPOTrainer(GRPOTrainer):
         self.sampling_seconds = 0.0  # of sampling and rewards since the last log line
         self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
-        # a model that is split later is not measured
-        split = engine(args) not in ("one", "ddp")
+        split = engine(args) not in ("one", "ddp")  # such a model is not measured
         self.aligned = not self._is_vlm and (split or padding_changes(self.model))
         if problems := model_problems(self):
             raise ConfigError(problems)
@@ -228,9 +228,11 @@ class BuPOTrainer(GRPOTrainer):
         with self._timed():
             return super()._generate(*args, **kwargs)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._timed():
-            self.rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, *more: Any) -> Tensor:
+        with self._timed(), checked(self, completions):
+            self.rewards = super()._calculate_rewards(inputs, prompts, completions, *more)
+        if self.model.training and self.rewards.isnan().all():
+            raise TrainingStopped(f"no reward function gave any response a number in {self.position()}, only None")
         return self.rewards
 
     @contextmanager
