@@ -42,7 +42,7 @@ def test_a_reward_model_that_returns_nan_stops(tmp_path):
     torch.nn.init.constant_(judge.score.weight, math.nan)
     judge.config._name_or_path = "org/judge"
     more = {"reward_funcs": judge, "reward_processing_classes": tiny_tokenizer()}
-    with pytest.raises(InputError, match="reward judge must return .* returned nan for response 1"):
+    with pytest.raises(InputError, match=r"reward judge must return .* returned nan for response 1"):
         make_trainer(tmp_path, internal_steps=0, **more).train()
 
 

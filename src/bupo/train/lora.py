@@ -52,7 +52,8 @@ def check_lora(model: nn.Module) -> None:
     """Raise `ConfigError` for adapters that could not be merged into one model at the end of the run, or are none."""
     if not isinstance(model, PeftModel):
         return
-    names, adapted = model.active_peft_config.target_modules or (), model.base_model.targeted_module_names
+    names: Any = model.active_peft_config.target_modules
+    adapted: Any = model.base_model.targeted_module_names
     for name in names if isinstance(names, list | set) else ():  # PEFT complains only if it finds none of them
         if not any(one == name or one.endswith(f".{name}") for one in adapted):
             raise ConfigError(f"lora.target_modules: the model has no module {name!r} that could get an adapter")

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import nn
+
 from bupo.errors import InputError
 
 

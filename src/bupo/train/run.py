@@ -219,8 +219,9 @@ class LogWriter(TrainerCallback):
     """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
 
     Rows hold ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy), `COLUMNS`
-    (nats per token, tokens), ``seconds`` since this process began to train, ``sampling_seconds`` of sampling and rewards
-    since the last row, and other metrics under the trainer's name; those of evaluations hold ``eval_*`` names. A resumed run drops the rows after its checkpoint.
+    (nats per token, tokens), ``seconds`` since this process began to train, ``sampling_seconds`` of sampling and
+    rewards since the last row, and other metrics under the trainer's name; those of evaluations hold ``eval_*`` names.
+    A resumed run drops the rows after its checkpoint.
     """
 
     def __init__(self, path: Path, trainer: Any, show: Callable[[str], None], rollouts: int):
