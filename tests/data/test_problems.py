@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from bupo.data.generators import pack, unpack
 from bupo.data.problems import BOXED_INSTRUCTION, load_problems
+from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
+from tests.data.test_prompts import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,44 @@ def test_usual_columns(tmp_path, row, answer, suffix):
     assert text == "1+1?"
     # a question is asked with the instruction; a prompt stays as it is
     assert (isinstance(problem.prompt, list) and len(problem.prompt) == 2) == bool({"problem", "question"} & set(row))
+
+
+def messages(content, **more):
+    return {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": content}], **more}
+
+
+def test_text_parts_of_a_message_are_joined(tmp_path):
+    parts = [{"type": "text", "text": "1+", "image": None}, {"text": "1?"}]
+    path = tmp_path / "set.jsonl"
+    path.write_text("".join(json.dumps(messages(c, answer="2")) + "\n" for c in (parts, "1+1?", ["1+", "1?"])))
+    problems = load_problems(str(path))
+    assert [problem.prompt for problem in problems] == [messages("1+1?")["messages"]] * 3
+    path.write_text(json.dumps({"prompt": messages(parts)["messages"], "response": "2"}))
+    (read,) = read_responses(path, Tokenizer(True))
+    assert read.prompt_ids == list(b"<system>s<user>1+1?<assistant>")
+
+
+@pytest.mark.parametrize("content", [None, 4, [], [None], [{"type": "image", "text": "a"}], [{"type": "text"}]])
+def test_other_content_of_a_message_is_refused(tmp_path, content):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps(messages(content, answer="2")))
+    wrong = r"row 0: the content of message 2 must be text or a list of text parts, not "
+    with pytest.raises(InputError, match=wrong + re.escape(repr(content))):
+        load_problems(str(path))
+    path.write_text(json.dumps({"prompt": messages(content)["messages"], "response": "2"}))
+    with pytest.raises(InputError, match=wrong):
+        read_responses(path, Tokenizer(True))
+
+
+def test_messages_that_hold_the_answer_are_refused(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(
+        json.dumps(
+            {"messages": [*messages("1+1?")["messages"], {"role": "assistant", "content": "2"}]} | {"answer": "2"}
+        )
+    )
+    with pytest.raises(InputError, match=r"row 0: the last message is the assistant's"):
+        load_problems(str(path))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _problems(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> list[Problem]:
     problems: dict[str, Problem] = {}
     for index, row in enumerate(rows):
-        prompt, answer = _prompt(row), _answer(row)
+        try:
+            prompt, answer = _prompt(row), _answer(row)
+        except InputError as error:
+            raise InputError(f"{source}: row {index}: {error}") from error
         if prompt is None or answer is None:
             lacking = " and ".join([_PROMPTS_ARE] * (prompt is None) + [_ANSWERS_ARE] * (answer is None))
             raise InputError(f"{source}: row {index} lacks {lacking}; columns found: {', '.join(map(str, row))}")
@@ -113,11 +116,29 @@ def _prompt(row: Mapping[str, Any]) -> Prompt | None:
         if isinstance(value, str):
             return value
         if isinstance(value, list) and all(isinstance(turn, Mapping) and "content" in turn for turn in value):
-            return [{"role": str(turn.get("role", "user")), "content": str(turn["content"])} for turn in value]
+            return plain_messages(value)
     for value in filter(None, map(row.get, ("problem", "question"))):
         if isinstance(value, str):
             return [{"role": "system", "content": BOXED_INSTRUCTION}, {"role": "user", "content": value}]
     return None
+
+
+def plain_messages(messages: Iterable[Any]) -> list[dict[str, str]]:
+    """Messages with their text parts joined; `InputError` for what a chat template would show as Python text."""
+    plain = []
+    for number, turn in enumerate(messages, start=1):
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        parts = content if isinstance(content, list) and content else [content]
+        texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+        kinds = {part.get("type", "text") for part in parts if isinstance(part, Mapping)}
+        if not all(isinstance(text, str) for text in texts) or kinds - {"text"}:
+            raise InputError(
+                f"the content of message {number} must be text or a list of text parts, not {content!r:.60}"
+            )
+        plain.append({"role": str(turn.get("role") or "user"), "content": "".join(texts)})
+    if plain[-1:] and plain[-1]["role"] == "assistant":
+        raise InputError("the last message is the assistant's, which the model would be shown; end with the user's")
+    return plain
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

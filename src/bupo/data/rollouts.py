@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bupo.data.problems import Prompt, read_rows
+from bupo.data.problems import Prompt, plain_messages, read_rows
 from bupo.data.prompts import prompt_ids as tokenize_prompt
 from bupo.errors import InputError
 
@@ -47,6 +47,8 @@ def _rollout(row: dict[str, Any], tokenizer: Any, template: str, max_length: int
             raise InputError(f"needs prompt_ids and response_ids, or prompt and response; columns found: {columns}")
         if tokenizer is None:
             raise InputError("text without token ids, and there is no tokenizer")
+        if isinstance(values["prompt"], list):
+            values["prompt"] = plain_messages(values["prompt"])
         values["prompt_ids"] = tokenize_prompt(values["prompt"], tokenizer, template)
         values["response_ids"] = list(tokenizer(values["response"], add_special_tokens=False)["input_ids"])
     for name in ("prompt_ids", "response_ids"):

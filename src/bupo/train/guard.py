@@ -165,7 +165,7 @@ class PhaseMonitor:
         rewards = total_rewards(self._trainer.rewards, self._trainer.reward_weights)
         questions = rewards.view(-1, self._trainer.args.num_generations).nanmean(dim=1)
         questions = questions[~questions.isnan()]
-        error = questions.std().item() / len(questions) ** 0.5 if len(questions) > 1 else 0.0
+        error = questions.std().item() / len(questions) ** 0.5 if len(questions) > 1 else math.nan  # shows no harm
         return questions.mean().nan_to_num().item(), error
 
     def _trained(self) -> dict[str, Tensor]:
