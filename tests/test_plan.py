@@ -17,6 +17,7 @@ from bupo.plan import PlanRequest, find_device, make_plan
 from bupo.train import footprint
 from bupo.train.build import check_recipe
 from bupo.train.footprint import BytesAlive, Workload, count_rollout, count_update
+from bupo.train.layers import Selection
 from bupo.train.tiles import narrow_tiles
 from bupo.train.trainer import add_fused_lm_head, trl_utils
 from tests.support.tiny import tiny_config, tiny_model
@@ -84,7 +85,7 @@ def test_the_trained_parameters_are_those_below_the_layer_the_adapters_or_all():
     layer = size["largest_layer"]
     assert internal(1)["trained"] == 2 * 97 * 32 + layer
     assert (full()["trained"], full()["gradients"]) == (size["total"], 4 * size["total"])
-    assert full(frozen=1)["trained"] == size["total"] - layer
+    assert full(selection=Selection(frozenset({2}), outside=True))["trained"] == size["total"] - layer
     lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
     linear = [m for m in tiny_model(num_hidden_layers=2).model.layers.modules() if isinstance(m, torch.nn.Linear)]
     assert full(lora=lora, checkpointing=True)["trained"] == sum(3 * sum(m.weight.shape) for m in linear)
@@ -114,13 +115,27 @@ def test_deep_models_are_counted_from_shallow_ones(monkeypatch, windows):
     depth, tokens = config.num_hidden_layers, 4 * 8 + 2 * 16 if windows else 5 * 16  # in the caches of all layers
     line, rollout = full(depth, config), count_rollout(config, depth, WORK)
     monkeypatch.setattr(
-        footprint, "_over_layers", lambda count, config, depth, frozen=0: count(with_depth(config, depth))
+        footprint, "_over_layers", lambda count, config, trained: count(with_depth(config, len(trained)), trained)
     )
     assert line == full(depth, config)
     whole = count_rollout(config, depth, WORK)
     assert whole["cache"] == rollout["cache"] == 2 * 2 * 8 * 4 * 4 * tokens  # 2 heads of size 8, 4 bytes, 4 responses
     assert rollout["peak"] == pytest.approx(whole["peak"], rel=0.1 if windows else 0)
     assert whole["peak"] >= whole["cache"]
+
+
+def test_selected_layers_save_moments_gradients_and_the_backward_pass_below(monkeypatch):
+    """Layers 3 and 5 of 6: the count is the whole model's, and that of the products that remain."""
+    config, selection = tiny_config(num_hidden_layers=6), Selection(frozenset({3, 5}), outside=False)
+    counted = full(6, config, selection=selection)
+    monkeypatch.setattr(
+        footprint, "_over_layers", lambda count, config, trained: count(with_depth(config, len(trained)), trained)
+    )
+    assert counted == full(6, config, selection=selection)
+    assert counted["trained"] == 2 * describe_model(config)["parameters"]["largest_layer"]
+    products, attention, head = 2 * 32 * 32 * (32 + 16 + 16 + 32 + 3 * 48), 4 * 2 * 16**2 * 32, 2 * 2 * 15 * 97 * 32
+    inputs, weights = 4 * (products + 2 * attention), 2 * products  # of the backward pass, which ends in layer 3
+    assert counted["update_flops"] == 6 * (products + attention) + inputs + weights + 3 * head
 
 
 @pytest.mark.parametrize(("layer", "checkpointing"), [(1, False), (None, True)])

@@ -20,6 +20,7 @@ from bupo.models.layout import context_length
 from bupo.recipe import Recipe
 from bupo.train.config import BuPOConfig, failed
 from bupo.train.footprint import Workload, count_rollout, count_update
+from bupo.train.layers import layer_problems, select
 from bupo.train.lora import lora_config
 from bupo.train.schedule import Phase
 
@@ -156,6 +157,8 @@ class _Plan:
         internal = schedule.with_layer(guess)
         for layer in internal.layers:
             check_layer(depth, layer)
+        if problems := layer_problems(self.settings, internal, depth):
+            raise ConfigError(problems)
         self.phases = {f"internal_{n}" if n > 1 else "internal": p for n, p in enumerate(internal.internal, start=1)}
         self.phases["full"] = Phase(rollouts=self.recipe.rollouts - sum(p.rollouts or 0 for p in internal.internal))
 
@@ -171,7 +174,7 @@ class _Plan:
             checkpointing=self.settings.gradient_checkpointing,
             accumulates=self.settings.gradient_accumulation_steps > 1 or self.processes > 1,
             triton=accelerator,
-            frozen=self.settings.frozen_layers or 0,
+            selection=select(self.settings, self.model["layers"]),
             lora=lora_config(recipe),
         )
 

@@ -15,7 +15,9 @@ from bupo.evaluate.config import EvalConfig
 from bupo.evaluate.engines import Batch, Sampling, cut_at_end
 from bupo.evaluate.hf_engine import TransformersEngine, sample
 from bupo.evaluate.run import choose_engine
+from bupo.lens.maps import PLAIN
 from bupo.models.load import load_model
+from tests.support.lens import random_lens
 from tests.support.zoo import ZOO, zoo_model
 
 PROMPTS = [[40, 41, 42], [43, 44], [45, 46, 47, 48, 49]]
@@ -78,23 +80,26 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name, monkeypatch):
     assert [engine.is_finished(response) for response in together] == [free[1][1] in response for response in free]
 
 
-def test_internal_policy_is_what_is_sampled(tiny):
+@pytest.mark.parametrize("lens", [PLAIN["raw"], PLAIN["norm"], random_lens()], ids=lambda lens: lens.kind)
+def test_internal_policy_is_what_is_sampled(tiny, lens):
     model, _ = tiny
     for layer in (1, 2, 3):
-        engine = TransformersEngine(*tiny, internal_layer=layer)
+        engine = TransformersEngine(*tiny, internal_layer=layer, lens=lens)
         (response,) = engine.run(PROMPTS, Batch(((0, 0),), 1), Sampling(5, temperature=0))
         ids = list(PROMPTS[0])
         for token in response:
             with torch.no_grad():
                 state = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0, -1]
+                state = lens.transport(layer, state)
+                state = model.model.norm(state) if lens.norm else state
                 assert int(model.lm_head(state).argmax()) == token
             ids.append(token)
 
 
 def test_wrong_settings():
-    wrong = r"same name: sums, sums; top_p must.*; Avg@4 needs.*; the internal norm.*; a shard"
+    wrong = r"same name: sums, sums; top_p must.*; Avg@4 needs.*; --internal-lens needs.*; a shard"
     with pytest.raises(ConfigError, match=wrong):
-        EvalConfig("m", ("sums.json", "a/sums.jsonl"), k=4, n=2, top_p=2, internal_norm=True, shard="3/2")
+        EvalConfig("m", ("sums.json", "a/sums.jsonl"), k=4, n=2, top_p=2, internal_lens="norm", shard="3/2")
     with pytest.raises(InputError, match="cannot sample from an internal policy"):
         choose_engine("vllm", internal_layer=3)
 

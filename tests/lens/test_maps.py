@@ -15,7 +15,7 @@ from bupo.lens.maps import PLAIN
 from bupo.lens.published import load_published
 from bupo.lens.readings import read_layers
 from bupo.lens.ridge import RidgeSums, sum_states
-from tests.support.lens import pairs
+from tests.support.lens import pairs, random_lens
 from tests.support.tiny import tiny_model, tokens
 
 L, D = 4, 32
@@ -25,11 +25,6 @@ MODELS = {
     "softcap": ("gemma2", {"final_logit_softcapping": 5.0, "sliding_window": 64}),
     "scaled": ("granite", {"logits_scaling": 3.0}),
 }
-
-
-def random_lens(seed=0, kind="ridge") -> Lens:
-    torch.manual_seed(seed)
-    return Lens(kind, torch.eye(D) + 0.3 * torch.randn(L - 1, D, D), torch.randn(L - 1, D))
 
 
 def read(model, ids, layer, component, lens):

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from bupo.lens.batching import TokenPair
+from bupo.lens.maps import Lens
 from bupo.models.unembed import Unembedding
 
 RULES = [{}, {"bias": True}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 2.0, "softcap": 3.0, "bias": True}]
@@ -16,6 +17,13 @@ def pairs(lengths=((3, 5), (6, 2), (1, 9), (4, 1)), seed=0) -> list[TokenPair]:
     """Random responses with these numbers of prompt and response tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [TokenPair(*(torch.randint(3, 97, (n,), generator=generator).tolist() for n in pair)) for pair in lengths]
+
+
+def random_lens(seed=0, kind="ridge", layers=4, width=32) -> Lens:
+    """Random maps for a tiny model."""
+    torch.manual_seed(seed)
+    maps = torch.eye(width) + 0.3 * torch.randn(layers - 1, width, width)
+    return Lens(kind, maps, torch.randn(layers - 1, width))
 
 
 @torch.no_grad()

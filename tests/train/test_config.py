@@ -99,9 +99,14 @@ WRONG = [
     ({"estimator": "ppo", "gae_gamma": -0.1}, "gae_gamma must be between 0 and 1"),
     ({"estimator": "ppo", "critic_learning_rate": 0.0}, "critic_learning_rate must be a number above 0"),
     ({"estimator": "ppo", "steps_per_generation": 3, "gradient_accumulation_steps": 2}, "needs whole updates"),
-    ({"frozen_layers": 0}, "frozen_layers must be a whole number from 1"),
-    ({"frozen_layers": True}, "frozen_layers must be a whole number from 1"),
-    ({"frozen_layers": 2}, "frozen_layers 2 freezes every layer of the internal policy of layer 2"),
+    ({"frozen_layers": 4}, "frozen_layers 4: write 1-4 for layers 1 to 4, or [4] for that layer alone"),
+    ({"trained_layers": True}, "trained_layers must be a layer from 1 to L, a range such as 10-15"),
+    ({"trained_layers": "3-1"}, "trained_layers: 3-1 runs backwards; write 1-3"),
+    ({"trained_layers": "0"}, "trained_layers: layer 0 does not exist"),
+    ({"trained_layers": []}, "trained_layers must be a layer"),
+    ({"trained_layers": 3, "frozen_layers": "1-2"}, "set either trained_layers or frozen_layers, not both"),
+    ({"frozen_layers": "1-2"}, "frozen_layers 1-2 freezes every layer of the internal policy of layer 2"),
+    ({"trained_layers": "3,4"}, "trained_layers 3,4 freezes every layer of the internal policy of layer 2"),
     ({"upper_learning_rate_scale": 0.1}, "need each other"),
     ({"upper_learning_rate_above": 2}, "need each other"),
     ({"upper_learning_rate_scale": 0.0, "upper_learning_rate_above": 2}, "scale must be a number above 0"),
@@ -119,7 +124,7 @@ def test_what_is_refused(tmp_path, settings, part):
     "settings",
     [s for s, _ in UNSUPPORTED[:6]]
     + [{"internal_temperature": 2.0}, {"internal_max_steps": 3}, {"phases": [{"layer": 2, "rollouts": 1}]}]
-    + [{"internal_layer": "auto"}, {"internal_lens": "norm"}, {"frozen_layers": 3}],
+    + [{"internal_layer": "auto"}, {"internal_lens": "norm"}, {"frozen_layers": "1-3"}],
     ids=str,
 )
 def test_zero_internal_steps_are_the_baseline_whatever_else_is_set(tmp_path, settings):

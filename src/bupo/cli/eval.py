@@ -35,7 +35,9 @@ def evaluate(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     internal_layer: Annotated[int | None, typer.Option(min=1, help="Sample from this layer's policy (from 1).")] = None,
-    internal_norm: Annotated[bool, typer.Option(help="Apply the final norm to that layer's states.")] = False,
+    internal_lens: Annotated[
+        str, typer.Option(metavar="raw|norm|FOLDER", help="Lens through which that layer is read.")
+    ] = "raw",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     shard: Annotated[
@@ -54,7 +56,7 @@ def evaluate(
     Examples:
       bupo eval --model small --tasks arithmetic --k 8 --limit 100 --output runs/start
       bupo eval --model Qwen/Qwen3-4B --tasks math500,amc23,aime24,aime25 --template qwen3-no-thinking --output runs/q
-      bupo eval --model small --tasks arithmetic --internal-layer 4 --output runs/layer4
+      bupo eval --model small --tasks arithmetic --internal-layer 4 --internal-lens runs/lens --output runs/layer4
       bupo eval --regrade runs/start
       bupo eval --model Qwen/Qwen3-4B --tasks math500 --output runs/qwen3 --shard 1/2   (2/2 on another GPU)
     """

@@ -82,7 +82,7 @@ class EvalConfig:
     engine: str = "transformers"
     dtype: str = "auto"
     internal_layer: int | None = None
-    internal_norm: bool = False
+    internal_lens: str = "raw"
     revision: str | None = None
     fingerprint: str | None = None  # of a local model folder's weights
     shard: str | None = None  # "i/n": only the i-th of n equal parts of each task's problems
@@ -95,7 +95,7 @@ class EvalConfig:
             (len(set(names)) == len(names), f"two tasks have the same name: {', '.join(names)}"),
             (0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}"),
             (not 0 < n < k, f"Avg@{k} needs at least {k} samples per problem, not n={n}"),
-            (self.internal_layer or not self.internal_norm, "the internal norm needs an internal layer"),
+            (self.internal_layer or self.internal_lens == "raw", "--internal-lens needs --internal-layer"),
             (shard and 1 <= int(shard[1]) <= int(shard[2]), f"a shard is i/n with 1 <= i <= n, not {self.shard!r}"),
         )
         if problems := [text for right, text in checks if not right]:

@@ -20,18 +20,19 @@ _FIRST_STRETCH = 32  # tokens
 
 
 class TransformersEngine(Engine):
-    """Batched sampling with a Hugging Face causal LM, or from the internal policy of its layer ``internal_layer``.
+    """Batched sampling with a Hugging Face causal LM, or from the internal policy of its layer ``internal_layer``,
+    read through a lens.
 
     The same seed gives other responses with another batch size.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int = 64, internal_layer: int | None = None, norm: bool = False
+        self, model: Any, tokenizer: Any, batch_size: int = 64, internal_layer: int | None = None, lens: Any = "raw"
     ):
         if internal_layer is not None:
             check_layer(find_layout(model).n_layers, internal_layer)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.internal_layer, self.norm = internal_layer, norm
+        self.internal_layer, self.lens = internal_layer, lens
         self.end_ids = end_tokens(model.generation_config, tokenizer)
         self.context = context_length(model.config)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -45,11 +46,7 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def run(self, prompts: Sequence[Sequence[int]], batch: Batch, sampling: Sampling) -> list[list[int]]:
         rows = [list(prompts[problem]) for problem, _ in batch.items]
-        policy = (
-            internal_policy(self.model, self.internal_layer, lens="norm" if self.norm else "raw")
-            if self.internal_layer
-            else None
-        )
+        policy = internal_policy(self.model, self.internal_layer, lens=self.lens) if self.internal_layer else None
         device, greedy = self.model.device, sampling.temperature == 0
         drawing = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         ends: Any = {"eos_token_id": sorted(self.end_ids) or None, "pad_token_id": self._pad_id}

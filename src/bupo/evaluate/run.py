@@ -21,10 +21,11 @@ from bupo.evaluate.engines import Engine, Sampling, derived_seed, response_limit
 from bupo.evaluate.hf_engine import TransformersEngine
 from bupo.evaluate.responses import RESPONSES, RESULTS, Log, ResponseLog, Row, finish, grade, merge_shards
 from bupo.evaluate.vllm_engine import VLLM_REMEDY, VllmEngine
+from bupo.lens.maps import find_lens
 from bupo.models.load import load_model
 
 PARTIAL = "responses.partial.jsonl"
-_SAMPLING = ("temperature", "top_p", "dtype", "internal_layer", "internal_norm")  # settings that results.json names
+_SAMPLING = ("temperature", "top_p", "dtype", "internal_layer", "internal_lens")  # settings that results.json names
 OnProgress = Callable[[str, int, int], None]  # task, finished responses, all responses
 
 
@@ -62,7 +63,8 @@ def load_engine(config: EvalConfig, *, device: str | None = None, trust_remote_c
         return VllmEngine(config.model, config.dtype, **source)
     dtype = "fitting" if config.dtype == "auto" else config.dtype
     model, tokenizer = load_model(config.model, dtype=dtype, device=device, **source)
-    return TransformersEngine(model, tokenizer, config.batch_size, config.internal_layer, config.internal_norm)
+    lens = find_lens(config.internal_lens, model)
+    return TransformersEngine(model, tokenizer, config.batch_size, config.internal_layer, lens)
 
 
 def evaluate(

@@ -26,7 +26,8 @@ PARTS_FILE = "bupo_state-{}.pt"  # one per process
 _FIXED = [  # settings of BuPOConfig that a resumed run must not change
     *("internal_lens", "internal_lens_tokens", "internal_lens_refit", "internal_temperature", "estimator"),
     *("critic_learning_rate", "critic_clip", "gae_gamma"),
-    *("gae_lambda", "frozen_layers", "upper_learning_rate_scale", "upper_learning_rate_above", "steps_per_generation"),
+    *("gae_lambda", "trained_layers", "frozen_layers", "upper_learning_rate_scale", "upper_learning_rate_above"),
+    "steps_per_generation",
     *("num_iterations", "gradient_accumulation_steps", "generation_batch_size", "num_generations", "seed", "guarded"),
 ]
 

@@ -16,6 +16,7 @@ from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout
 from bupo.models.padding import attends_only, padding_changes
 from bupo.train.advantages import ESTIMATORS
+from bupo.train.layers import FORMS, layer_problems
 from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
 
 # losses that use log-probabilities in the ratio only (cispo also as the score function of the same policy)
@@ -33,7 +34,7 @@ _UNSUPPORTED = {  # the value that an internal phase needs, and what another one
 
 _CRITIC = ("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda")
 _POSITIVE = ("internal_temperature", "temperature", "learning_rate", "upper_learning_rate_scale", *_CRITIC[:2])
-_WHOLE = ("frozen_layers", "upper_learning_rate_above", "probe_samples", "internal_lens_tokens")
+_WHOLE = ("upper_learning_rate_above", "probe_samples", "internal_lens_tokens")
 
 
 def _setting(text: str, default: Any = None) -> Any:
@@ -74,7 +75,13 @@ class BuPOConfig(GRPOConfig):
     critic_clip: float = _setting("Largest change of a value within a rollout batch (estimator ppo).", 0.5)
     gae_gamma: float = _setting("Discount factor per token (estimator ppo).", 1.0)
     gae_lambda: float = _setting("Weight between one-step differences (0) and whole returns (1) (estimator ppo).", 1.0)
-    frozen_layers: int | None = _setting("Freeze layers 1 to this one (a comparison of the paper).")
+    trained_layers: int | str | list | None = _setting(
+        f"Train these layers only, and nothing else of the model: {FORMS}. Default: all, and everything else.",
+    )
+    frozen_layers: int | str | list | None = _setting(
+        "Freeze these layers, named as for trained_layers, and train the rest of the model; 1-4 is a comparison of the "
+        "paper.",
+    )
     upper_learning_rate_scale: float | None = _setting("Factor on the learning rate of upper layers and final norm.")
     upper_learning_rate_above: int | None = _setting("Layer (1 to L - 1) above which that factor applies.")
     updates_per_rollout: int | None = _setting(
@@ -100,6 +107,7 @@ class BuPOConfig(GRPOConfig):
         if log_per_rollout:
             self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
         problems += self._problems()
+        problems = problems or layer_problems(self, self.schedule())
         problems = problems or self._schedule_problems()
         if problems:
             raise ConfigError(problems)
@@ -212,7 +220,7 @@ class BuPOConfig(GRPOConfig):
             for name, (needed, why) in _UNSUPPORTED.items()
             if (value := getattr(self, name)) != needed
         ]
-        return frozen_problems(self.frozen_layers, schedule) + unsupported + failed({
+        return unsupported + failed({
             f"loss_type {self.loss_type!r} mixes the ratio with other weights; an internal phase needs one of "
             f"{', '.join(RATIO_LOSSES)}": self.loss_type not in RATIO_LOSSES,
             "ddp_static_graph fails when the graph changes between phases; leave it unset": self.ddp_static_graph,
@@ -228,16 +236,6 @@ class BuPOConfig(GRPOConfig):
                 0 < rollouts < schedule.ends[-1]
             ),
         }) + alignment_problems(schedule, self.generate_every, self.gradient_accumulation_steps)  # fmt: skip
-
-
-def frozen_problems(frozen: int | None, schedule: Schedule) -> list[str]:
-    """One message per internal policy whose layers are all frozen."""
-    return [
-        f"frozen_layers {frozen} freezes every layer of the internal policy of layer {layer}; freeze fewer layers, or "
-        "set internal_steps to 0"
-        for layer in schedule.layers
-        if frozen is not None and layer <= frozen
-    ]
 
 
 def failed(checks: Mapping[str, Any]) -> list[str]:
@@ -261,14 +259,16 @@ def model_problems(trainer: Any) -> list[str]:
     """Problems of a trainer's settings with its model, optimizer and dataset."""
     args, schedule, model = trainer.args, trainer.schedule, trainer.model
     above, problems = args.upper_learning_rate_above, []
-    named = [("frozen_layers", args.frozen_layers), ("upper_learning_rate_above", above)]
-    named = [pair for pair in named if pair[1]] + [("internal_layer", layer) for layer in schedule.layers]
-    depth = find_layout(model).n_layers if named else 0
+    selects = args.trained_layers is not None or args.frozen_layers is not None
+    named = [("upper_learning_rate_above", above)] if above else []
+    named += [("internal_layer", layer) for layer in schedule.layers]
+    depth = find_layout(model).n_layers if named or selects else 0
     for name, layer in named:
         try:
             check_layer(depth, layer)
         except ValueError as error:
             problems.append(f"{name}: {error}")
+    problems += layer_problems(args, schedule, depth) if selects else []
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     foreign = trainer.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
     cast_to = "bfloat16" if args.bf16 else "float16" if args.fp16 else None

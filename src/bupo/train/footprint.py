@@ -18,7 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bupo.models.fake import fake_model, with_depth
 from bupo.models.layout import find_layout
+from bupo.train.layers import Selection, stop_backward
 from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_width
+
+Count = Callable[[Any, list[bool]], dict[str, int]]  # of a configuration whose layers are trained or not
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Workload:
     checkpointing: bool
     accumulates: bool  # whether gradients exist when a micro-batch begins
     triton: bool  # whether TRL's fused lm_head uses its kernel, which scores response tokens only (accelerators)
-    frozen: int = 0  # layers 1 to this one are not trained
+    selection: Selection | None = None  # what is trained; None: everything
     lora: Any = None  # PEFT's configuration of the adapters
 
     def autocast(self) -> Any:
@@ -50,34 +53,45 @@ def count_update(config: Any, depth: int, work: Workload, *, internal: bool, nar
     """
     width = tile_width(work.batch * (work.prompt + work.response)) if narrow and not work.triton else WIDEST
 
-    def count(shallow: Any) -> dict[str, int]:
+    def count(shallow: Any, trained: list[bool]) -> dict[str, int]:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = _training_model(shallow, work, internal)
+            model = _training_model(shallow, work, internal, trained)
             return _count_bytes(model, work, width) | _count_flops(model, work, width)
 
-    return _over_layers(count, config, depth, work.frozen)
+    trained = [work.selection is None or layer in work.selection.layers for layer in range(1, depth + 1)]
+    return _over_layers(count, config, trained)
 
 
 def count_rollout(config: Any, depth: int, work: Workload) -> dict[str, int]:
     """Count the bytes of sampling with transformers: KV ``cache`` at the end, and the ``peak`` beside the weights."""
 
-    def count(shallow: Any) -> dict[str, int]:
+    def count(shallow: Any, _: Any) -> dict[str, int]:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), work.autocast():
             return _count_rollout(fake_model(shallow, work.dtype).eval(), work)
 
-    return _over_layers(count, config, depth)
+    return _over_layers(count, config, [True] * depth)
 
 
-def _over_layers(count: Callable[[Any], dict[str, int]], config: Any, depth: int, frozen: int = 0) -> dict[str, int]:
-    """Return the count of ``depth`` layers, of deep models from shallow ones: layers of a kind add the same."""
-    if depth <= frozen + 4:
-        return count(with_depth(config, depth))
+def _over_layers(count: Count, config: Any, trained: list[bool]) -> dict[str, int]:
+    """Return the count of a model whose layers are ``trained`` or not, of deep models from shallow ones.
+
+    Layers add the same if they have the same kind of attention, are trained or not, and are above or below the lowest
+    trained layer, where the backward pass stops.
+    """
+    depth, lowest = len(trained), (*trained, True).index(True)
+    if depth <= 4:
+        return count(with_depth(config, depth), trained)
     kinds = list(getattr(config.get_text_config(), "layer_types", None) or depth * [None])[:depth]
-    trained = kinds[frozen:]
-    start = [*kinds[:frozen], *2 * trained[:1]]
-    few = total = count(_with_kinds(config, start))
-    for kind in dict.fromkeys(trained):
-        more, times = count(_with_kinds(config, [*start, kind, kind])), trained.count(kind) - start[frozen:].count(kind)
+    layers = [(kinds[i], trained[i], i >= lowest) for i in range(depth)]
+    start = [*layers[:lowest][:2], *2 * layers[lowest : lowest + 1]]
+
+    def counted(chosen: list[Any]) -> dict[str, int]:
+        return count(_with_kinds(config, [kind for kind, *_ in chosen]), [one for _, one, _ in chosen])
+
+    few = total = counted(start)
+    for layer in dict.fromkeys(layers):
+        more = counted([*start, layer, layer] if layer[2] else [layer, layer, *start])
+        times = layers.count(layer) - start.count(layer)
         total = {name: total[name] + (more[name] - few[name]) * times // 2 for name in few}
     return total
 
@@ -90,16 +104,16 @@ def _with_kinds(config: Any, kinds: list[str | None]) -> Any:
     return cut
 
 
-def _training_model(config: Any, work: Workload, internal: bool) -> Any:
+def _training_model(config: Any, work: Workload, internal: bool, trained: list[bool]) -> Any:
     """The model as the trainer has it, with adapters, frozen layers and checkpointing."""
     model = fake_model(config, work.dtype, work.lora).train()
+    if work.selection is not None:
+        layers = frozenset(number for number, one in enumerate(trained, start=1) if one)
+        Selection(layers, work.selection.outside).apply(model)
+        stop_backward(model)
     if work.checkpointing:
-        if work.lora is not None:
-            model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layout = find_layout(model)
-    for layer in layout.layers[: work.frozen]:
-        layer.requires_grad_(False)
     if internal:
         layout.final_norm.requires_grad_(False)
         layout.final_norm.forward = lambda states, *args, **kwargs: states

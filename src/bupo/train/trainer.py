@@ -22,9 +22,10 @@ from bupo.models.layout import find_layout
 from bupo.models.padding import aligned, padding_changes
 from bupo.train.advantages import PPO, outcome_advantages, total_rewards
 from bupo.train.checkpoint import Checkpointer
-from bupo.train.config import BuPOConfig, engine, frozen_problems, model_problems
+from bupo.train.config import BuPOConfig, engine, model_problems
 from bupo.train.diagnostics import LayerChoice, choose_layer
 from bupo.train.guard import PhaseMonitor
+from bupo.train.layers import freeze, layer_problems
 from bupo.train.lora import upcast_adapters
 from bupo.train.phase_lens import PhaseLens
 from bupo.train.rewards import checked
@@ -83,8 +84,7 @@ class BuPOTrainer(GRPOTrainer):
             raise ConfigError(problems)
         upcast_adapters(self.model)
         self.critic = PPO(self.model, args, self.accelerator) if args.estimator == "ppo" else None
-        for layer in find_layout(self.model).layers[: args.frozen_layers] if args.frozen_layers else ():
-            layer.requires_grad_(False)  # with LoRA: its adapters
+        freeze(self.model, args)
         self.monitor, self.lens = PhaseMonitor(self), PhaseLens(self)
         self.checkpointer = Checkpointer(self)
         self.add_callback(self.checkpointer)
@@ -204,7 +204,7 @@ class BuPOTrainer(GRPOTrainer):
             raise TrainingStopped(choice.message)
         self.schedule = self.schedule.with_layer(choice.layer)
         self.phase = self.schedule.at(self.rollout)
-        for problem in frozen_problems(self.args.frozen_layers, self.schedule):
+        for problem in layer_problems(self.args, self.schedule, find_layout(self.model).n_layers):
             raise TrainingStopped(f"{choice.message}; {problem}")
 
     def _sample(self, inputs: Any, scored: Phase) -> dict[str, Any]:
