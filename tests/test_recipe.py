@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from bupo.errors import ConfigError, InputError
 from bupo.recipe import Recipe, load_yaml, override, read_recipe
 from bupo.train.build import check_recipe
+from bupo.train.config import BuPOConfig
+from bupo.train.effects import NAMES
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 SMALLEST = {"model": "small", "dataset": "arithmetic"}
@@ -208,3 +211,43 @@ def test_reading(tmp_path, monkeypatch):
     monkeypatch.chdir(RECIPES[0].parents[1])
     with pytest.raises(InputError, match=r"recipe nothing.yaml does not exist; there are .*recipes/small.yaml"):
         read_recipe("nothing.yaml")
+
+
+WITHOUT_EFFECT = [
+    ({"warmup_steps": 10}, "warmup_steps has no effect without an lr_scheduler_type that warms up"),
+    ({"trl": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor has no effect in bupo train; leave it out"),
+    ({"data_seed": 4}, "data_seed has no effect in bupo train"),
+    ({"vllm_mode": "server"}, "vllm_mode has no effect without use_vllm"),
+    ({"use_vllm": True, "vllm_server_port": 1}, "vllm_server_port has no effect without vllm_mode server"),
+    ({"use_vllm": True, "cache_implementation": "static"}, "cache_implementation has no effect without use_vllm false"),
+    ({"loss_type": "sapo", "epsilon_high": 0.3}, "epsilon_high has no effect without a loss_type that clips"),
+    ({"loss_type": "cispo", "delta": 2.0}, "delta has no effect without a loss_type that clips on both sides"),
+    ({"loss_type": "cispo", "epsilon_high": 5.0, "epsilon": 0.1}, "epsilon has no effect without epsilon_high left"),
+    ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg has no effect without loss_type sapo"),
+    ({"sync_ref_model": True}, "sync_ref_model has no effect without beta above 0"),
+    ({"entropy_target": 0.1}, "entropy_target has no effect without use_adaptive_entropy"),
+    ({"optim_args": "x=1"}, "optim_args has no effect without an optim other than adamw_torch"),
+    ({"run_name": "x"}, "run_name has no effect without report_to"),
+    ({"report_to": ["wandb"], "project": "x"}, "project has no effect without report_to trackio"),
+    ({"eval_on_start": True}, "eval_on_start has no effect without eval"),
+    ({"internal_layer": 3}, "internal_layer has no effect without internal_steps (0 is plain GRPO) or phases"),
+    ({"internal_temperature": 2.0}, "internal_temperature has no effect without internal_steps"),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), WITHOUT_EFFECT, ids=[str(c) for c, _ in WITHOUT_EFFECT])
+def test_settings_without_effect_are_refused(change, part):
+    assert any(part in problem for problem in problems(**{**SMALLEST, **change}))
+
+
+def test_settings_with_what_they_need_pass():
+    for change in (
+        {"warmup_steps": 10, "lr_scheduler_type": "constant_with_warmup"},
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_port": 1},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"report_to": ["tensorboard"], "run_name": "x", "eval": {"dataset": "arithmetic"}, "eval_on_start": True},
+        {"internal_layer": 3, "internal_steps": 0, "internal_temperature": 2.0},
+        {"use_vllm": False, "beta": 0.0, "internal_lens": "raw"},  # defaults
+    ):
+        assert check_recipe(check_recipe({**SMALLEST, **change}).model_dump(mode="json"))
+    assert not NAMES - {field.name for field in dataclasses.fields(BuPOConfig)}

@@ -30,6 +30,7 @@ from bupo.recipe import Recipe, validate
 from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import Diagnostics, Draw, check_trackers
+from bupo.train.effects import without_effect
 from bupo.train.lora import SOURCE, check_lora, load_in_4bit, lora_config
 from bupo.train.rewards import finite
 from bupo.train.trainer import BuPOTrainer
@@ -53,6 +54,7 @@ _OWNED_BY = {
 }
 _OWNED = {name: key for key, names in _OWNED_BY.items() for name in names.split()}
 _SHOWN = {"learning_rate", "temperature", "gradient_checkpointing"}  # in a run's record, beside BuPO's own settings
+_CONTEXT = {"eval", "inside_every", "report_to"}  # keys of a recipe that settings of the trainer need
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 _BATCH = ("prompts_per_rollout ", "samples_per_prompt ", "updates_per_rollout ", "micro_batch ")
 _ANY_BATCH = {"per_device_train_batch_size": 2, "num_generations": 2, "updates_per_rollout": 1, "max_steps": 10**6}
@@ -79,6 +81,10 @@ def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe
         trainer_config(recipe, Path(), {**settings, "bf16": False})  # `build` checks this machine
     except ConfigError as error:
         problems += error.problems
+    defaults = {f.name: f.default for f in dataclasses.fields(BuPOConfig)} | {"eval": None, "inside_every": 0}
+    problems = problems or without_effect(
+        recipe.trainer | recipe.model_dump(include=_CONTEXT), defaults | {"report_to": []}
+    )
     if problems:
         raise ConfigError(problems)
     return _with_defaults(recipe)
