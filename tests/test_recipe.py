@@ -231,6 +231,9 @@ WITHOUT_EFFECT = [
     ({"report_to": ["wandb"], "project": "x"}, "project has no effect without report_to trackio"),
     ({"eval_on_start": True}, "eval_on_start has no effect without eval"),
     ({"internal_layer": 3}, "internal_layer has no effect without internal_steps (0 is plain GRPO) or phases"),
+    ({"revision": "main"}, "revision has no effect, as small is not on the hub; leave it out"),
+    ({"dataset": __file__, "split": "test"}, "split has no effect, as "),
+    ({"eval": {"dataset": __file__, "split": "train"}}, "eval.split has no effect, as "),
     ({"internal_temperature": 2.0}, "internal_temperature has no effect without internal_steps"),
 ]
 

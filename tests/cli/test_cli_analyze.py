@@ -176,6 +176,25 @@ def test_models_that_cannot_be_read_are_refused(refused, tmp_path, responses):
         assert words in refused(*command, output=tmp_path / "o")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "words"),
+    [
+        ("analyze", ["--temperature", "0.5"], "--responses takes no --temperature: no responses are generated"),
+        ("lens fit", ["--samples", "1"], "--responses takes no --samples"),  # also where the value is the default
+        ("lens load x", ["--revision", "main"], "takes no --revision: it is not on the hub"),
+    ],
+)
+def test_options_without_effect_are_refused(tiny_folder, responses, tmp_path, refused, command, option, words):
+    arguments = [*command.split(), "--model", tiny_folder, "--responses", responses, *option]
+    assert words in refused(*arguments, output=tmp_path / "o")
+
+
+def test_a_file_has_no_splits(tiny_folder, tmp_path, refused):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}')
+    arguments = ("analyze", "--model", tiny_folder, "--dataset", tmp_path / "q.jsonl", "--split", "train")
+    assert "takes no --split: it has no splits" in refused(*arguments, output=tmp_path / "o")
+
+
 @pytest.mark.parametrize("command", ["analyze", "eval", "compare", "demo"])
 def test_usage_errors_exit_with_2_before_anything_is_loaded(bupo, tmp_path, command):
     wrong = [("--seed", "-1"), ("--seed", 2**32), ("--seed", 2**70)]

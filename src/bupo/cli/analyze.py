@@ -68,7 +68,7 @@ def analyze(
       accelerate launch --num_processes 8 -m bupo analyze --model Qwen/Qwen3-8B --responses R.jsonl --output runs/q
     """
     rank, processes = options.launched_processes()
-    options.check_source(dataset, responses)
+    options.check_source(context, dataset, responses)
     for option, value in (("--choice-tokens", choice_tokens), ("--lens", lens)):
         if value is not None and not choice:
             raise InputError(f"{option} has no effect with --no-choice; leave out one of them")

@@ -60,11 +60,11 @@ def evaluate(
       bupo eval --regrade runs/start
       bupo eval --model Qwen/Qwen3-4B --tasks math500 --output runs/qwen3 --shard 1/2   (2/2 on another GPU)
     """
-    passed = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+    passed = options.passed(context)
     log = partial(typer.echo, err=True)
     options.refuse_launcher("bupo eval", "start one process per GPU with --shard 1/n to n/n")
     if regrade is not None:
-        _refuse(passed - {"regrade", "as_json"}, "--regrade", "it grades the saved responses in place")
+        options.refuse(passed - {"regrade", "as_json"}, "--regrade", "it grades the saved responses in place")
         from bupo.evaluate.responses import regrade as grade_again
 
         _show(grade_again(regrade, log=log), regrade, as_json)
@@ -73,13 +73,14 @@ def evaluate(
         missing = ", ".join(f"--{name}" for name in ("model", "tasks", "output") if not context.params[name])
         raise ConfigError(f"bupo eval needs {missing} (or --regrade DIR)")
 
+    options.check_revision(context)
     from bupo.evaluate import run
     from bupo.evaluate.config import EvalConfig, fingerprint
     from bupo.models.load import resolve_model
 
     chosen = run.choose_engine(engine, internal_layer=internal_layer)
     if chosen == "vllm":
-        _refuse(passed & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
+        options.refuse(passed & {"device", "batch_size"}, "vLLM", "it uses the GPUs it sees and sizes its own batches")
     fields = {field.name for field in dataclasses.fields(EvalConfig)} & context.params.keys()
     settings = {name: context.params[name] for name in fields}
     settings |= {"tasks": tuple(options.split_names(tasks)), "engine": chosen, "data_dir": data_dir and str(data_dir)}
@@ -88,13 +89,6 @@ def evaluate(
     with options.Progress() as bars:
         results = run.evaluate(config, load, output, overwrite=overwrite, log=log, on_progress=bars.move)
     _show(results, output, as_json)
-
-
-def _refuse(names: set[str], what: str, reason: str) -> None:
-    """Options that would have no effect are an error."""
-    if names:
-        shown = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
-        raise ConfigError(f"{what} takes no {shown}: {reason}")
 
 
 def _show(results: dict[str, Any], folder: Path, as_json: bool) -> None:

@@ -44,7 +44,7 @@ def fit(
       bupo lens fit --model small --dataset arithmetic --limit 200 --output runs/lens
       bupo lens fit --model models/smollm2 --responses responses.jsonl --output runs/lens
     """
-    options.check_source(dataset, responses)
+    options.check_source(context, dataset, responses)
     claim(output, overwrite=overwrite)
     from bupo.lens.maps import Lens
 
@@ -86,8 +86,11 @@ def load(
       bupo lens load spaces/AlignmentResearch/tuned-lens/lens/gpt2 --model gpt2 --output runs/tuned
     """
     options.refuse_launcher("bupo lens load", "start it without a launcher")
-    if responses is not None:
-        options.check_source(None, responses)
+    if responses is None:
+        options.check_revision(context)
+        options.refuse(options.passed(context) & {"template"}, "bupo lens load without --responses", "nothing is read")
+    else:
+        options.check_source(context, None, responses)
     claim(output, overwrite=overwrite)
     from bupo.lens.maps import identity_of
     from bupo.lens.published import load_published

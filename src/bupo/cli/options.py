@@ -107,6 +107,13 @@ def lens_columns(readings: Mapping[str, Any], lenses: Sequence[str]) -> dict[str
     return columns
 
 
+def check_revision(context: typer.Context) -> None:
+    """Raise `InputError` for a revision of a model that does not come from the hub."""
+    name = context.params["model"]
+    if name == "small" or Path(name).expanduser().exists():
+        refuse(passed(context) & {"revision"}, f"model {name}", "it is not on the hub")
+
+
 def launched_processes() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun or `accelerate launch` set them; else (0, 1)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,12 +126,30 @@ def refuse_launcher(command: str, instead: str) -> None:
         raise InputError(f"{command} runs in one process, but the launcher started {processes}; {instead}")
 
 
-def check_source(dataset: str | None, responses: Path | None) -> None:
-    """Raise `InputError` unless there is exactly one of the two, and the file exists."""
+def passed(context: typer.Context) -> set[str]:
+    """The parameters that stand on the command line."""
+    return {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+
+
+def refuse(names: set[str], what: str, reason: str) -> None:
+    """Options that would have no effect are an error."""
+    if names:
+        shown = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+        raise InputError(f"{what} takes no {shown}: {reason}")
+
+
+def check_source(context: typer.Context, dataset: str | None, responses: Path | None) -> None:
+    """Raise `InputError` unless there is exactly one of the two, the file exists, and every option has an effect."""
     if (dataset is None) == (responses is None):
         raise InputError("pass either --dataset (responses are generated) or --responses FILE, not both")
     if responses is not None and not responses.is_file():
         raise InputError(f"responses file {responses} does not exist")
+    check_revision(context)
+    if responses is not None:
+        unused = passed(context) & {"split", "samples", "max_new_tokens", "temperature"}
+        refuse(unused, "--responses", "no responses are generated")
+    elif Path(dataset or "").expanduser().is_file():
+        refuse(passed(context) & {"split"}, f"the file {dataset}", "it has no splits")
 
 
 def load_with_responses(config: Mapping[str, Any], progress: Progress) -> tuple[Any, Any, list[Any]]:

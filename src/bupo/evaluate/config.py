@@ -94,6 +94,11 @@ class EvalConfig:
             (names, "name at least one task"),
             (len(set(names)) == len(names), f"two tasks have the same name: {', '.join(names)}"),
             (0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}"),
+            (self.temperature > 0 or self.top_p == 1, "top_p has no effect with temperature 0; leave it out"),
+            (
+                not self.data_dir or any(find_task(s).hub for s in self.tasks),
+                "data_dir holds benchmarks; name one as a task",
+            ),
             (not 0 < n < k, f"Avg@{k} needs at least {k} samples per problem, not n={n}"),
             (self.internal_layer or self.internal_lens == "raw", "--internal-lens needs --internal-layer"),
             (shard and 1 <= int(shard[1]) <= int(shard[2]), f"a shard is i/n with 1 <= i <= n, not {self.shard!r}"),

@@ -85,6 +85,11 @@ def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe
     problems = problems or without_effect(
         recipe.trainer | recipe.model_dump(include=_CONTEXT), defaults | {"report_to": []}
     )
+    local = [("revision", recipe.model, bool(recipe.revision)), ("split", recipe.dataset, recipe.split != "train")]
+    if recipe.eval is not None:
+        local += [("eval.split", recipe.eval.dataset, recipe.eval.split != "test")]
+    files = [(name, where) for name, where, given in local if given and (where == "small" or Path(where).exists())]
+    problems += [f"{name} has no effect, as {where} is not on the hub; leave it out" for name, where in files]
     if problems:
         raise ConfigError(problems)
     return _with_defaults(recipe)
