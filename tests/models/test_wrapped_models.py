@@ -15,32 +15,10 @@ from bupo.lens.analyze import analyze_rollouts
 from bupo.models.layout import find_layout
 from bupo.models.load import load_tokenizer
 from tests.support.tiny import COMMON, tiny_model, tokens
+from tests.support.vision import MULTIMODAL, VISION, vision_model
 from tests.support.zoo_checks import decodes_alike, read_all
 
-# A table, packed by hand.
-# fmt: off
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
-    "num_hidden_layers": 4}  # as many as the text model: the tower must not be taken for it
-QWEN_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-MULTIMODAL = {  # by family: text_config, vision_config, other settings
-    "gemma3": ({"model_type": "gemma3_text", "sliding_window": 4}, {**VISION, "model_type": "siglip_vision_model"},
-        {"mm_tokens_per_image": 4}),
-    "llava": ({"model_type": "qwen2"}, {**VISION, "model_type": "clip_vision_model"}, {}),
-    "mistral3": ({"model_type": "mistral"}, {**VISION, "model_type": "pixtral"}, {}),
-    "paligemma": ({"model_type": "gemma2"}, {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-        {"projection_dim": 32}),
-    "qwen2_vl": ({**MROPE, "model_type": "qwen2_vl_text"}, QWEN_VISION, {}),
-}
-# fmt: on
 ROLLOUTS = [Rollout([5, 6, 7], [8, 9, 10, 11])]
-
-
-def multimodal_model(family: str):
-    torch.manual_seed(0)
-    text, vision, more = MULTIMODAL[family]
-    config = AutoConfig.for_model(family, text_config={**COMMON, **text}, vision_config=vision, **more)
-    return AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
 
 
 def assert_reads(model):
@@ -54,7 +32,7 @@ def assert_reads(model):
 
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_the_language_decoder_of_a_multimodal_model_is_read(family):
-    model = multimodal_model(family)
+    model = vision_model(family)
     assert find_layout(model).backbone is model.get_decoder()
     assert_reads(model)
 
@@ -73,7 +51,7 @@ def test_layers_that_text_alone_skips_are_refused():
 
 
 def test_a_saved_multimodal_model_loads(tmp_path, tiny_folder):
-    multimodal_model("llava").save_pretrained(tmp_path)
+    vision_model("llava").save_pretrained(tmp_path)
     load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path)
     model, _ = load_model(str(tmp_path))
     assert type(model).__name__ == "LlavaForConditionalGeneration"

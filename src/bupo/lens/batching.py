@@ -23,6 +23,7 @@ class TokenPair(NamedTuple):
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     problem_id: str | None = None
+    image_inputs: Mapping[str, Tensor] | None = None  # what else a vision-language model is called with for this row
 
 
 def check_rollouts(model: nn.Module, responses: Sequence[Any]) -> list[TokenPair]:
@@ -94,11 +95,15 @@ def subsample_evenly(lengths: Sequence[int], tokens: int, seed: int) -> list[lis
 
 
 def batches(responses: Sequence[TokenPair], max_tokens: int, indices: Sequence[int]) -> list[list[int]]:
-    """Group response indices into batches of at most ``max_tokens`` padded tokens, longest first to save padding."""
+    """Group response indices into batches of at most ``max_tokens`` padded tokens, longest first to save padding.
+
+    A response with images is a batch of its own, because models lay out the pixels of several in different ways.
+    """
     lengths = [len(r.prompt_ids) + len(r.response_ids) - 1 for r in responses]
-    grouped: list[list[int]] = []
+    images, grouped = [bool(r.image_inputs) for r in responses], list[list[int]]()
     for index in sorted(indices, key=lambda i: -lengths[i]):
-        if grouped and lengths[grouped[-1][0]] * (len(grouped[-1]) + 1) <= max_tokens:
+        alone = not grouped or images[index] or images[grouped[-1][0]]
+        if not alone and lengths[grouped[-1][0]] * (len(grouped[-1]) + 1) <= max_tokens:
             grouped[-1].append(index)
         else:
             grouped.append([index])
@@ -133,8 +138,8 @@ class PaddedBatch:
     """Responses padded on the right, and the N tokens of them that are read."""
 
     # ids (the last token of each response is only predicted), mask, and bool positions, True at the N that predict the
-    # tokens read; each (B, T)
-    inputs: tuple[Tensor, Tensor, Tensor]
+    # tokens read; each (B, T); then the inputs that belong to the images, if there are any
+    inputs: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
     targets: Tensor  # the ids of the tokens read (N,), response by response
     places: Tensor  # for each, the number of its response and its own number within it, from 1, (N, 2)
     counts: list[int]  # number of tokens read per response
@@ -151,7 +156,8 @@ def pad(
     positions = torch.zeros_like(ids, dtype=torch.bool)
     positions[row, token + torch.tensor([len(responses[i].prompt_ids) - 1 for i in indices])[row]] = True
     targets = torch.tensor([responses[i].response_ids[token] for i in indices for token in tokens[i]])
-    inputs, counts = (ids.to(device), mask.to(device), positions.to(device)), [len(tokens[i]) for i in indices]
+    images = {name: value.to(device) for name, value in (responses[indices[0]].image_inputs or {}).items()}
+    inputs, counts = (ids.to(device), mask.to(device), positions.to(device), images), [len(tokens[i]) for i in indices]
     return PaddedBatch(inputs, targets.to(device), places[:, 1:] + 1, counts)
 
 

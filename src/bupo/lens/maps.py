@@ -101,11 +101,13 @@ class Lens:
             InputError: unusable responses, responses to a single prompt, or states that are not finite.
         """
         pairs = check_rollouts(model, responses)
-        prompts = list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))
+        # the same words about another image are another prompt
+        names = [(*pair.prompt_ids, pair.problem_id if pair.image_inputs else None) for pair in pairs]
+        prompts = list(dict.fromkeys(names))
         if len(prompts) < 2:
             raise InputError("a lens needs responses to two or more prompts, because it is checked on prompts left out")
         held = set(prompts[HELD_OUT - 1 :: HELD_OUT] or prompts[-1:])
-        part = [[i for i, p in enumerate(pairs) if (tuple(p.prompt_ids) in held) == out] for out in (False, True)]
+        part = [[i for i, name in enumerate(names) if (name in held) == out] for out in (False, True)]
         tokens = [range(len(pair.response_ids)) for pair in pairs]
         done, total = 0, sum(map(len, tokens))
 

@@ -5,7 +5,7 @@ Shape legend: B batch, T positions, N selected tokens, d width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bupo.models.layout import DecoderLayout, find_layout, on_input, on_output
+from bupo.models.layout import DecoderLayout, find_layout, on_input, on_output, unwrap
 from bupo.models.residual import LayerWrites, find_residual_writes
 
 
@@ -36,6 +36,7 @@ def capture_stream(
     input_ids: Tensor,
     attention_mask: Tensor,
     positions: Tensor,
+    images: Mapping[str, Tensor],
     on_group: Callable[[int, Tensor, list[LayerStates], Tensor], None] | None,
     *,
     group: int = 4,
@@ -48,6 +49,7 @@ def capture_stream(
     Args:
         input_ids: (B, T); ``attention_mask`` (B, T) is 1 for tokens and 0 for padding.
         positions: (B, T) bool; True at the N tokens to read, which are returned in row-major order.
+        images: what a vision-language model is called with besides, such as ``pixel_values``; empty for text alone.
         on_group: called as ``on_group(first_layer, before, layers, after)`` with the number of the group's first layer,
             ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after its last layer (N, d); None if
             only the final state is needed.
@@ -60,8 +62,8 @@ def capture_stream(
         if on_group is not None:
             for handle in recorder.hooks(find_residual_writes(model)):
                 stack.enter_context(handle)  # removes the hook in the end
-        output = layout.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return recorder.select(output.last_hidden_state)
+        final = _run(model, input_ids, attention_mask, images)
+    return recorder.select(final)
 
 
 class _Recorder:
@@ -116,7 +118,7 @@ class _Recorder:
 
 @torch.no_grad()
 def capture_layers(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, images: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return ``H^1 .. H^L`` (L, N, d) and ``LN(H^L)`` (N, d) in float32; the arguments are those of `capture_stream`.
 
@@ -128,5 +130,11 @@ def capture_layers(
     with ExitStack() as stack:
         for layer in layout.layers:
             stack.enter_context(on_output(layer, lambda stream: states.append(recorder.select(stream))))
-        output = layout.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return torch.stack(states), recorder.select(output.last_hidden_state)
+        final = _run(model, input_ids, attention_mask, images)
+    return torch.stack(states), recorder.select(final)
+
+
+def _run(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, images: Mapping[str, Tensor]) -> Tensor:
+    """Run the decoder, with images inside its multimodal model; returns its last hidden state (B, T, d)."""
+    backbone = unwrap(model).base_model if images else find_layout(model).backbone
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **images).last_hidden_state

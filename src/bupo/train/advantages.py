@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from bupo.errors import TrainingStopped
-from bupo.models.layout import find_layout
+from bupo.models.layout import find_layout, unwrap
 from bupo.models.padding import from_left, to_left
+from bupo.train.images import choose_rows, image_fields
 
 COMPUTED_HERE = ("rloo", "reinforce++", "reinforce++-baseline")
 ESTIMATORS = ("grpo", *COMPUTED_HERE, "ppo")
@@ -87,21 +88,21 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
 
 
 class Critic(nn.Module):
-    """``V(s) = w . LN(H^L) + b``, a copy of the policy's backbone with a head of zeros."""
+    """``V(s) = w . LN(H^L) + b``, a copy of the policy's backbone (and what encodes ``images``), a head of zeros."""
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: nn.Module, images: bool = False):
         super().__init__()
         layout = find_layout(policy)
-        self.backbone = copy.deepcopy(layout.backbone)
+        self.backbone = copy.deepcopy(unwrap(policy).base_model if images else layout.backbone)
         self.head = nn.Linear(layout.unembedding.weight.shape[1], 1, device=layout.unembedding.weight.device)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, responses: int) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, responses: int, **images: Tensor) -> Tensor:
         """Values of the states before each of the last ``responses`` tokens, (B, responses), float32."""
-        ids, mask = to_left(attention_mask, input_ids, attention_mask)
-        states = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        states = from_left(attention_mask, states)
+        ids, mask = (input_ids, attention_mask) if images else to_left(attention_mask, input_ids, attention_mask)
+        states = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False, **images).last_hidden_state
+        states = states if images else from_left(attention_mask, states)
         return self.head(states[:, -responses - 1 : -1].to(self.head.weight.dtype))[..., 0].float()
 
 
@@ -112,9 +113,9 @@ class PPO:
     holds a whole critic; gradients are summed.
     """
 
-    def __init__(self, policy: nn.Module, args: Any, accelerator: Any):
+    def __init__(self, policy: nn.Module, args: Any, accelerator: Any, images: bool = False):
         self.args, self.accelerator = args, accelerator
-        self.critic = Critic(policy).to(accelerator.device).eval()
+        self.critic = Critic(policy, images).to(accelerator.device).eval()
         if args.gradient_checkpointing:
             self.critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = {name: p for name, p in self.critic.named_parameters() if p.requires_grad}
@@ -124,10 +125,11 @@ class PPO:
 
     def values(self, batch: Mapping[str, Tensor], rows: slice = slice(None)) -> Tensor:
         """Values before each response token of these rows, (rows, T)."""
-        ids = torch.cat([batch["prompt_ids"][rows], batch["completion_ids"][rows]], dim=1)
-        mask = torch.cat([batch["prompt_mask"][rows], batch["completion_mask"][rows]], dim=1)
+        part = choose_rows(batch, range(len(batch["prompt_ids"]))[rows])
+        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1)
+        mask = torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1)
         with self.accelerator.autocast():
-            return self.critic(ids, mask, batch["completion_ids"].size(1))
+            return self.critic(ids, mask, part["completion_ids"].size(1), **image_fields(part, counts=False))
 
     @torch.no_grad()
     def advantages(self, batch: Mapping[str, Tensor], rewards: Tensor) -> tuple[Tensor, Tensor]:

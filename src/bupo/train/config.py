@@ -278,8 +278,8 @@ def model_problems(trainer: Any) -> list[str]:
         f"upper_learning_rate_above: no layer is above {depth}; set a lower one": above and above == depth,
         "upper_learning_rate_scale needs the trainer's own optimizer; do not pass one, and leave the optimizer out of "
         "DeepSpeed's configuration": above and foreign,
-        "internal phases and estimator ppo support text models only, and this model takes images": (
-            trainer._is_vlm and (schedule.internal or args.estimator == "ppo")
+        "internal_lens ridge samples its responses without environments; name the folder of a saved lens": (
+            trainer.environment_factories is not None and schedule.internal and args.internal_lens == "ridge"
         ),
         "this model takes the padding before shorter prompts for text when it samples; sample with use_vllm": (
             samples and padding_changes(model, sampling=True)

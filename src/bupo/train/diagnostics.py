@@ -27,6 +27,7 @@ from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout, unwrap
 from bupo.recipe import Recipe
 from bupo.run_folder import write_bytes, write_json, write_text
+from bupo.train.images import image_inputs
 
 # draws an analysis: (analysis, folder, file name without suffix) -> the PNG
 Draw = Callable[[Mapping[str, Any], Path, str], Path]
@@ -235,9 +236,11 @@ def first_process_responses(batch: Mapping[str, Tensor]) -> list[dict[str, Any]]
     """The first process's responses of a padded batch, on every process; empty ones are left out."""
     rows = []
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    for prompt, shown, response, kept in zip(*(batch[name] for name in names), strict=True):
+    for number, (prompt, shown, response, kept) in enumerate(zip(*(batch[name] for name in names), strict=True)):
         row = {"prompt_ids": prompt[shown.bool()].tolist(), "response_ids": response[kept.bool()].tolist()}
-        rows += [row] if all(row.values()) else []
+        if all(row.values()):
+            images = image_inputs(batch, number)
+            rows.append({**row, "image_inputs": images} if images else row)
     return broadcast_object_list([rows], from_process=0)[0]
 
 

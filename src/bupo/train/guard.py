@@ -25,17 +25,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from bupo.models.layout import find_layout
 from bupo.train.advantages import sums, total_rewards
 from bupo.train.diagnostics import spread_rows
+from bupo.train.images import choose_rows
 from bupo.train.schedule import FULL
 
 WINDOW = 4
-_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 
 
 class Signals(NamedTuple):
@@ -104,7 +104,7 @@ class PhaseMonitor:
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self.history: list[Signals] = []  # of the guarded phase
-        self.samples: dict[str, Tensor] = {}  # of the last rollout batch, with the full policy's log-probabilities then
+        self.samples: dict[str, Any] = {}  # of the last rollout batch, with the full policy's log-probabilities then
         self.best_weights: dict[str, Tensor] = {}  # in host memory, of the parameters that the phase trains
 
     def before_updates(self, batch: dict[str, Any]) -> Decision:
@@ -141,7 +141,7 @@ class PhaseMonitor:
         trainer, size, device = self._trainer, len(batch["prompt_ids"]), batch["prompt_ids"].device
         n = trainer.args.probe_samples or max(trainer.args.per_device_train_batch_size, size // 8)
         rows = spread_rows(size, n).to(device)
-        some = {key: batch[key][rows] for key in _KEYS if key in batch}
+        some = choose_rows(batch, rows.tolist())
         full, entropies = trainer.score(some, FULL, compute_entropy=True)
         internal, _ = trainer.score(some, trainer.phase)
         mask, advantages = some["completion_mask"] * some.get("tool_mask", 1), batch["advantages"][rows]
@@ -199,7 +199,7 @@ class PhaseMonitor:
         return {"samples": self.samples, "history": [tuple(signals) for signals in self.history], **weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.samples = {name: t.to(self._trainer.accelerator.device) for name, t in state["samples"].items()}
+        self.samples = send_to_device(state["samples"], self._trainer.accelerator.device)
         self.best_weights = dict(state["best_weights"])
         self.history = [Signals(*signals) for signals in state["history"]]
 

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from bupo.lens.maps import Lens, find_lens
 from bupo.models.layout import find_layout
+from bupo.train.images import inputs_of_prompt, prompt_with_images
 
 TOKENS_PER_DIMENSION = 8  # response tokens of a fit, by default
 
@@ -37,22 +38,29 @@ class PhaseLens:
         self.lens = Lens.fit(model, responses, seed=args.seed, share=accelerator.num_processes > 1)
         self.fitted = rollout
 
-    def _sample(self, inputs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    def _sample(self, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Sample responses of the full policy until they have enough tokens; all processes get the same list."""
         trainer, args, accelerator = self._trainer, self._trainer.args, self._trainer.accelerator
         width = find_layout(trainer.model).unembedding.weight.shape[1]
         wanted = args.internal_lens_tokens or TOKENS_PER_DIMENSION * width
         rows = trainer.train_dataset if hasattr(trainer.train_dataset, "__len__") else inputs
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        responses: list[tuple[list[int], list[int]]] = []
+        responses: list[dict[str, Any]] = []
         for turn in count():
             first = (turn * accelerator.num_processes + accelerator.process_index) * len(inputs)
-            prompts = [rows[order[(first + i) % len(order)]]["prompt"] for i in range(len(inputs))]
+            numbers = [order[(first + i) % len(order)] for i in range(len(inputs))]
+            prompts = [prompt_with_images(rows[number]) for number in numbers]
             prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
             completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, 1)
-            pairs = zip(prompt_ids, completion_ids, strict=True)
-            responses += gather_object([(list(prompt), list(response)) for prompt, response in pairs if response])
-            if sum(len(response) for _, response in responses) >= wanted:
+            drawn = [
+                {"prompt_ids": list(prompt), "response_ids": list(response), "problem_id": str(number)}
+                for prompt, response, number in zip(prompt_ids, completion_ids, numbers, strict=True)
+            ]
+            for row, prompt in zip(drawn, prompts, strict=True) if images else ():
+                alone = trainer._tokenize_prompts([prompt])[2]
+                row["image_inputs"] = inputs_of_prompt(alone, len(row["response_ids"]))
+            responses += gather_object([row for row in drawn if row["response_ids"]])
+            if sum(len(row["response_ids"]) for row in responses) >= wanted:
                 break
         return responses
 

@@ -25,6 +25,7 @@ from bupo.train.checkpoint import Checkpointer
 from bupo.train.config import BuPOConfig, engine, model_problems
 from bupo.train.diagnostics import LayerChoice, choose_layer
 from bupo.train.guard import PhaseMonitor
+from bupo.train.images import image_fields
 from bupo.train.layers import freeze, layer_problems
 from bupo.train.lora import upcast_adapters
 from bupo.train.phase_lens import PhaseLens
@@ -83,7 +84,7 @@ class BuPOTrainer(GRPOTrainer):
         if problems := model_problems(self):
             raise ConfigError(problems)
         upcast_adapters(self.model)
-        self.critic = PPO(self.model, args, self.accelerator) if args.estimator == "ppo" else None
+        self.critic = PPO(self.model, args, self.accelerator, self._is_vlm) if args.estimator == "ppo" else None
         freeze(self.model, args)
         self.monitor, self.lens = PhaseMonitor(self), PhaseLens(self)
         self.checkpointer = Checkpointer(self)
@@ -143,7 +144,8 @@ class BuPOTrainer(GRPOTrainer):
         length, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
         checkpointing = disable_gradient_checkpointing(self.model, cast(Any, self.args.gradient_checkpointing_kwargs))
         with torch.no_grad(), checkpointing, self._scoring(phase):
-            return self._get_per_token_logps_and_entropies(self.model, ids, mask, length, size, compute_entropy)[:2]
+            wanted = (length, size, compute_entropy)
+            return self._get_per_token_logps_and_entropies(self.model, ids, mask, *wanted, **image_fields(batch))[:2]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.model.training:  # evaluations are always the full policy's

@@ -1,0 +1,69 @@
+"""Internal policies of vision-language models whose prompts have images, against hooks on an ordinary forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bupo import analyze_rollouts, internal_policy
+from tests.support.vision import model_inputs, vision_model
+from tests.support.zoo_checks import layer_list
+
+FAMILIES = ["gemma3", "llava", "qwen2_vl"]  # bidirectional attention within images, neither, and three positions
+
+
+def states_of(model, inputs):
+    """H^1 .. H^L of an ordinary forward."""
+    states = []
+    hooks = [layer.register_forward_hook(lambda m, i, out: states.append(out)) for layer in layer_list(model)]
+    model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [state[0] if isinstance(state, tuple) else state for state in states]
+
+
+def gradients(model, logits, inputs):
+    """Gradients of the log-probability of the four response tokens, by parameter."""
+    chosen = logits[:, -5:-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, -4:, None])
+    model.zero_grad(set_to_none=True)
+    chosen.sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_internal_policies_see_the_images(family):
+    model, inputs = vision_model(family, spread=3.0), model_inputs(family)
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    head, above = model.get_output_embeddings().weight, [id(p) for m in layer_list(model)[2:] for p in m.parameters()]
+    for layer in (1, 2, 4):
+        expected = states_of(model, inputs)[layer - 1] @ head.T
+        with internal_policy(model, layer):
+            logits, changed = (model(**one, use_cache=False).logits for one in (inputs, other))
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(logits[:, -5:], changed[:, -5:], atol=1e-3)
+        if layer == 2:
+            found, reference = gradients(model, logits, inputs), gradients(model, expected, inputs)
+            assert found.keys() == reference.keys()
+            torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)
+            names = {name: id(p) for name, p in model.named_parameters()}
+            assert not any(names[name] in above for name in found)
+            assert any("vision" in name or "visual" in name for name in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_analysis_sees_the_images(family):
+    model, inputs = vision_model(family, spread=3.0), model_inputs(family)
+    single, rows = [], []
+    for row, pixels in enumerate(inputs["pixel_values"].split([4, 16] if family == "qwen2_vl" else [1, 1])):
+        kept = inputs["attention_mask"][row].bool()
+        ids, more = inputs["input_ids"][row, kept], {"pixel_values": pixels}
+        more |= {n: v[row : row + 1, kept][:, :-1] for n, v in inputs.items() if n.endswith("token_type_ids")}
+        more |= {n: v[row : row + 1] for n, v in inputs.items() if n == "image_grid_thw"}
+        single.append({"input_ids": ids[None, :-1], **more})
+        rows.append({"prompt_ids": ids[:-4].tolist(), "response_ids": ids[-4:].tolist(), "image_inputs": more})
+    with torch.no_grad():
+        states = [torch.stack(states_of(model, one))[:, 0, -4:] for one in single]
+        logps = (torch.cat(states, dim=1) @ model.get_output_embeddings().weight.T).log_softmax(-1)
+    sites = analyze_rollouts(model, rows)["sites"]["layer_out"]
+    assert sites == pytest.approx((-(logps.exp() * logps).sum(-1)).mean(-1).tolist(), abs=1e-5)
+    assert sites != analyze_rollouts(model, [{**row, "image_inputs": None} for row in rows])["sites"]["layer_out"]
