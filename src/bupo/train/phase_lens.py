@@ -52,13 +52,12 @@ class PhaseLens:
             prompts = [prompt_with_images(rows[number]) for number in numbers]
             prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
             completion_ids, _ = trainer._generate_single_turn(prompt_ids, images, fields, 1)
-            drawn = [
+            drawn: list[dict[str, Any]] = [
                 {"prompt_ids": list(prompt), "response_ids": list(response), "problem_id": str(number)}
                 for prompt, response, number in zip(prompt_ids, completion_ids, numbers, strict=True)
             ]
             for row, prompt in zip(drawn, prompts, strict=True) if images else ():
-                alone = trainer._tokenize_prompts([prompt])[2]
-                row["image_inputs"] = inputs_of_prompt(alone, len(row["response_ids"]))
+                row["image_inputs"] = inputs_of_prompt(trainer._tokenize_prompts([prompt])[2], len(row["response_ids"]))
             responses += gather_object([row for row in drawn if row["response_ids"]])
             if sum(len(row["response_ids"]) for row in responses) >= wanted:
                 break
