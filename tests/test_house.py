@@ -25,6 +25,7 @@ ADDED = {
     "lenses": {"src": 850, "tests": 420},
     "no silent wrong results": {"src": 368, "tests": 380},
     "trained layers": {"src": 130, "tests": 70},
+    "TRL's behaviours and images": {"src": 90, "tests": 362},
 }
 # A file imports only from lower floors or from its own folder.
 FLOORS = {

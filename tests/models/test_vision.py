@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bupo import internal_policy
+from bupo.errors import InputError
 from tests.support.vision import model_inputs, vision_model
 from tests.support.zoo_checks import layer_list
 
@@ -46,3 +47,17 @@ def test_internal_policies_see_the_images(family):
             names = {name: id(p) for name, p in model.named_parameters()}
             assert not any(names[name] in above for name in found)
             assert any("vision" in name or "visual" in name for name in found)
+
+
+def test_layers_after_which_a_model_adds_image_features_are_refused_with_images():
+    """Qwen3-VL adds features of its vision tower to the stream after its first layers, two in this model."""
+    model, inputs = vision_model("qwen3_vl"), model_inputs("qwen2_vl")
+    for layer in (1, 2):
+        with (
+            internal_policy(model, layer),
+            pytest.raises(InputError, match=f"what layer {layer} returns does not reach"),
+        ):
+            model(**inputs, use_cache=False)
+    expected = states_of(model, inputs)[2] @ model.get_output_embeddings().weight.T
+    with internal_policy(model, 3):
+        torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected)

@@ -24,6 +24,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, 
     "num_hidden_layers": 4}  # as many as the text model: the tower must not be taken for it
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 QWEN_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+QWEN = {"image_token_id": 94, "video_token_id": 95, "vision_start_token_id": 93}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
 MULTIMODAL = {  # by family: text_config, vision_config, other settings
     "gemma3": ({"model_type": "gemma3_text", "sliding_window": 4}, SIGLIP,
@@ -31,8 +32,9 @@ MULTIMODAL = {  # by family: text_config, vision_config, other settings
     "llava": ({"model_type": "qwen2"}, {**VISION, "model_type": "clip_vision_model"}, {"image_token_index": 90}),
     "mistral3": ({"model_type": "mistral"}, {**VISION, "model_type": "pixtral"}, {"image_token_index": 90}),
     "paligemma": ({"model_type": "gemma2"}, SIGLIP, {"projection_dim": 32, "image_token_index": 90}),
-    "qwen2_vl": ({**MROPE, "model_type": "qwen2_vl_text"}, QWEN_VISION, {"image_token_id": 94, "video_token_id": 95,
-        "vision_start_token_id": 93}),
+    "qwen2_vl": ({**MROPE, "model_type": "qwen2_vl_text"}, QWEN_VISION, QWEN),
+    "qwen3_vl": ({**MROPE, "model_type": "qwen3_vl_text"}, {**QWEN_VISION, "hidden_size": 16, "out_hidden_size": 32,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}, QWEN),
 }
 # fmt: on
 

@@ -129,9 +129,6 @@ def add(step: int) -> int:
 
     Args:
         step: The number.
-
-    Returns:
-        The next number.
     """
     return step + 1
 
@@ -147,9 +144,6 @@ class Counter:
 
         Args:
             step: The number to add.
-
-        Returns:
-            The sum.
         """
         self.total += step
         return self.total

@@ -53,6 +53,8 @@ def prompt_with_images(row: Mapping[str, Any]) -> Any:
 
 def inputs_of_prompt(processed: Mapping[str, Any], response: int) -> dict[str, Tensor]:
     """The same as `image_inputs`, from what the processor made of one prompt, for a response of so many tokens."""
+    if "pixel_values" not in processed:
+        return {}
     fields = {name: torch.as_tensor(np.asarray(value)) for name, value in processed.items()}
     grown = {name: functional.pad(fields[name], (0, response - 1)) for name in _BY_TOKEN if name in fields}
     return {**fields, **grown}
