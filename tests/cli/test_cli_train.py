@@ -38,7 +38,7 @@ def recipe(tmp_path, tiny_folder):
 def rows(folder):
     """The log without times."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "step_time")} for row in log]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "sampling_seconds", "step_time")} for row in log]
 
 
 def final(folder):
