@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError, out_of_memory
-from bupo.train.build import AnswerReward, OwnReward, make_reward
+from bupo.recipe import read_recipe
+from bupo.train.build import AnswerReward, OwnReward, build, check_recipe, make_reward, trainer_config
 from tests.cli.conftest import bupo  # noqa: F401  (a fixture)
 from tests.cli.test_cli_train import recipe  # noqa: F401  (a fixture)
+from tests.models.test_load import changed
 from tests.support import distributed
 from tests.support.processes import launch
 from tests.support.tiny import tiny_model
+from tests.support.training import same_weights, weights
 
 
 def test_the_answer_reward_grades():
@@ -122,6 +125,16 @@ def test_adapters_on_tied_embeddings_are_refused(bupo, tmp_path, recipe, tiny_fo
 
 
 TARGETS = [["embed_tokens", "q_proj"], "all-linear", r".*\.[qv]_proj"]
+
+
+def test_the_reference_model_is_the_model_that_is_trained(tmp_path, recipe, tiny_folder):  # noqa: F811
+    folder = changed(tmp_path / "m", tiny_folder, lambda tensors: {f"_orig_mod.{k}": v for k, v in tensors.items()})
+    settings = check_recipe(read_recipe(recipe(model=folder, beta=0.1, internal_steps=0)))
+    with pytest.warns(UserWarning, match="_orig_mod"):
+        trainer = build(settings, tmp_path / "run", lambda line: None)
+    assert same_weights(weights(trainer.model), weights(trainer.ref_model))
+    branch = settings.model_copy(update={"model": "org/name", "revision": "branch"})
+    assert trainer_config(branch, tmp_path).model_init_kwargs["revision"] == "branch"
 
 
 def test_a_target_module_that_does_not_exist_is_refused_beside_one_that_does(bupo, tmp_path, recipe):  # noqa: F811

@@ -70,7 +70,8 @@ def internal_policy(
 
     Yields the same model, which may be inside PEFT, DDP or FSDP wrappers. Leaving the context, also by an exception,
     restores it exactly; the backward pass of a forward inside may run after it. Within it, the model cannot be copied
-    or pickled, because the copy would remain an internal policy.
+    or pickled, because the copy would remain an internal policy, and other threads that call it get the internal policy
+    too; give each thread a model of its own.
 
     Raises `InputError` for an argument outside these ranges, a model that is no decoder-only causal LM or is inside
     another ``internal_policy``, and in a forward where the model changes the stream between the layer and the norm.

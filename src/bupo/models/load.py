@@ -21,7 +21,7 @@ from bupo.models.unembed import has_low_precision_units
 SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small"
 DTYPES = ("float32", "bfloat16", "float16")
 _ADAPTER = "adapter_config.json"  # of PEFT
-_WRAPPERS = r"(^|\.)(?:(?:_orig_mod|module)\.)+"  # what torch.compile and DDP put before the names of tensors
+WRAPPERS = r"(^|\.)(?:(?:_orig_mod|module)\.)+"  # what torch.compile and DDP put before the names of tensors
 # words in transformers' messages where the hub does not have the model, or could not be asked
 _NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model identifier", "cannot find")
 
@@ -124,9 +124,9 @@ def _complete(auto: Any, path: str, name: str, **kwargs: Any) -> Any:
     """``from_pretrained``; raises `InputError` for tensors that it would initialise at random or ignore wrongly."""
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # a wrong shape is refused below, by name
     model, info = auto.from_pretrained(path, **kwargs)
-    wrapped = [tensor for tensor in info["unexpected_keys"] if re.search(_WRAPPERS, tensor)]
+    wrapped = [tensor for tensor in info["unexpected_keys"] if re.search(WRAPPERS, tensor)]
     if wrapped and info["missing_keys"] and "key_mapping" not in kwargs:
-        model, info = auto.from_pretrained(path, key_mapping={_WRAPPERS: r"\1"}, **kwargs)
+        model, info = auto.from_pretrained(path, key_mapping={WRAPPERS: r"\1"}, **kwargs)
         prefixes = "names of torch.compile or DDP (such as _orig_mod.) before the names of its tensors were left out"
         warnings.warn(f"model {name!r}: {prefixes}", stacklevel=3)
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -25,7 +25,7 @@ from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
 from bupo.errors import BupoError, ConfigError, InputError, describe, nearest, out_of_memory
 from bupo.models.layout import context_length
-from bupo.models.load import load_model
+from bupo.models.load import WRAPPERS, load_model
 from bupo.recipe import Recipe, validate
 from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
@@ -140,12 +140,15 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
     Raises `ConfigError` if the settings do not fit together; `BuPOConfig` decides.
     """
     accelerator = torch.accelerator.is_available()
-    machine = {
+    machine: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
         "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator),
         "dataloader_pin_memory": accelerator,
         "disable_tqdm": True,
     }
+    if recipe.trainer.get("beta"):  # TRL loads the reference model, which must be the one that is trained
+        source = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+        machine["model_init_kwargs"] = {**source, "key_mapping": {WRAPPERS: r"\1"}}
     with _as_config_error():
         return BuPOConfig(**{**machine, **(recipe.trainer_settings() if settings is None else settings)})
 
