@@ -23,7 +23,7 @@ TOTAL_LINES = {"src": 9_500, "tests": 7_500}
 ADDED = {
     "grading rules": {"src": 120, "tests": 70},
     "lenses": {"src": 850, "tests": 420},
-    "no silent wrong results": {"src": 368, "tests": 380},
+    "no silent wrong results": {"src": 378, "tests": 395},
     "trained layers": {"src": 130, "tests": 70},
     "TRL's behaviours and images": {"src": 90, "tests": 362},
 }
