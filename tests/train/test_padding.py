@@ -9,9 +9,10 @@ import torch
 
 from bupo.errors import ConfigError
 from bupo.models.internal_policy import internal_policy
+from bupo.models.layout import context_length
 from bupo.train.advantages import Critic
 from bupo.train.schedule import FULL, Phase
-from tests.support.tiny import tokens
+from tests.support.tiny import tiny_model, tokens
 from tests.support.training import make_trainer
 from tests.support.zoo import BY_NAME, ZOO, zoo_model
 
@@ -72,6 +73,20 @@ def test_a_fused_loss_that_bypasses_the_scores_is_refused_where_padding_counts(t
     pytest.importorskip("liger_kernel")
     with pytest.raises(ConfigError, match="use_liger_kernel scores prompts behind padding"):
         make_trainer(tmp_path, model=zoo_model("gpt2"), use_liger_kernel=True)
+
+
+def test_beyond_the_length_where_longrope_changes_sequences_are_refused():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    assert context_length(model.config) == 16
+    ids, mask = torch.cat([tokens(2, 10), torch.zeros(2, 14, dtype=torch.long)], 1), torch.ones(2, 24)
+    logits = [
+        model(ids[:1, :10]),
+        *(model(ids[:, :n], attention_mask=mask[:, :n] * (torch.arange(n) < 10)) for n in (16, 24)),
+    ]
+    first, fits, longer = (output.logits[0, :10] for output in logits)
+    torch.testing.assert_close(fits, first, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(longer, first, rtol=1e-2, atol=1e-2)  # once it is, the limit can go
 
 
 def test_models_to_which_padding_is_nothing_are_scored_as_trl_does(tmp_path):

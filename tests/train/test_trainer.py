@@ -270,7 +270,7 @@ def test_a_layer_found_by_analysis_that_is_frozen_stops(tmp_path, monkeypatch):
         ({"train_dataset": prompts(3)}, "has 3 prompts, fewer than the 4"),
         ({"use_transformers_continuous_batching": True, "bf16": True}, "would turn the trained weights to bfloat16"),
         ({"use_transformers_continuous_batching": True, "fp16": True}, "would turn the trained weights to float16"),
-        ({"frozen_layers": "5"}, "frozen_layers: layer 5 does not exist: this model has layers 1 to 4"),
+        ({"frozen_layers": "4-5"}, "frozen_layers: layer 5 does not exist: this model has layers 1 to 4"),
         ({**SCALED, "upper_learning_rate_above": 9}, "upper_learning_rate_above: layer 9"),
         ({**SCALED, "upper_learning_rate_above": 4}, "no layer is above 4; set a lower one"),
         ({**SCALED, "optimizers": FOREIGN}, "upper_learning_rate_scale needs the trainer's own optimizer; do not pass"),

@@ -90,8 +90,15 @@ def find_layout(model: nn.Module) -> DecoderLayout:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence that a model's configuration allows (``max_position_embeddings``), or None if unset."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    """The longest sequence that a model's configuration allows (``max_position_embeddings``), or None if unset.
+
+    Of LongRoPE (Phi-4-mini), the length beyond which one sequence makes the model rotate the positions of its whole
+    batch in another way, so that the scores of the others change.
+    """
+    text = config.get_text_config()
+    context, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        context = rope.get("original_max_position_embeddings") or context
     return int(context) if context else None
 
 
