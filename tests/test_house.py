@@ -24,6 +24,7 @@ ADDED = {
     "grading rules": {"src": 120, "tests": 70},
     "lenses": {"src": 850, "tests": 420},
     "no silent wrong results": {"src": 378, "tests": 395},
+    "no tracebacks": {"src": 191, "tests": 292},
     "trained layers": {"src": 130, "tests": 70},
     "TRL's behaviours and images": {"src": 90, "tests": 362},
 }

@@ -35,6 +35,12 @@ def out_of_memory(error: BaseException) -> str | None:
     return "host" if isinstance(error, MemoryError) or "t allocate memory" in text else None
 
 
+def not_finite(error: BaseException) -> str | None:
+    """A sentence if PyTorch could not sample because of infinite or undefined logits; None if it was another error."""
+    remedy = "check the model's weights, or load it in float32"
+    return f"the model's probabilities are not finite; {remedy}" if "probability tensor" in str(error) else None
+
+
 _OURS = {  # words that replace pydantic's
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
@@ -68,8 +74,16 @@ def describe(name: str, errors: Iterable[Mapping[str, Any]], valid: Iterable[str
         elif kind == "literal_error" and " or " in text:
             text = f"one of {text}"
         expected[text] = None
-    value = repr(error["input"])
-    return f"{name} must be {either(expected)}, not {value if len(value) < 80 else value[:77] + '...'}"
+    return f"{name} must be {either(expected)}, not {shown(error['input'])}"
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """A value as a message shows it: at most ``length`` characters, even where its ``repr`` fails (huge integers)."""
+    try:
+        text = repr(value)
+    except Exception:  # of a user's class, whatever it raises
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ Keys that are no field of `Recipe` are fields of `BuPOConfig` (`bupo.train.build
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import re
@@ -145,6 +146,15 @@ def validate(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     """The recipe in a mapping, and what is wrong with its declared keys; a wrong key has its default in the recipe."""
     nested: dict[str, type[BaseModel]] = {"lora": Lora, "eval": Evaluation}
     errors: dict[str, list[Any]] = {}
+    try:
+        json.dumps(raw, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ConfigError(
+            f"the recipe holds {half!a}, half of a character (an unpaired surrogate); remove it"
+        ) from error
+    except (ValueError, RecursionError):  # said below for each key
+        pass
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:

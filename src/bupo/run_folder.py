@@ -27,10 +27,13 @@ def claim(folder: str | Path, *, overwrite: bool = False, resume: bool = False) 
     if path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()) and not (overwrite or resume):
-        raise InputError(f"output folder {path} already holds a run; choose another or pass --overwrite")
+        holds = "already holds a run" if (path / RUN_FILE).exists() else "is not empty"
+        raise InputError(f"output folder {path} {holds}; choose another or pass --overwrite")
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"output folder {path} cannot be written: no permission in {parent}")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".bupo-", dir=parent))  # permissions alone do not tell
+    except OSError as error:
+        raise InputError(f"output folder {path} cannot be written: {error.strerror} in {parent}") from error
     return path
 
 
@@ -54,7 +57,8 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text file (UTF-8) whole or not at all."""
-    return write_bytes(path, text.encode("utf-8"))
+    # half a character (a byte of a path that is no UTF-8) is written as the escape that JSON has for it
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -66,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise `InputError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} does not contain a JSON object")

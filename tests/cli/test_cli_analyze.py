@@ -132,6 +132,16 @@ def test_nothing_is_left_of_a_result_that_json_cannot_hold(bupo, tmp_path, respo
     assert not list(tmp_path.glob("o/*"))
 
 
+def test_an_output_that_cannot_be_written_is_found_first(bupo, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for place, words in (("/proc/bupo", "in /proc"), (file / "o", f"Not a directory in {file}")):
+        code, out, err = bupo(*SMALL, "--responses", file, "--output", place)
+        assert (code, out) == (2, "")
+        assert f"bupo: error: output folder {place} cannot be written: " in err
+        assert err.endswith(f"{words}\n")
+
+
 GOOD = '{"prompt_ids": [3], "response_ids": [4]}'
 R = ["--responses", "r.jsonl"]
 

@@ -31,7 +31,7 @@ def test_a_whole_evaluation(tiny_folder, questions, tmp_path, bupo):
     command = arguments(tiny_folder, questions, "--output", output)
     code, _, err = bupo(*command)
     assert code == 2
-    assert "already holds a run" in err
+    assert "is not empty" in err
     code, out, _ = bupo(*command, "--overwrite", "--json")
     assert code == 0
     assert (output / "notes.txt").read_text() == "mine"

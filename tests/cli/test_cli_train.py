@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from bupo.cli import main
 from tests.support import training
+from tests.support.tiny import tiny_model
 from tests.support.training import same_weights
 
 RECIPE = yaml.safe_load("""{
@@ -116,6 +117,11 @@ REFUSED = [
     ({"reward": "tests.support.training:no_such"}, "cannot be imported"),
     ({"lora": {"target_modules": ["no_such_module"]}}, "no_such_module"),
     ({"dtype": "float32", "template": "chat"}, "no chat template"),
+    # found by the first rollout batch or update only; what was written by then is removed
+    ({"trl": {"top_k": -3}}, "`top_k` has to be a strictly positive integer"),
+    ({"trl": {"pad_to_multiple_of": 0}}, "ZeroDivisionError"),
+    ({"trl": {"adam_beta1": 7.0}}, "Invalid beta parameter at index 0"),
+    ({"phases": "[" * 5000, "internal_layer": None, "internal_steps": None}, "phases must be a list of"),
 ]
 
 
@@ -124,6 +130,30 @@ def test_wrong_inputs_give_one_line_and_leave_nothing(refused, tmp_path, recipe,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "columns.jsonl").write_text('{"prompt": "1+1="}\n')
     assert part in refused("train", recipe(**changes), output=tmp_path / "run")
+
+
+def test_models_that_cannot_be_trained_are_refused(refused, bupo, tmp_path, recipe, tiny_folder):
+    """A tokenizer that belongs to another model or can neither pad nor end, and weights that are not numbers."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    keep = {name: value for name, value in settings.items() if name not in ("pad_token", "eos_token")}
+    write = (folder / "tokenizer_config.json").write_text
+    write(json.dumps(keep))
+    path = recipe(model=str(folder))
+    assert "has no padding and no end-of-sequence token" in refused("train", path, output=tmp_path / "run")
+    write(json.dumps(settings))
+    tiny_model("qwen3", vocab_size=15, max_position_embeddings=512).save_pretrained(folder)
+    beyond = "is outside the model's vocabulary of 15"
+    assert beyond in refused("train", path, output=tmp_path / "run")
+    sampled = ("--dataset", tmp_path / "sums.jsonl")
+    assert beyond in refused("analyze", "--model", folder, *sampled, output=tmp_path / "run")
+    assert beyond in refused("eval", "--model", folder, *sampled, output=tmp_path / "run")
+    model = tiny_model("qwen3", max_position_embeddings=512)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    code, _, err = bupo("train", path, "--output", tmp_path / "run")
+    assert code == 2
+    assert "update 1 (rollout batch 1, internal phase, layer 2): the model's probabilities are not finite" in err
 
 
 def test_other_refusals(bupo, tmp_path, recipe, finished):

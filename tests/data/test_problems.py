@@ -95,7 +95,12 @@ def test_messages_that_hold_the_answer_are_refused(tmp_path):
     [
         ("missing.jsonl", None, "no such file"),
         ("empty.json", "[]", "is empty"),
-        ("bad.jsonl", '{"problem": "a", "answer": "1"}\n\n{', "cannot be read as jsonl in line 3"),
+        (
+            "bad.jsonl",
+            '{"problem": "a", "answer": "1"}\n\n{',
+            "jsonl in line 3: Expecting.*at column 2",
+        ),
+        ("deep.jsonl", "{}\n" + "[" * 100_000, "cannot be read as jsonl in line 2: nested too deeply"),
         ("bad.parquet", "nope", "cannot be read as parquet"),
         ("scalar.json", "3", "list of objects"),
         ("x.jsonl", '{"text": "a", "label": 1}', "row 0 lacks a prompt column .prompt, messages, .*found: text, label"),

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from bupo.data.problems import BOXED_INSTRUCTION
-from bupo.data.prompts import prompt_ids, render_prompt
+from bupo.data.problems import BOXED_INSTRUCTION, Problem
+from bupo.data.prompts import prompt_ids, prompts_of, render_prompt
 from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
 
@@ -61,11 +61,42 @@ def test_wrong_use_is_refused():
         prompt_ids("", Tokenizer(False))
 
 
+class Template(Tokenizer):
+    """Renders with a function of the messages."""
+
+    def __init__(self, render):
+        super().__init__(True)
+        self.apply_chat_template = lambda messages, **options: render(messages)
+
+
+def _no_system(messages):
+    if messages[0]["role"] == "system":
+        raise ValueError("System role not supported")
+    return "|".join(m["content"] for m in messages)
+
+
+@pytest.mark.parametrize("render", [_no_system, lambda ms: "|".join(m["content"] for m in ms if m["role"] != "system")])
+def test_a_template_without_a_system_role_puts_its_text_before_the_user_s(render):
+    with pytest.warns(UserWarning, match="takes no system message"):
+        text = render_prompt([*MESSAGES, {"role": "assistant", "content": "2"}], Template(render))
+    assert text == f"{BOXED_INSTRUCTION}\n\n1+1?|2"
+    assert render_prompt("hi", Template(render)) == "hi"
+
+
+def test_a_failing_template_and_ids_beyond_the_model_name_the_problem():
+    problems = [Problem("p/0", "ab", "1", "p"), Problem("p/1", "az", "1", "p")]
+    with pytest.raises(InputError, match=r"problem p/0: the tokenizer's chat template fails: KeyError: 'x'"):
+        prompts_of(problems, Template(lambda messages: messages[0]["x"]), "auto")
+    assert prompts_of(problems, Tokenizer(True), "raw", 258) == [[257, 97, 98], [257, 97, 122]]
+    with pytest.raises(InputError, match=r"problem p/1: token id 122 is outside the model's vocabulary of 122"):
+        prompts_of(problems, Template(lambda messages: messages[0]["content"]), "auto", 122)
+
+
 def test_responses_with_ids_and_with_text(tmp_path):
     path = tmp_path / "r.jsonl"
     rows = [
         {"problem_id": "p/0", "sample": 1, "prompt_ids": [1, 2], "response_ids": [3], "reward": 1, "other": "x"},
-        {"prompt": "a", "response": "b"},
+        {"prompt": "a", "response": [{"role": "assistant", "content": "b"}]},
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     first, second = read_responses(path, Tokenizer(False))
@@ -85,8 +116,16 @@ def test_shared_responses(shared_data):
         ({"prompt_ids": [1], "response_ids": ["a"]}, "must be a list of token ids"),
         ({"prompt_ids": [1] * 5, "response_ids": [2] * 6}, "row 0: 5 prompt and 6 response tokens.*context of 10"),
         ({"prompt": "a", "response": "b"}, "there is no tokenizer"),
-        ({"prompt_ids": [1], "response_ids": [2], "reward": "n/a"}, "row 0: reward must be a number, not 'n/a'"),
-        ({"prompt_ids": [1], "response_ids": [2], "sample": "a"}, "row 0: sample must be a number, not 'a'"),
+        ({"prompt": "a", "response": 5}, "row 0: response must be text, not 5"),
+        ({"prompt": [1], "response": "b"}, r"row 0: prompt must be text or a list of messages with content, not \[1\]"),
+        ({"prompt": "a", "response": "b\ud83d"}, r"row 0: 'response' holds '\\ud83d', half of a character"),
+        (
+            {"prompt_ids": [1], "response_ids": [2], "reward": 10**400},
+            "row 0: reward must be a finite number, not 1000",
+        ),
+        ({"prompt_ids": [1], "response_ids": [2], "sample": 1.5}, "row 0: sample must be a whole number, not 1.5"),
+        ({"prompt_ids": [1], "response_ids": [2], "reward": "n/a"}, "row 0: reward must be a finite number, not 'n/a'"),
+        ({"prompt_ids": [1], "response_ids": [2], "sample": "a"}, "row 0: sample must be a finite number, not 'a'"),
     ],
 )
 def test_wrong_responses(tmp_path, row, message):

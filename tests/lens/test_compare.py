@@ -34,6 +34,12 @@ def plain(model, rollouts, layer):
     return {name: torch.cat(values, -1).mean(-1) for name, values in rows.items()}
 
 
+def test_different_vocabularies_are_refused():
+    measured = [(name, measure_layers(tiny_model(vocab_size=n), pairs(), 2)) for name, n in (("a", 97), ("b", 98))]
+    with pytest.raises(InputError, match="vocabularies differ: a has 97 tokens and b has 98"):
+        compare_models(measured)
+
+
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_every_quantity_is_its_definition(monkeypatch, layer):
     monkeypatch.setattr("bupo.lens.compare._BATCH_TOKENS", 20)

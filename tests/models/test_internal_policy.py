@@ -36,6 +36,15 @@ def test_last_layer_with_norm_is_the_model_itself():
     assert torch.equal(logits(model, L, lens="norm"), model(tokens()).logits)
 
 
+def test_assisted_decoding_is_greedy_decoding():
+    model, ids, how = tiny_model(), tokens(1), {"max_new_tokens": 12, "do_sample": False}
+    for layer in (2, L):
+        with internal_policy(model, layer):
+            greedy = model.generate(ids, **how)
+            for assistant in (tiny_model(seed=1), tiny_model()):
+                assert torch.equal(model.generate(ids, assistant_model=assistant, **how), greedy)
+
+
 def surrogate(logits, ids):
     """A scalar function of a policy's log-probabilities."""
     return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).square().mean()

@@ -13,6 +13,7 @@ from bupo.report import analysis_figures
 from bupo.report.evaluations import average_dots, pass_curves
 from bupo.report.inside_figures import training_curves, training_figure
 from bupo.report.logs import TrainingRun
+from bupo.report.page import collect
 from bupo.report.results import Analysis, Evaluation, ExploredTokens, TrainingReading
 from bupo.report.style import inline_svg, looks, role, save
 from tests.support.results import TOKENS, analysis, evaluations, explored, layer_choice, log, results
@@ -161,7 +162,16 @@ def test_a_torn_last_line_is_left_out_and_other_rubbish_refused(tmp_path):
     good = json.dumps(log()[0])
     path.write_text(good + '\n{"step": 2, "rew')
     assert len(TrainingRun.load(path).log) == 1
-    for content, words in ((f"oops\n{good}\n", "line 1"), (f"[1]\n{good}\n", "line 1"), ('{"step": 1}\n', "no row")):
+    assert collect([str(path)]).notes[0].startswith(f"{tmp_path.name}: the last line of its log is incomplete")
+    path.write_text(good)
+    assert not collect([str(path)]).notes
+    bad_step = (f'{good}\n{{"step": "a"}}\n', "line 2: step must be a number, not 'a'")
+    for content, words in (
+        bad_step,
+        (f"oops\n{good}\n", "line 1"),
+        (f"[1]\n{good}\n", "line 1"),
+        ('{"step": 1}\n', "no row"),
+    ):
         path.write_text(content)
         with pytest.raises(InputError, match=words):
             TrainingRun.load(path)

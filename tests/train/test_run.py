@@ -71,7 +71,7 @@ def test_rewards_may_be_any_numbers_or_none():
 def test_a_reward_that_fails_is_one_line(bupo, tmp_path, recipe):  # noqa: F811
     code, _, err = bupo("train", recipe(reward="tests.train.test_run:raising"), "--output", tmp_path / "run")
     assert code == 2
-    assert err.splitlines()[-1] == "bupo: error: reward tests.train.test_run:raising failed with KeyError: 'gold'"
+    assert err.splitlines()[-1] == "bupo: error: reward tests.train.test_run:raising failed with KeyError('gold')"
 
 
 def test_an_own_reward_lies_in_the_working_directory(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_an_own_reward_lies_in_the_working_directory(tmp_path, monkeypatch):
     )
     reward = make_reward("my_own_reward:f", [Problem("a", "1+1=", 2.0, "t")])
     assert (reward(completions=["x"], problem=[0]), reward.__name__) == ([2.0], "f")
-    for name, part in (("my_own_reward:g", "no attribute 'g'"), ("my_own_reward:N", "'int' object has no attribute")):
+    for name, part in (("my_own_reward:g", "no attribute 'g'"), ("my_own_reward:N", "must be a function, not 3")):
         with pytest.raises(ConfigError, match=part):
             make_reward(name, [])
     (tmp_path / "broken_reward.py").write_text("def f(:\n")

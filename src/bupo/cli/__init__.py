@@ -38,6 +38,7 @@ warnings.formatwarning = lambda message, *place, **more: f"bupo: warning: {messa
 _AGAIN = "Nothing was written; the same command starts again from the beginning."
 _SAVED = "Responses so far are saved; the same command continues."
 _INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "lens": _AGAIN, "eval": _SAVED}
+_INTERRUPTED |= {"plan": "", "report": "Nothing was written.", "demo": "With --overwrite, it starts again."}
 
 
 @app.callback(invoke_without_command=True)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = app(args=arguments, standalone_mode=False)
         if result == 130 and arguments[0] in _INTERRUPTED:  # typer's code for Ctrl-C
-            print(f"bupo: interrupted. {_INTERRUPTED[arguments[0]]}", file=sys.stderr)
+            print(f"bupo: interrupted. {_INTERRUPTED[arguments[0]]}".rstrip(), file=sys.stderr)
         return result if isinstance(result, int) else 0
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of click, which prints itself

@@ -181,13 +181,13 @@ def load_with_responses(config: Mapping[str, Any], progress: Progress) -> tuple[
 
 def _generate(model: Any, tokenizer: Any, problems: Any, progress: Progress, config: Mapping[str, Any]) -> Any:
     """Sample the model's own responses to the problems, of at most 512 tokens where the user names no number."""
-    from bupo.data.prompts import prompt_ids
+    from bupo.data.prompts import prompts_of
     from bupo.data.rollouts import Rollout
     from bupo.evaluate.engines import Sampling, response_limit
     from bupo.evaluate.hf_engine import sample
-    from bupo.models.layout import context_length
+    from bupo.models.layout import context_length, vocabulary_size
 
-    prompts = [prompt_ids(p.prompt, tokenizer, config["template"]) for p in problems]
+    prompts = prompts_of(problems, tokenizer, config["template"], vocabulary_size(model))
     tokens = response_limit(prompts, context_length(model.config), config["max_new_tokens"], 512)
     sampling = Sampling(tokens, config["temperature"], seed=config["seed"])
     bar = partial(progress.move, "generating responses")

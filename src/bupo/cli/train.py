@@ -14,6 +14,9 @@ from bupo.cli import options
 from bupo.errors import InputError
 from bupo.run_folder import read_run
 
+_CONTINUE = "Continue with: bupo train --resume --output "
+_AGAIN = "There is no checkpoint yet; start again with --overwrite --output "
+
 
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe. --resume uses the recipe of the run.")] = None,
@@ -76,7 +79,12 @@ def train(
     def draw(analysis: Mapping[str, Any], folder: Path, name: str) -> Path:
         return save(entropy_flow(analysis), folder, name)[0]
 
-    summary = run(check_recipe({**raw, **given}), output, resume=resume, overwrite=overwrite, say=say, draw=draw)
+    try:
+        summary = run(check_recipe({**raw, **given}), output, resume=resume, overwrite=overwrite, say=say, draw=draw)
+    except KeyboardInterrupt:  # the second one: the first ends the run in order
+        saved = any(Path(output, "checkpoints").glob("checkpoint-*"))
+        say(f"bupo: interrupted. {_CONTINUE if saved else _AGAIN}{output}")
+        raise
     if main:
         if (figure := write_training_figure(output)) is not None:
             say(f"wrote {figure}")
@@ -86,7 +94,7 @@ def train(
 
 def _text(rollouts: int, reward_first: float | None, reward_last: float | None, **summary: Any) -> str:
     if summary["interrupted"]:
-        then = f"Continue with: bupo train --resume --output {summary['output']}"
+        then = f"{_CONTINUE}{summary['output']}"
         return f"stopped after rollout batch {rollouts}; checkpoint saved. {then}"
     rewards = "" if None in (reward_first, reward_last) else f", reward {reward_first:.3f} -> {reward_last:.3f}"
     return f"{rollouts} rollout batches in {summary['seconds']:.0f} s{rewards}; model in {summary['model']}"

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from bupo.data import generators
 from bupo.data.answers import last_boxed
-from bupo.errors import InputError
+from bupo.errors import InputError, shown
 
 Prompt = str | list[dict[str, str]]
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -85,11 +85,30 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
                 where = f" in line {number}"
                 rows += [json.loads(line)] if line.strip() else []
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as {suffix[1:]}{where}: {str(error).splitlines()[0]}") from error
+            where = ""
+    except (ValueError, OSError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, json.JSONDecodeError) and where:
+            reason = f"{error.msg} at column {error.colno}"
+        elif isinstance(error, RecursionError):
+            reason = "nested too deeply"
+        raise InputError(f"{path} cannot be read as {suffix[1:]}{where}: {reason}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} is empty, or not a list of objects, one per row")
+    if suffix != ".parquet":
+        _check_texts(rows, path)
     return rows
+
+
+def _check_texts(rows: list[dict[str, Any]], path: Path) -> None:
+    """Raise `InputError` for text that no tokenizer and no file takes: JSON may hold one half of a surrogate pair."""
+    for index, row in enumerate(rows):
+        for column, value in row.items():
+            try:
+                json.dumps({column: value}, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"{error.object[error.start]!a}, half of a character (an unpaired surrogate)"
+                raise InputError(f"{path}: row {index}: {column!a} holds {half}; correct or remove the row") from error
 
 
 def _problems(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> list[Problem]:
@@ -110,13 +129,20 @@ def _problems(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> l
     return list(problems.values())
 
 
+def as_prompt(value: Any) -> Prompt | None:
+    """A text or a list of messages as a prompt, or None; raises the errors of `plain_messages`."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "content" in turn for turn in value):
+        return plain_messages(value)
+    return None
+
+
 def _prompt(row: Mapping[str, Any]) -> Prompt | None:
     """Return ``prompt`` or ``messages`` unchanged, or ask ``problem`` or ``question`` for a boxed answer."""
     for value in filter(None, map(row.get, ("prompt", "messages"))):
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and all(isinstance(turn, Mapping) and "content" in turn for turn in value):
-            return plain_messages(value)
+        if (prompt := as_prompt(value)) is not None:
+            return prompt
     for value in filter(None, map(row.get, ("problem", "question"))):
         if isinstance(value, str):
             return [{"role": "system", "content": BOXED_INSTRUCTION}, {"role": "user", "content": value}]
@@ -130,10 +156,10 @@ def plain_messages(messages: Iterable[Any]) -> list[dict[str, str]]:
         content = turn.get("content") if isinstance(turn, Mapping) else None
         parts = content if isinstance(content, list) and content else [content]
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-        kinds = {part.get("type", "text") for part in parts if isinstance(part, Mapping)}
-        if not all(isinstance(text, str) for text in texts) or kinds - {"text"}:
+        other = any(part.get("type", "text") != "text" for part in parts if isinstance(part, Mapping))
+        if other or not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f"the content of message {number} must be text or a list of text parts, not {content!r:.60}"
+                f"the content of message {number} must be text or a list of text parts, not {shown(content)}"
             )
         plain.append({"role": str(turn.get("role") or "user"), "content": "".join(texts)})
     if plain[-1:] and plain[-1]["role"] == "assistant":

@@ -35,6 +35,7 @@ class Engine(ABC):
     tokenizer: Any
     end_ids: frozenset[int]  # tokens that end a response
     context: int | None  # most tokens of a prompt with its response, None if unknown
+    vocabulary: int | None  # number of tokens that the model knows, None if unknown
     facts: dict[str, Any]  # what results record: revision, device and dtype
 
     @abstractmethod

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from bupo.errors import InputError
+from bupo.errors import InputError, not_finite
 from bupo.evaluate.engines import Batch, Engine, Sampling, cut_at_end, end_tokens
 from bupo.models.internal_policy import check_layer, internal_policy
-from bupo.models.layout import context_length, find_layout
+from bupo.models.layout import context_length, find_layout, vocabulary_size
 from bupo.models.load import model_revision
 from bupo.models.padding import attends_only
 
@@ -34,11 +34,12 @@ class TransformersEngine(Engine):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.internal_layer, self.lens = internal_layer, lens
         self.end_ids = end_tokens(model.generation_config, tokenizer)
-        self.context = context_length(model.config)
+        self.context, self.vocabulary = context_length(model.config), vocabulary_size(model)
         dtype = str(model.dtype).removeprefix("torch.")
         self.facts = {"revision": model_revision(model), "device": str(model.device), "dtype": dtype}
         pad = tokenizer.pad_token_id
-        self._pad_id = pad if pad is not None else min(self.end_ids, default=0)
+        known = pad is not None and (self.vocabulary is None or pad < self.vocabulary)
+        self._pad_id = pad if known else min(self.end_ids, default=0)
 
     def responses_per_batch(self, samples: int) -> int:
         return self.batch_size
@@ -59,10 +60,9 @@ class TransformersEngine(Engine):
                 torch.manual_seed(batch.seed)
                 return self._generate_groups(rows, sampling.max_new_tokens)
         except RuntimeError as error:
-            if "probability tensor" not in str(error):
+            if (reason := not_finite(error)) is None:
                 raise
-            remedy = "use --dtype float32 or check the model's weights"
-            raise InputError(f"the model's probabilities are not finite; {remedy}") from error
+            raise InputError(reason) from error
         finally:
             self.model.generation_config = before
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bupo import run_folder
 from bupo.data.problems import Problem
-from bupo.data.prompts import prompt_ids, render_prompt
+from bupo.data.prompts import prompts_of, render_prompt
 from bupo.errors import InputError
 from bupo.evaluate.config import EvalConfig, find_task, task_problems
 from bupo.evaluate.engines import Engine, Sampling, derived_seed, response_limit
@@ -131,7 +131,7 @@ def _plan_tasks(config: EvalConfig, engine: Engine) -> list[TaskPlan]:
     for task in map(find_task, config.tasks):
         problems = task_problems(task, data_dir=data_dir, limit=config.limit, seed=config.seed)
         template = config.template or task.template
-        prompts = [prompt_ids(problem.prompt, engine.tokenizer, template) for problem in problems]
+        prompts = prompts_of(problems, engine.tokenizer, template, engine.vocabulary)
         new_tokens = response_limit(prompts, engine.context, config.max_new_tokens, task.max_new_tokens)
         if count > len(problems):
             raise InputError(f"task {task.name} has {len(problems)} problems, too few for {count} shards")

@@ -34,6 +34,7 @@ class VllmEngine(Engine):
         except OSError:  # a model without one ends its responses with the tokenizer's token
             generation_config = None
         self.end_ids, self.context = end_tokens(generation_config, self.tokenizer), context_length(config)
+        self.vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         self.facts = {"revision": getattr(config, "_commit_hash", None), "device": "vllm", "dtype": dtype}
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         settings = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}

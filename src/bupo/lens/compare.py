@@ -33,6 +33,7 @@ class LayerMeasurements:
     values: Tensor  # (K, N) float64, response by response: log-prob, L entropies, L-l+1 divergences, L*L cosines
     layers: int
     layer: int  # the chosen layer l, from 1
+    vocabulary: int
     counts: list[int]  # number of tokens read per response
     sizes: list[int]  # and in all per response
 
@@ -72,7 +73,7 @@ def measure_layers(
     joined = torch.cat([measured[i] for i in range(len(pairs))], dim=-1)
     if not bool(torch.isfinite(joined).all()):
         raise InputError("the model returns non-finite logits; check its weights, or load it in a wider dtype")
-    return LayerMeasurements(joined, layers, layer, counts, sizes)
+    return LayerMeasurements(joined, layers, layer, len(unembedding.weight), counts, sizes)
 
 
 def _cosines(states: Tensor) -> Tensor:
@@ -93,6 +94,11 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
             raise InputError(
                 f"{first_name} has {first.layers} layers and {name} has {one.layers}; only states of one model "
                 "(before, during and after training) can be compared layer by layer"
+            )
+        if one.vocabulary != first.vocabulary:
+            raise InputError(
+                f"the vocabularies differ: {first_name} has {first.vocabulary} tokens and {name} has {one.vocabulary}; "
+                "the same token ids do not mean the same text for both"
             )
         item = {"name": name, **_summary(first, one.values, "perplexity")}
         if models:

@@ -166,15 +166,23 @@ def _is_same(state: Tensor, arrived: Tensor) -> bool:
 
 
 def _cut_cache(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Remove the recurrent states of the layers that do not run from a hybrid model's cache.
+    """Remove states of the layers that do not run from the cache.
 
-    Such models (OLMo-hybrid) ask the cache's last recurrent layer whether there is a past, which must be a layer that
-    runs. States of attention (also beside a recurrence, as in Zamba-2) stay, because they tell the cache's length.
+    Hybrid models (OLMo-hybrid) ask the cache's last recurrent layer whether there is a past, which must be a layer that
+    runs. Assisted decoding cuts the states of every attention layer, which must not be empty. Other states of attention
+    (also beside a recurrence, as in Zamba-2) stay, because they tell the cache's length.
     """
     states = getattr(kwargs.get("past_key_values"), "layers", None)
-    if not isinstance(states, list) or not any(hasattr(s, "has_previous_state") for s in states[:layer]):
+    if not isinstance(states, list) or len(states) <= layer:
         return
-    kept = [s for i, s in enumerate(states) if i < layer or hasattr(s, "get_seq_length")]
+    recurrent, attention = (
+        any(hasattr(s, n) for s in states[:layer]) for n in ("has_previous_state", "get_seq_length")
+    )
+    kept = states[:layer]
+    for state in states[layer:]:
+        empty = not getattr(state, "is_initialized", True)
+        if not (attention and empty if hasattr(state, "get_seq_length") else recurrent):
+            kept.append(state)
     if len(kept) < len(states):
         states[:] = kept
 

@@ -102,6 +102,11 @@ def context_length(config: Any) -> int | None:
     return int(context) if context else None
 
 
+def vocabulary_size(model: Any) -> int | None:
+    """The number of token ids that a model embeds, or None if its embedding does not say."""
+    return getattr(unwrap(model).get_input_embeddings(), "num_embeddings", None)
+
+
 def _find_backbone(inner: Any, count: int | None) -> tuple[Any, list[str]]:
     """Return the module that owns the list of ``count`` layers, and the names of such lists on it."""
 

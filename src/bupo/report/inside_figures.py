@@ -110,9 +110,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 def write_training_figure(run: Path) -> Path | None:
     """Write ``inside/inside.png`` and ``.svg`` of a training run that made two readings or more; return the first."""
-    made = TrainingRun.load(run / "log.jsonl")
-    if len(made.readings) < 2:
+    if len(list((run / "inside").glob("after-*.json"))) < 2:
         return None
+    made = TrainingRun.load(run / "log.jsonl")
     return style.save(training_figure([(run.name, made.readings, made.switch)]), run / "inside", "inside")[0]
 
 

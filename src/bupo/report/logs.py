@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bupo.errors import InputError
+from bupo.errors import InputError, shown
 from bupo.report.results import TrainingReading
 from bupo.run_folder import read_json
 
@@ -30,6 +30,7 @@ class TrainingRun:
 
     log: Sequence[Mapping[str, Any]]
     readings: Sequence[TrainingReading] = ()
+    cut: bool = False  # whether the last line was incomplete
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -38,19 +39,24 @@ class TrainingRun:
         An incomplete last line (the run is still writing, or was killed) is left out.
         """
         rows: list[dict[str, Any]] = []
+        cut = False
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line) if line.strip() else {}
-            except ValueError:
-                row = {} if number == len(lines) else None
+            except (ValueError, RecursionError):
+                cut = number == len(lines)
+                row = {} if cut else None
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number} is not a JSON object; name the log of a training run")
+            for name in ("step", "rollout"):
+                if row.get(name) is not None and (type(row[name]) not in (int, float) or not abs(row[name]) < 2**53):
+                    raise InputError(f"{path}, line {number}: {name} must be a number, not {shown(row[name])}")
             rows += [row] if row else []
         if not any("step" in row and _value(row, "reward") is not None for row in rows):
             raise InputError(f"{path} has no row with a step and a reward; name the log of a training run")
         readings = [TrainingReading.parse(read_json(p), p) for p in (path.parent / "inside").glob("after-*.json")]
-        return cls(rows, sorted(readings, key=lambda reading: reading.rollouts_done))
+        return cls(rows, sorted(readings, key=lambda reading: reading.rollouts_done), cut)
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Return the rollout batches that have ``name`` (a key of `SERIES`), and its mean in each."""
@@ -86,4 +92,4 @@ def _rollout(row: Mapping[str, Any]) -> float:
 
 def _value(row: Mapping[str, Any], name: str) -> float | None:
     values = (row.get(key) for key in SERIES[name])
-    return next((float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)), None)
+    return next((float(v) for v in values if isinstance(v, int | float) and abs(v) < math.inf), None)

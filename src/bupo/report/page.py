@@ -73,6 +73,8 @@ def collect(arguments: Sequence[str]) -> ReportData:
     for items in (data.evaluations, data.runs):
         items.sort(key=lambda item: _ORDER.get(style.role(item[0]), 0))
     data.differences, data.notes = evaluations.compare_evaluations(data.evaluations)
+    cut = "the last line of its log is incomplete and was left out: the run is writing, or was ended while it wrote."
+    data.notes += [f"{name}: {cut}" for name, run in data.runs if run.cut]
     return data
 
 

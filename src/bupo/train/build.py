@@ -23,8 +23,8 @@ from transformers import PrinterCallback, ProgressCallback
 from bupo.data.grading import Grader
 from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
-from bupo.errors import BupoError, ConfigError, InputError, describe, nearest, out_of_memory
-from bupo.models.layout import context_length
+from bupo.errors import BupoError, ConfigError, InputError, describe, nearest, out_of_memory, shown
+from bupo.models.layout import context_length, vocabulary_size
 from bupo.models.load import WRAPPERS, load_model
 from bupo.recipe import Recipe, validate
 from bupo.run_folder import RUN_FILE
@@ -149,19 +149,20 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
     if recipe.trainer.get("beta"):  # TRL loads the reference model, which must be the one that is trained
         source = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
         machine["model_init_kwargs"] = {**source, "key_mapping": {WRAPPERS: r"\1"}}
-    with _as_config_error():
+    with as_config_error():
         return BuPOConfig(**{**machine, **(recipe.trainer_settings() if settings is None else settings)})
 
 
 @contextmanager
-def _as_config_error() -> Iterator[None]:
-    """Within this context the checks of TRL, transformers and PEFT raise `ConfigError`."""
+def as_config_error(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Within this context the checks of TRL, transformers and PEFT raise `ConfigError`, where it ``applies``."""
     try:
         yield
-    except BupoError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except Exception as error:  # of many kinds
+        if isinstance(error, BupoError) or out_of_memory(error) is not None or not applies():
+            raise
+        kind = "" if isinstance(error, (ValueError, TypeError, ImportError)) else f"{type(error).__name__}: "
+        raise ConfigError(f"{kind}{error}") from error
 
 
 def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw: Draw | None = None) -> BuPOTrainer:
@@ -173,26 +174,30 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw
     settings, problems = trainer_config(recipe, folder), _problems(recipe)
     source = recipe.model_dump(include=SOURCE) | load_in_4bit(recipe, settings)
     model, tokenizer = load_model(recipe.model, device="cpu", **source)  # the trainer moves it
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side, vocabulary = "left", vocabulary_size(model)
+    if (pad := tokenizer.pad_token_id) is None or (vocabulary is not None and pad >= vocabulary):
+        has = "no padding and no end-of-sequence token" if pad is None else f"the padding token {pad}, which is"
+        wanted = "" if pad is None else f" outside the model's vocabulary of {vocabulary}"
+        raise ConfigError(f"the tokenizer has {has}{wanted}; set pad_token or eos_token in its tokenizer_config.json")
     room, longest = context_length(model.config), recipe.max_prompt_length + recipe.max_completion_length
     if room is not None and longest > room:
         raise ConfigError(
             f"max_prompt_length {recipe.max_prompt_length} + max_completion_length {recipe.max_completion_length} "
             f"exceed the model's context of {room} tokens; lower them"
         )
-    rows, dropped = training_rows(problems, tokenizer, recipe.template, recipe.max_prompt_length)
+    rows, dropped = training_rows(problems, tokenizer, recipe.template, recipe.max_prompt_length, vocabulary)
     if dropped:
         say(f"left out {dropped} of {len(problems)} prompts, which have more than {recipe.max_prompt_length} tokens")
     data, held_out = Dataset.from_list(rows), None
     if (held := recipe.eval) is not None:
         more = load_problems(held.dataset, split=held.split, limit=held.limit, seed=recipe.seed)
-        fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length)
+        fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length, vocabulary)
         held_out = Dataset.from_list([{**row, "problem": row["problem"] + len(problems)} for row in fitting])
         problems = [*problems, *more]
     reward = make_reward(recipe.reward, problems)
     made = [folder / "checkpoints", *([] if folder.is_dir() else [folder])]  # by the trainer
     try:
-        with _as_config_error():
+        with as_config_error():
             trainer = BuPOTrainer(model, reward, settings, data, held_out, tokenizer, peft_config=lora_config(recipe))
         check_lora(trainer.model)
         diagnostics = Diagnostics(recipe, trainer, folder, say, draw)
@@ -248,17 +253,17 @@ class OwnReward:
     """
 
     def __init__(self, name: str, function: Callable[..., Any], problems: Sequence[Problem]):
-        self.__name__ = function.__name__
+        self.__name__ = getattr(function, "__name__", name)
         self._title, self._function, self._problems = f"reward {name}", function, problems
 
     def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
         columns |= {"problem": problem, "problems": [self._problems[i] for i in problem]}
         try:
             values = self._function(completions=completions, **columns)
-        except Exception as error:
-            if out_of_memory(error) is not None:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, Exception) and out_of_memory(error) is not None:
                 raise
-            raise InputError(f"{self._title} failed with {type(error).__name__}: {error}") from error
+            raise InputError(f"{self._title} failed with {shown(error, 300)}") from error
         return finite(self._title, values, completions)
 
     def close(self) -> None:
@@ -276,6 +281,9 @@ def make_reward(name: str, problems: Sequence[Problem]) -> AnswerReward | OwnRew
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python` does this, the command `bupo` does not
     try:
-        return OwnReward(name, getattr(importlib.import_module(module), function), problems)
-    except Exception as error:  # whatever the user's module raises
+        found = getattr(importlib.import_module(module), function)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise ConfigError(f"reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"reward {name!r} must be a function, not {shown(found)}")
+    return OwnReward(name, found, problems)

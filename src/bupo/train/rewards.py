@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from bupo.errors import InputError
+from bupo.errors import InputError, shown
 
 
 def finite(title: str, values: Any, completions: Sequence[Any]) -> list[float | None]:
@@ -19,7 +19,7 @@ def finite(title: str, values: Any, completions: Sequence[Any]) -> list[float | 
     NaN would be taken for None, and an infinite reward would set the advantages of its group to 0.
     """
     if not hasattr(values, "__len__") or isinstance(values, (str, dict)) or len(values) != len(completions):
-        raise InputError(f"{title} must return one number per response ({len(completions)}), not {values!r}")
+        raise InputError(f"{title} must return one number per response ({len(completions)}), not {shown(values)}")
     return [_finite(title, value, i, completions[i]) for i, value in enumerate(values)]
 
 
@@ -28,8 +28,8 @@ def _finite(title: str, value: Any, i: int, completion: Any) -> float | None:
         if value is None or math.isfinite(value):
             return None if value is None else float(value)
     raise InputError(
-        f"{title} must return a finite number or None per response, but returned {value!r} for response {i + 1} of its "
-        f"batch: {str(completion)[:60]!r}"
+        f"{title} must return a finite number or None per response, but returned {shown(value)} for response {i + 1} "
+        f"of its batch: {str(completion)[:60]!r}"
     )
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from bupo.errors import ConfigError, InputError, TrainingStopped, out_of_memory
+from bupo.errors import ConfigError, InputError, TrainingStopped, not_finite, out_of_memory
 from bupo.models.load import model_revision
 from bupo.recipe import Recipe
 from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json, write_text
-from bupo.train.build import build
+from bupo.train.build import as_config_error, build
 from bupo.train.checkpoint import last_checkpoint, rotate, updates_of
 from bupo.train.diagnostics import Draw
 from bupo.train.lora import merge_adapters
@@ -61,15 +61,22 @@ def train(
     trainer = build(recipe, folder, say, draw)
     with closing(trainer.reward_funcs[0]):
         if "result" not in record:
-            more = {"model_revision": model_revision(trainer.model), "resumed": checkpoint is not None}
-            record = describe_run("train", recipe.model_dump(mode="json"), seed=recipe.seed, **more)
+            more = {"seed": recipe.seed, "model_revision": model_revision(trainer.model)}
+            record = describe_run("train", recipe.model_dump(mode="json"), resumed=checkpoint is not None, **more)
         if trainer.accelerator.is_main_process:
             _tidy(folder, recipe.keep_checkpoints if checkpoint is not None else None, overwrite)
             write_json(folder / RUN_FILE, record)
         if checkpoint is not None and finished:  # it was killed after its last checkpoint
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.checkpointer.restore(checkpoint)
-        stopped = not finished and _train(trainer, recipe, folder, checkpoint, say)
+        try:
+            stopped = not finished and _train(trainer, recipe, folder, checkpoint, say)
+        except InputError:
+            if trainer.accelerator.is_main_process and checkpoint is None and not trainer.state.global_step:
+                _tidy(folder, None, overwrite=True)
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
         if not stopped:
             save_final(trainer, recipe, folder)
         if "result" not in record:
@@ -81,14 +88,16 @@ def train(
 
 
 def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say) -> bool:
-    """Run the updates; returns whether a signal stopped them."""
+    """Run the updates; returns whether a signal stopped them. What the first one refuses is the recipe's fault."""
     trainer.add_callback(LogWriter(folder / LOG_FILE, trainer, show=say, rollouts=recipe.rollouts))
     try:
-        with StopOnSignal(trainer, say) as stop:
+        with as_config_error(lambda: not trainer.state.global_step), StopOnSignal(trainer, say) as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (RuntimeError, MemoryError) as error:
-        if (memory := out_of_memory(error)) is None:
+    except (RuntimeError, MemoryError, ConfigError) as error:
+        if reason := not_finite(error):
+            raise TrainingStopped(f"{trainer.position()}: {reason}") from error
+        if isinstance(error, ConfigError) or (memory := out_of_memory(error)) is None:
             raise
         raise TrainingStopped(
             f"out of {memory} memory in {trainer.position()}; lower micro_batch or max_completion_length, set "
@@ -125,7 +134,7 @@ def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, stopped: bool) 
 def _checkpoint_of(folder: Path, recipe: Recipe) -> Path:
     """The checkpoint to resume from, after checking that the run had the same recipe."""
     if (checkpoint := last_checkpoint(place := folder / "checkpoints")) is None:
-        raise InputError(f"{place} holds no complete checkpoint to resume from; start without --resume")
+        raise InputError(f"{place} holds no complete checkpoint to resume from; start again with --overwrite")
     before = read_run(folder)["config"]
     if problems := [
         f"{name} was {before.get(name)!r} and is now {value!r}; a resumed run keeps its recipe"

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 
+from bupo.errors import shown
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -122,6 +124,6 @@ def parse_phases(value: Any) -> tuple[list[dict[str, Any]] | None, list[str]]:
     try:
         phases = _PHASES.validate_python(json.loads(value) if isinstance(value, str) else value)
         return [dict(phase) for phase in phases], []
-    except ValueError:
+    except (ValueError, RecursionError):
         wanted = "{layer: from 1 or auto, rollouts: from 1, weight: above 0 to 1}"
-        return None, [f"phases must be a list of {wanted}, not {value!r}"]
+        return None, [f"phases must be a list of {wanted}, not {shown(value)}"]
