@@ -55,7 +55,7 @@ def config(folder: Any, kind: type = BuPOConfig, **changes: Any) -> Any:
 
 def make_trainer(folder: Any, kind: type = BuPOTrainer, args: Any = None, model: Any = None, **changes: Any) -> Any:
     """A trainer on a tiny random model (4 layers), ready to train."""
-    names = ("rollout_func", "peft_config", "callbacks", "train_dataset", "optimizers", "reward_funcs")
+    names = ("rollout_func", "peft_config", "callbacks", "train_dataset", "eval_dataset", "optimizers", "reward_funcs")
     names += ("reward_processing_classes",)
     more = {k: changes.pop(k) for k in names if k in changes}
     more = {"train_dataset": prompts(), "reward_funcs": even_share, **more}

@@ -12,6 +12,7 @@ from bupo.train import trainer as trainer_module
 from bupo.train.checkpoint import STATE_FILE, fill_optimizer_state, last_checkpoint, rotate, write_state
 from bupo.train.diagnostics import LayerChoice
 from tests.support.training import make_trainer, prompts, resumed, same_weights, trained, weights
+from tests.support.zoo import zoo_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "updates_per_rollout": 2}
 RESUME = [
@@ -140,3 +141,17 @@ def test_an_optimizer_with_other_shapes_is_refused():
     optimizer.step()
     with pytest.raises(ConfigError, match="needs AdamW or SGD: the state of Adafactor"):
         fill_optimizer_state(optimizer)
+
+
+def test_weights_that_checkpoints_hold_under_other_names_are_loaded(tmp_path):
+    """transformers saves experts one by one; its trainer would go on with those in memory."""
+    settings = {"internal_steps": 1, "max_steps": 4, "updates_per_rollout": 2, "save_strategy": "steps"}
+    settings |= {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": prompts(4)}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
+    settings |= {"per_device_eval_batch_size": 4}
+    whole = trained(tmp_path / "whole", model=zoo_model("mixtral"), **settings)
+    rest = make_trainer(tmp_path / "rest", model=zoo_model("mixtral", spread=2.0), **settings)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same_weights(weights(whole.model), weights(rest.model))
+    best = type(whole.model).from_pretrained(whole.state.best_model_checkpoint)
+    assert same_weights(weights(whole.model), weights(best))

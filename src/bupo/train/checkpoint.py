@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bupo.errors import ConfigError, InputError
+from bupo.models.layout import unwrap
 from bupo.run_folder import write_json
 from bupo.train.schedule import Schedule
 
@@ -45,6 +48,10 @@ class Checkpointer(TrainerCallback):
         control.should_save = due and (self._trainer.between_rollouts or state.global_step >= state.max_steps)
         self._due = due and not control.should_save
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            load_renamed(self._trainer.model, Path(state.best_model_checkpoint))
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same before and after a resume."""
@@ -77,7 +84,7 @@ class Checkpointer(TrainerCallback):
                 rotate(folder.parent, keep, trainer.state.best_model_checkpoint)
 
     def restore(self, checkpoint: str | Path) -> None:
-        """Take over the state of a complete checkpoint, all but weights, optimizer and scheduler.
+        """Take over the state of a complete checkpoint, all but optimizer, scheduler and the weights that TRL loads.
 
         Raises `InputError` if it is incomplete, was saved within a rollout batch, or belongs to other settings.
         """
@@ -101,6 +108,7 @@ class Checkpointer(TrainerCallback):
         now = self._settings().items()
         if changed := [f"{key} was {state.get(key)!r} and is now {v!r}" for key, v in now if state.get(key) != v]:
             raise ConfigError([f"checkpoint {folder} belongs to other settings: {line}" for line in changed])
+        load_renamed(trainer.model, folder)
         trainer.phase_end = state["phase_end"]
         ranks = (0, trainer.accelerator.process_index)  # what all processes share is in the first one's file
         files = [torch.load(folder / PARTS_FILE.format(rank), map_location="cpu") for rank in ranks]
@@ -110,6 +118,30 @@ class Checkpointer(TrainerCallback):
         if (sampler := trainer.sampler) is not None and sampler.shuffle:  # its generator moves on with every pass
             for _ in range(trainer._step // trainer.micro_batches_per_epoch):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def load_renamed(model: Any, folder: Path) -> None:
+    """Load weights that a checkpoint holds under other names than the model, which transformers' trainer leaves out.
+
+    It saves a mixture of experts expert by expert, and vision-language models under older names, but looks for the
+    names in memory, and only logs what it misses. Whole checkpoints only: those of engines have the names in memory.
+    """
+    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    elif single.is_file():
+        with safe_open(single, framework="pt") as file:
+            names = set(file.keys())
+    else:  # adapters, or shards of an engine
+        return
+    inner = unwrap(model)
+    if names <= inner.state_dict().keys():
+        return
+    options: dict[str, Any] = {"config": inner.config, "dtype": inner.dtype, "output_loading_info": True}
+    loaded, report = type(inner).from_pretrained(folder, **options)
+    if missing := report["missing_keys"]:
+        raise InputError(f"checkpoint {folder} lacks weights of this model: {', '.join(sorted(missing)[:3])}")
+    inner.load_state_dict(loaded.state_dict())
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
