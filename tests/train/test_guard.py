@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bupo.train import guard
 from bupo.train.diagnostics import spread_rows
-from bupo.train.guard import WINDOW, Signals, decide, repeated_ngrams
+from bupo.train.guard import WINDOW, PhaseMonitor, Signals, decide, repeated_ngrams
 from tests.support.training import (
     Recorder,
     above,
@@ -63,6 +64,19 @@ def test_the_best_weights_are_kept_and_gone_back_to():
     assert [d.keep for d in decisions] == [False] * 3 + [True] * 5 + [False] * 3  # while the mean of four does not fall
     assert [d.action for d in decisions].index("restore") == 8
     assert "reward fell from 0.500 to 0.425" in decisions[8].reason
+
+
+def test_one_question_per_batch_tells_no_error_and_no_harm():
+    settings = SimpleNamespace(num_generations=4)
+    trainer = SimpleNamespace(rewards=torch.tensor([[0.0], [1.0]] * 4), reward_weights=torch.ones(1), args=settings)
+    monitor = SimpleNamespace(_trainer=trainer)
+    assert PhaseMonitor._reward_and_error(monitor) == (0.5, 0.0)
+    settings.num_generations = 8
+    reward, error = PhaseMonitor._reward_and_error(monitor)
+    assert reward == 0.5
+    assert math.isnan(error)
+    alone = [GOOD._replace(reward=r, reward_error=error) for r in (0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1)]
+    assert observe(alone)[1].action == "continue"
 
 
 @pytest.mark.parametrize("mean", [-0.3, 0.0, 0.1])
