@@ -10,9 +10,9 @@ from typing import Any
 _NEVER = (
     "auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16_full_eval data_seed "
     "dataloader_drop_last disable_tqdm do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches "
-    "eval_use_gather_object fp16_full_eval greater_is_better include_for_metrics include_num_input_tokens_seen "
-    "label_names label_smoothing_factor length_column_name load_best_model_at_end local_rank log_multimodal "
-    "logging_nan_inf_filter max_tool_calling_iterations metric_for_best_model prediction_loss_only "
+    "eval_use_gather_object fp16_full_eval include_for_metrics include_num_input_tokens_seen "
+    "label_names label_smoothing_factor length_column_name local_rank log_multimodal "
+    "logging_nan_inf_filter max_tool_calling_iterations prediction_loss_only "
     "train_sampling_strategy"
 )
 _VLLM = (
@@ -60,7 +60,8 @@ NEEDS: list[tuple[str, Callable[[Any], Any], str]] = [
     ("report_to", lambda s: s.report_to, "run_name"),
     ("report_to trackio", lambda s: "trackio" in s.report_to, "project trackio_bucket_id trackio_space_id "
      "trackio_static_space_id"),
-    ("eval", lambda s: s.eval, "eval_delay eval_on_start"),
+    ("eval", lambda s: s.eval, "eval_delay eval_on_start load_best_model_at_end"),
+    ("load_best_model_at_end", lambda s: s.load_best_model_at_end, "greater_is_better metric_for_best_model"),
 ]  # fmt: skip
 
 
