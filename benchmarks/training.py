@@ -138,12 +138,12 @@ def surrogate(logps: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
 class EarlyExit:
     """Log-probabilities of the internal policy as the trainer computes them."""
 
-    def __init__(self, model):
+    def __init__(self, model, lens="raw"):
         add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
-        self.model = model
+        self.model, self.lens = model, lens
 
     def log_probs(self, ids: Tensor, layer: int) -> Tensor:
-        with internal_policy(self.model, layer), narrow_tiles(trl_utils, ids.device, ids.numel()):
+        with internal_policy(self.model, layer, lens=self.lens), narrow_tiles(trl_utils, ids.device, ids.numel()):
             return self.model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).log_probs
 
 

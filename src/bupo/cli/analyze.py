@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bupo.cli import options
 from bupo.errors import InputError
-from bupo.run_folder import claim, describe_run, write_json
+from bupo.run_folder import LENS_CARD, claim, describe_run, write_json
 
 # Keys of analysis.json that the printed JSON leaves out.
 _LONG = ("sites", "standard_errors", "entropy_change", "residual_cosine", "statistics")
@@ -79,7 +79,7 @@ def analyze(
     claim(output, overwrite=overwrite)
 
     from bupo.lens.analyze import AnalysisOptions, analyze_rollouts, statistic_columns
-    from bupo.lens.maps import CARD, LEAST_PROMPTS, PLAIN
+    from bupo.lens.maps import LEAST_PROMPTS, PLAIN
     from bupo.lens.tokens import ParquetTokenWriter, explore_rollouts
     from bupo.models.load import model_revision
     from bupo.report.analysis_figures import write_analysis_figures
@@ -88,7 +88,7 @@ def analyze(
     statistic_columns(names)  # wrong arguments are found before the model is loaded
     lenses = options.split_names("raw,ridge" if lens is None else lens)
     for name in lenses or [""]:
-        if name not in (*PLAIN, "ridge") and not (Path(name) / CARD).is_file():
+        if name not in (*PLAIN, "ridge") and not (Path(name) / LENS_CARD).is_file():
             raise InputError(f"unknown lens {name!r}; use raw, norm, ridge, or a folder that bupo lens wrote")
     with options.Progress(not as_json and rank == 0) as progress:
         loaded, tokenizer, rollouts = options.load_with_responses(context.params, progress)
@@ -115,10 +115,9 @@ def analyze(
     if writer is not None:
         writer.close(output / "per_token.parquet")
     figures = write_analysis_figures(result, output)
-    config = {name: str(v) if isinstance(v, Path) else v for name, v in context.params.items()}
     about: dict[str, Any] = {"seed": seed, "processes": processes, "model_revision": model_revision(loaded)}
     about["seconds"] = round(time.monotonic() - started, 1)
-    write_json(output / "run.json", describe_run("analyze", config, **about))
+    write_json(output / "run.json", describe_run("analyze", context.params, **about))
     if as_json:
         short = {k: v for k, v in result.items() if not k.startswith(_LONG) and k != "layer_choice"}
         short |= {"output": str(output), "layer": result["boundary_layer"], "reason": result["boundary_reason"]}

@@ -11,9 +11,8 @@ import typer
 
 from bupo.cli import options
 from bupo.errors import InputError
-from bupo.run_folder import claim, describe_run, read_json, write_json
+from bupo.run_folder import LENS_CARD, RUN_FILE, claim, describe_run, read_json, write_json
 
-CARD = "lens.json"
 _UNUSED = {"split": None, "temperature": 1.0, "dataset": None, "limit": None}  # by commands without these options
 
 
@@ -46,15 +45,15 @@ def fit(
     """
     options.check_source(context, dataset, responses)
     claim(output, overwrite=overwrite)
-    from bupo.lens.maps import Lens
+    from bupo.lens.maps import TOKENS_PER_DIMENSION, Lens
 
     rank, processes = options.launched_processes()
     config = {**_UNUSED, **context.params, "limit": limit or (100 if dataset else None)}
     with options.Progress(not as_json and rank == 0) as progress:
         loaded, _, rollouts = options.load_with_responses(config, progress)
         lens = Lens.fit(loaded, rollouts, seed=seed, share=processes > 1, progress=progress.move)
-        if (tokens := lens.card["tokens"]) < 8 * (width := loaded.config.get_text_config().hidden_size):
-            progress.print(f"{tokens} tokens are few for states of width {width}; fit on more responses")
+        if (tokens := lens.card["tokens"]) < (wanted := TOKENS_PER_DIMENSION * lens.width):
+            progress.print(f"{tokens} tokens are few for this model; fit on responses with {wanted} or more")
     lens.card["corpus"] = dataset or str(responses)
     if rank == 0:
         _save(lens, context, rollouts if dataset else [])
@@ -119,10 +118,10 @@ def show(
     from bupo.report.analysis_figures import layer_choice
     from bupo.report.results import LensCard
 
-    if not (folder / CARD).is_file():
+    if not (folder / LENS_CARD).is_file():
         raise InputError(f"{folder} holds no lens; name a folder that bupo lens fit or bupo lens load wrote")
-    card = read_json(folder / CARD)
-    if held := LensCard.parse(card, folder / CARD).held_out:
+    card = read_json(folder / LENS_CARD)
+    if held := LensCard.parse(card, folder / LENS_CARD).held_out:
         style.save(layer_choice(held), folder, "lens")
     if as_json:
         typer.echo(json.dumps(card, ensure_ascii=False))
@@ -131,7 +130,7 @@ def show(
     else:
         title = f"{card['kind']} lens of {card['model']}, {held.tokens} tokens of {held.responses} held-out responses"
         options.print_table(title, options.lens_columns(card["held_out"], list(held.curves)))
-        typer.echo(f"card: {folder / CARD}   figure: {folder / 'lens.svg'}")
+        typer.echo(f"card: {folder / LENS_CARD}   figure: {folder / 'lens.svg'}")
 
 
 def _save(lens: Any, context: typer.Context, rollouts: Sequence[Any]) -> None:
@@ -142,5 +141,4 @@ def _save(lens: Any, context: typer.Context, rollouts: Sequence[Any]) -> None:
     lens.save(folder)
     if rollouts:
         options.write_responses(folder, rollouts)
-    config = {name: str(v) if isinstance(v, Path) else v for name, v in context.params.items()}
-    write_json(folder / "run.json", describe_run(f"lens {context.command.name}", config))
+    write_json(folder / RUN_FILE, describe_run(f"lens {context.command.name}", context.params))

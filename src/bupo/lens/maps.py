@@ -8,7 +8,6 @@ Shape legend: L layers, N tokens, d width.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -25,13 +24,14 @@ from torch.nn import functional
 
 from bupo.errors import InputError
 from bupo.lens.batching import TokenPair, check_rollouts, subsample
-from bupo.lens.readings import Progress, read_layers
+from bupo.lens.readings import KINDS, Progress, read_layers
 from bupo.lens.ridge import sum_states
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.load import model_revision
-from bupo.run_folder import versions, write_bytes, write_json
+from bupo.run_folder import LENS_CARD, read_json, versions, write_bytes, write_json
 
-WEIGHTS, CARD = "lens.safetensors", "lens.json"
+WEIGHTS = "lens.safetensors"
+TOKENS_PER_DIMENSION = 8  # response tokens that a fit should have
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, math.inf)  # of the ridge term; the last leaves the states as they are (`norm`)
 _IDENTITY = ("model", "revision", "architecture")
 LEAST_PROMPTS = 4  # for a lens that is fitted on the responses to half of the prompts
@@ -59,6 +59,11 @@ class Lens:
     def norm(self) -> bool:
         """Whether the final norm is applied after the map."""
         return self.kind != "raw"
+
+    @property
+    def width(self) -> int:
+        """The width d of the states that the maps take; 0 without maps."""
+        return 0 if self.maps is None else self.maps.shape[-1]
 
     def transport(self, layer: int, states: Tensor, *, linear: bool = False) -> Tensor:
         """Map states (..., d) of ``layer`` to the output's basis, before the final norm.
@@ -101,13 +106,9 @@ class Lens:
             InputError: unusable responses, responses to a single prompt, or states that are not finite.
         """
         pairs = check_rollouts(model, responses)
-        # the same words about another image are another prompt
-        names = [(*pair.prompt_ids, pair.problem_id if pair.image_inputs else None) for pair in pairs]
-        prompts = list(dict.fromkeys(names))
-        if len(prompts) < 2:
+        part = _by_prompt(pairs, HELD_OUT)
+        if not part[0]:
             raise InputError("a lens needs responses to two or more prompts, because it is checked on prompts left out")
-        held = set(prompts[HELD_OUT - 1 :: HELD_OUT] or prompts[-1:])
-        part = [[i for i, name in enumerate(names) if (name in held) == out] for out in (False, True)]
         tokens = [range(len(pair.response_ids)) for pair in pairs]
         done, total = 0, sum(map(len, tokens))
 
@@ -125,7 +126,12 @@ class Lens:
         checked, layers = [pairs[i] for i in part[1]], len(fitted.values)
         draw = partial(subsample, [len(pair.response_ids) for pair in checked], seed=seed)
         candidates = [cls("ridge", *fitted.solve([factor] * layers)) for factor in FACTORS]
-        best = read_layers(model, checked, draw(_FACTOR_TOKENS), candidates).values[:, 2, :-1].mean(-1).argmin(0)
+        best = (
+            read_layers(model, checked, draw(_FACTOR_TOKENS), candidates)
+            .values[:, KINDS.index("kl"), :-1]
+            .mean(-1)
+            .argmin(0)
+        )
         factors = [FACTORS[i] for i in best.tolist()]
         card = identity_of(model) | {
             "tokens": fitted.tokens + rest.tokens,
@@ -172,9 +178,11 @@ class Lens:
         if self.maps is None or self.biases is None:
             raise InputError(f"the lens {self.kind} has no maps to save")
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
-        (Path(folder) / CARD).unlink(missing_ok=True)  # without it there is no lens: the old card never fits new maps
+        (Path(folder) / LENS_CARD).unlink(
+            missing_ok=True
+        )  # without it there is no lens: the old card never fits new maps
         write_bytes(Path(folder) / WEIGHTS, save(tensors))
-        write_json(Path(folder) / CARD, {"schema": 1, "kind": self.kind, **self.card, "versions": versions()})
+        write_json(Path(folder) / LENS_CARD, {"schema": 1, "kind": self.kind, **self.card, "versions": versions()})
         return Path(folder)
 
     @classmethod
@@ -186,11 +194,11 @@ class Lens:
         """
         folder = Path(folder)
         try:
-            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            card = read_json(folder / LENS_CARD)
             tensors = load_file(folder / WEIGHTS)
             lens = cls(card["kind"], tensors["maps"], tensors["biases"], card)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"{folder} holds no lens ({CARD} and {WEIGHTS}): {error}") from error
+            raise InputError(f"{folder} holds no lens ({LENS_CARD} and {WEIGHTS}): {error}") from error
         return lens.complete()
 
     def complete(self) -> Lens:
@@ -215,14 +223,26 @@ def find_lens(name: str | Lens, model: nn.Module) -> Lens:
 
 def fit_on_half(model: nn.Module, pairs: Sequence[TokenPair], **how: Any) -> tuple[Lens, list[TokenPair]]:
     """Fit a ridge lens on the responses to every other prompt; return it with the other responses, to be read."""
-    prompts = list(dict.fromkeys(tuple(pair.prompt_ids) for pair in pairs))
-    if len(prompts) < LEAST_PROMPTS:
+    if len(set(map(_prompt, pairs))) < LEAST_PROMPTS:
         raise InputError(
             "a ridge lens needs responses to four or more prompts; pass more, or leave ridge out of --lens"
         )
-    fitted = set(prompts[1::2])
-    halves = [[pair for pair in pairs if (tuple(pair.prompt_ids) in fitted) == inside] for inside in (True, False)]
-    return Lens.fit(model, halves[0], **how), halves[1]
+    read, fitted = ([pairs[i] for i in part] for part in _by_prompt(pairs, 2))
+    return Lens.fit(model, fitted, **how), read
+
+
+def _by_prompt(pairs: Sequence[TokenPair], every: int) -> tuple[list[int], list[int]]:
+    """The indices of the responses to every n-th prompt (or the last of fewer), after those of the others."""
+    names = list(map(_prompt, pairs))
+    prompts = list(dict.fromkeys(names))
+    chosen = set(prompts[every - 1 :: every] or prompts[-1:])
+    others = [i for i, name in enumerate(names) if name not in chosen]
+    return others, [i for i, name in enumerate(names) if name in chosen]
+
+
+def _prompt(pair: TokenPair) -> tuple[Any, ...]:
+    """What tells prompts apart: the same words about another image are another prompt."""
+    return (*pair.prompt_ids, pair.problem_id if pair.image_inputs else None)
 
 
 def identity_of(model: nn.Module) -> dict[str, str | None]:

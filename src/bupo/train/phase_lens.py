@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from bupo.lens.maps import Lens, find_lens
+from bupo.lens.maps import TOKENS_PER_DIMENSION, Lens, find_lens
 from bupo.models.layout import find_layout
 from bupo.train.images import inputs_of_prompt, prompt_with_images
-
-TOKENS_PER_DIMENSION = 8  # response tokens of a fit, by default
 
 
 class PhaseLens:
