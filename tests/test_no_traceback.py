@@ -1,6 +1,6 @@
 """Whatever a user hands in gives a result or one line: properties of files, answers, settings and options.
 
-Each property is tried with 50 cases, always the same, and with 1,000 random ones by `make test-slow`.
+Each property is tried with 20 or 50 cases, always the same, and with 1,000 random ones by `make test-slow`.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ FRAGMENTS = _LATEX.split(" ")
 ANSWER = st.text(max_size=30) | st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join) | NUMBER.map(repr)
 
 
-def holds(**strategies):
-    """A property as a test of 50 and of 1,000 cases, in an empty working directory."""
+def holds(few=50, **strategies):
+    """A property as a test of a few and of 1,000 cases, in an empty working directory."""
 
     def make(check):
-        @pytest.mark.parametrize("cases", [50, pytest.param(1_000, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("cases", [few, pytest.param(1_000, marks=pytest.mark.slow)])
         def test(cases, tmp_path, monkeypatch):
             monkeypatch.chdir(tmp_path)
-            limits = {"max_examples": cases, "derandomize": cases == 50, "deadline": None, "database": None}
+            limits = {"max_examples": cases, "derandomize": cases == few, "deadline": None, "database": None}
             settings(**limits, suppress_health_check=list(HealthCheck))(given(**strategies)(check))()
 
         return test
@@ -169,7 +169,7 @@ OPTIONS = [
 ]
 
 
-@holds(chosen=st.sampled_from(OPTIONS), value=(TEXT | NUMBER.map(str)).filter(lambda text: "\0" not in text))
+@holds(few=20, chosen=st.sampled_from(OPTIONS), value=(TEXT | NUMBER.map(str)).filter(lambda text: "\0" not in text))
 def test_options(chosen, value):
     Path("rows.jsonl").write_text(json.dumps(GOOD) + "\n")
     name, option = chosen
