@@ -22,7 +22,7 @@ TOTAL_LINES = {"src": 9_500, "tests": 7_500}
 # lines that features add which are newer than these limits
 ADDED = {
     "grading rules": {"src": 120, "tests": 70},
-    "lenses": {"src": 850, "tests": 420},
+    "lenses": {"src": 880, "tests": 420},
     "no silent wrong results": {"src": 378, "tests": 395},
     "no tracebacks": {"src": 191, "tests": 292},
     "trained layers": {"src": 130, "tests": 70},
