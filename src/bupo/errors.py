@@ -67,9 +67,7 @@ def describe(name: str, errors: Iterable[Mapping[str, Any]], valid: Iterable[str
             return f"unknown key {name}{nearest(name.split('.')[-1], valid)}"
         for theirs, ours in _OURS.items():
             text = text.replace(theirs, ours)
-        if kind == "string_pattern_mismatch":
-            text = "'answer' or module:function"
-        elif kind == "model_type":
+        if kind == "model_type":
             text = f"a mapping with {', '.join(valid)}"
         elif kind == "literal_error" and " or " in text:
             text = f"one of {text}"

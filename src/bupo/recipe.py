@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from bupo.errors import ConfigError, InputError, describe, either
 
@@ -23,11 +24,25 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Template = Literal["auto", "raw", "chat", "qwen-math", "qwen3-no-thinking", "octothinker"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
-Reward = Annotated[str, Field(pattern=r"^(answer|[\w.]+:\w+)$")]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Interval = Annotated[int, Field(ge=0, le=10_000_000)]
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+_REWARDS = "answer, boxed-string, module:function, a list of different ones, or a mapping to weights, not all of them 0"
+
+
+def _known_rewards(value: Any) -> Any:
+    """The value of ``reward`` as it is; an error for unknown names, repeated ones, and weights that leave nothing."""
+    names = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []
+    weights = list(value.values()) if isinstance(value, dict) else [1]
+    known = all(isinstance(name, str) and re.fullmatch(r"answer|boxed-string|[\w.]+:\w+", name) for name in names)
+    numbers = all(type(weight) in (int, float) and abs(weight) <= 1e6 for weight in weights)  # not NaN
+    if not (names and known and len(set(names)) == len(names) and numbers and any(weights)):
+        raise PydanticCustomError("reward", "{known}", {"known": _REWARDS})
+    return value
+
+
+Reward = Annotated[str | list[str] | dict[str, float], BeforeValidator(_known_rewards)]
 
 
 class Lora(BaseModel):
@@ -61,7 +76,7 @@ class Recipe(BaseModel):
     split: str | None = Field("train", description="Split of a hub or generated dataset.")
     problems: Count | None = Field(None, description="Number of problems. Default: all, or one per generated prompt.")
     template: Template = Field("auto", description="Prompt template. 'auto' is the model's chat template, if any.")
-    reward: Reward = Field("answer", description="'answer' (1 if right, or the task's score), or module:function.")
+    reward: Reward = Field("answer", description=f"One of {_REWARDS}.")
     rollouts: Count = Field(300, description="Number of rollout batches in the run (the paper's steps).")
     prompts_per_rollout: Count = Field(128, description="Number of different prompts per rollout batch.")
     samples_per_prompt: int = Field(8, ge=2, le=10**7, description="Number of responses sampled per prompt (G).")
@@ -94,6 +109,12 @@ class Recipe(BaseModel):
         """Settings of the trainer: the keys that are not declared here, and those under ``trl``."""
         return {**self.trl, **(self.model_extra or {})}
 
+    @property
+    def rewards(self) -> dict[str, float]:
+        """The weight of each reward."""
+        names = [self.reward] if isinstance(self.reward, str) else self.reward
+        return dict(names) if isinstance(names, dict) else dict.fromkeys(names, 1.0)
+
     def samples_per_rollout(self) -> int:
         """S: responses per rollout batch, over all processes."""
         return self.prompts_per_rollout * self.samples_per_prompt
@@ -113,6 +134,7 @@ class Recipe(BaseModel):
             "max_steps": self.updates(self.rollouts),
             "max_completion_length": self.max_completion_length,
             "seed": self.seed,
+            "reward_weights": list(self.rewards.values()),
             "save_strategy": "steps",
             "save_steps": self.updates(self.save_every),
             "save_total_limit": self.keep_checkpoints,

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError, out_of_memory
 from bupo.recipe import read_recipe
-from bupo.train.build import AnswerReward, OwnReward, build, check_recipe, make_reward, trainer_config
+from bupo.train.build import build, check_recipe, closing_rewards, trainer_config
+from bupo.train.rewards import finite, make_rewards
 from tests.cli.conftest import bupo  # noqa: F401  (a fixture)
 from tests.cli.test_cli_train import recipe  # noqa: F401  (a fixture)
 from tests.models.test_load import changed
@@ -26,14 +27,13 @@ from tests.support.training import same_weights, weights
 def test_the_answer_reward_grades():
     problems = [Problem("a", "1+1=", "2", "t"), Problem("b", "?", r"\frac{", "t"), Problem("c", "2+2=", "4", "t")]
     logged = {}
-    reward = AnswerReward(problems)
-    try:
-        completions = [r"\boxed{2}", r"\boxed{3}", "no box", r"\boxed{4.0}"]
-        values = reward(completions=completions, problem=[0, 0, 2, 2], log_metric=logged.__setitem__)
-    finally:
-        reward.close()
-    assert values == [1.0, 0.0, 0.0, 1.0]
-    assert logged == {"grading/unparsable": 0.25, "grading/timeout": 0.0}
+    rewards = make_rewards(["answer", "boxed-string"], problems)
+    with closing_rewards(rewards):
+        columns = {"problem": [0, 0, 1, 2, 2], "log_metric": logged.__setitem__}
+        columns["completions"] = [r"\boxed{2}", r"\boxed{3}", r"\boxed{3}", "no box", r"\boxed{4.0}"]
+        values = [reward(**columns) for reward in rewards]
+    assert values == [[1.0, 0.0, None, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert logged == {"grading/unparsable": 0.2, "grading/timeout": 0.0}
 
 
 def raising(completions, **columns):
@@ -55,17 +55,15 @@ def raising(completions, **columns):
     ids=str,
 )
 def test_wrong_rewards_name_function_response_and_value(values, part):
-    reward = OwnReward("mine:f", lambda **columns: values, [])
     with pytest.raises(InputError, match=r"^reward mine:f must return ") as error:
-        reward(completions=["first", "second"], problem=[])
+        finite("reward mine:f", values, ["first", "second"])
     assert part in str(error.value)
 
 
 def test_rewards_may_be_any_numbers_or_none():
     values = [None, True, 2, 0.5, torch.tensor(3.0)]
-    reward = OwnReward("mine:f", lambda **columns: values, [])
-    assert reward(completions=["x"] * 5, problem=[]) == [None, 1.0, 2.0, 0.5, 3.0]
-    assert OwnReward("mine:f", lambda **columns: torch.ones(2), [])(completions=["x"] * 2, problem=[]) == [1.0, 1.0]
+    assert finite("reward mine:f", values, ["x"] * 5) == [None, 1.0, 2.0, 0.5, 3.0]
+    assert finite("reward mine:f", torch.ones(2), ["x"] * 2) == [1.0, 1.0]
 
 
 def test_a_reward_that_fails_is_one_line(bupo, tmp_path, recipe):  # noqa: F811
@@ -80,14 +78,14 @@ def test_an_own_reward_lies_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_own_reward.py").write_text(
         "def f(problems, **columns): return [p.answer for p in problems]\nN = 3\n"
     )
-    reward = make_reward("my_own_reward:f", [Problem("a", "1+1=", 2.0, "t")])
-    assert (reward(completions=["x"], problem=[0]), reward.__name__) == ([2.0], "f")
+    [reward] = make_rewards(["my_own_reward:f"], [Problem("a", "1+1=", 2.0, "t")])
+    assert (reward(completions=["x"], problem=[0]), reward.__name__) == ([2.0], "my_own_reward:f")
     for name, part in (("my_own_reward:g", "no attribute 'g'"), ("my_own_reward:N", "must be a function, not 3")):
         with pytest.raises(ConfigError, match=part):
-            make_reward(name, [])
+            make_rewards([name], [])
     (tmp_path / "broken_reward.py").write_text("def f(:\n")
     with pytest.raises(ConfigError, match=r"cannot be imported: SyntaxError: .*broken_reward.py, line 1"):
-        make_reward("broken_reward:f", [])
+        make_rewards(["answer", "broken_reward:f"], [])
 
 
 def test_whose_memory_ran_out():

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -20,7 +21,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal, Self
 
 from bupo.data.answers import equal_at_sight, extract_answer, is_usable
-from bupo.data.problems import Problem
+from bupo.data.problems import ANSWER_COLUMNS, Problem, gold_answer
+from bupo.errors import InputError, shown
 
 Status = Literal["correct", "wrong", "unparsable", "timeout", "bad_gold"]
 MAX_WORKERS = 8
@@ -46,6 +48,8 @@ class Grader:
     may take ``seconds`` of processor time: Python code is interrupted at 60 % of it, C code at 75 %.
     """
 
+    __name__ = "answer"  # of its metrics in a trainer
+
     def __init__(self, *, workers: int | None = None, seconds: float = 1.6):
         self._workers, self._seconds = workers or default_workers(), seconds
         self._arguments = [str(seconds)]
@@ -59,6 +63,21 @@ class Grader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __call__(
+        self, completions: Sequence[Any], problems: Sequence[Problem] | None = None, **columns: Any
+    ) -> list[float | None]:
+        """The reward of each completion, as TRL calls its reward functions: a text, or messages whose last one counts.
+
+        1 if the answer is right, else 0 (or the task's own score between them); None, which leaves the response out,
+        where the reference answer cannot be used. Reference answers are those of ``problems``, or else of the columns
+        `ANSWER_COLUMNS`. It logs the shares ``grading/unparsable`` and ``grading/timeout`` with ``log_metric``.
+        """
+        grades = self.grade([text_of(one) for one in completions], problems or problems_of(columns, len(completions)))
+        statuses = Counter(grade.status for grade in grades)
+        for status in ("unparsable", "timeout") if "log_metric" in columns else ():
+            columns["log_metric"](f"grading/{status}", statuses[status] / max(len(grades), 1))
+        return [None if grade.status == "bad_gold" else grade.reward for grade in grades]
 
     def grade(self, responses: Sequence[str], problems: Sequence[Problem]) -> list[Grade]:
         """Grade ``responses[i]`` as an answer to ``problems[i]``."""
@@ -143,6 +162,26 @@ class Grader:
                     worker.close()
                 self._server.communicate()
                 self._server = None
+
+
+def text_of(completion: Any) -> str:
+    """A completion as text: a text, or the content of the last one of its messages (empty where that calls a tool)."""
+    last = completion[-1] if isinstance(completion, list) and completion else completion
+    content = (last.get("content") or "") if isinstance(last, Mapping) else last
+    parts = content if isinstance(content, list) else [content]
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"a completion must be text, or messages with text, not {shown(completion)}")
+    return "".join(texts)
+
+
+def problems_of(columns: Mapping[str, Any], number: int) -> list[Problem]:
+    """Problems with the reference answers of a data set's columns, empty where a row has none."""
+    answers = {name: columns[name] for name in ANSWER_COLUMNS if name in columns}
+    if not answers or any(len(values) != number for values in answers.values()):
+        raise InputError(f"grading needs {number} reference answers in one of the columns {', '.join(ANSWER_COLUMNS)}")
+    rows = [{name: values[i] for name, values in answers.items()} for i in range(number)]
+    return [Problem(str(i), "", gold_answer(row) or "", "") for i, row in enumerate(rows)]
 
 
 def default_workers() -> int:

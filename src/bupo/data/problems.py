@@ -21,6 +21,7 @@ Prompt = str | list[dict[str, str]]
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 GENERATED_SIZE = 200  # problems drawn from a generator when no limit is set
 SUFFIXES = (".jsonl", ".json", ".parquet")
+ANSWER_COLUMNS = ("reward_model", "answer", "final_answer", "ground_truth", "solution")
 _PROMPTS_ARE = "a prompt column (prompt, messages, problem, question)"
 _ANSWERS_ARE = "an answer column (answer, final_answer, ground_truth, solution or reward_model.ground_truth)"
 
@@ -115,7 +116,7 @@ def _problems(rows: Iterable[Mapping[str, Any]], *, name: str, source: str) -> l
     problems: dict[str, Problem] = {}
     for index, row in enumerate(rows):
         try:
-            prompt, answer = _prompt(row), _answer(row)
+            prompt, answer = _prompt(row), gold_answer(row)
         except InputError as error:
             raise InputError(f"{source}: row {index}: {error}") from error
         if prompt is None or answer is None:
@@ -167,11 +168,11 @@ def plain_messages(messages: Iterable[Any]) -> list[dict[str, str]]:
     return plain
 
 
-def _answer(row: Mapping[str, Any]) -> str | None:
-    """Return the first answer there is; of a text, what follows ``####`` (GSM8K) or its last box."""
+def gold_answer(row: Mapping[str, Any]) -> str | None:
+    """The first answer in a row's `ANSWER_COLUMNS`; of a text, what follows ``####`` (GSM8K) or its last box."""
     nested = row.get("reward_model")
-    row = {**row, "nested": nested.get("ground_truth") if isinstance(nested, Mapping) else None}
-    for column in ("nested", "answer", "final_answer", "ground_truth", "solution"):
+    row = {**row, "reward_model": nested.get("ground_truth") if isinstance(nested, Mapping) else None}
+    for column in ANSWER_COLUMNS:
         value = row.get(column)
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             value = ", ".join(value)  # OlympiadBench keeps its answers in lists, most of length one

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
-import os
 import random
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,10 +16,9 @@ from datasets import Dataset
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import PrinterCallback, ProgressCallback
 
-from bupo.data.grading import Grader
 from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
-from bupo.errors import BupoError, ConfigError, InputError, describe, nearest, out_of_memory, shown
+from bupo.errors import BupoError, ConfigError, describe, nearest, out_of_memory
 from bupo.models.layout import context_length, vocabulary_size
 from bupo.models.load import WRAPPERS, load_model
 from bupo.recipe import Recipe, validate
@@ -32,7 +27,7 @@ from bupo.train.config import BuPOConfig
 from bupo.train.diagnostics import Diagnostics, Draw, check_trackers
 from bupo.train.effects import without_effect
 from bupo.train.lora import SOURCE, check_lora, load_in_4bit, lora_config
-from bupo.train.rewards import finite
+from bupo.train.rewards import Reward, make_rewards
 from bupo.train.trainer import BuPOTrainer
 
 # trainer settings that follow from keys of the recipe
@@ -43,6 +38,7 @@ _OWNED_BY = {
     "updates_per_rollout and micro_batch": "gradient_accumulation_steps steps_per_generation",
     "prompts_per_rollout": "generation_batch_size",
     "samples_per_prompt": "num_generations",
+    "reward": "reward_weights",
     "eval.samples": "per_device_eval_batch_size num_generations_eval",
     "eval.every": "eval_strategy eval_steps",
     "save_every": "save_strategy save_steps",
@@ -166,7 +162,7 @@ def as_config_error(applies: Callable[[], bool] = lambda: True) -> Iterator[None
 
 
 def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw: Draw | None = None) -> BuPOTrainer:
-    """The trainer of a recipe, ready to train; the caller closes its reward function.
+    """The trainer of a recipe, ready to train; the caller closes its rewards.
 
     Raises `InputError`, and leaves ``folder`` as it was, if the recipe does not fit the model, the data or the machine.
     """
@@ -194,15 +190,14 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw
         fitting, _ = training_rows(more, tokenizer, recipe.template, recipe.max_prompt_length, vocabulary)
         held_out = Dataset.from_list([{**row, "problem": row["problem"] + len(problems)} for row in fitting])
         problems = [*problems, *more]
-    reward = make_reward(recipe.reward, problems)
+    rewards = make_rewards(recipe.rewards, problems)
     made = [folder / "checkpoints", *([] if folder.is_dir() else [folder])]  # by the trainer
     try:
         with as_config_error():
-            trainer = BuPOTrainer(model, reward, settings, data, held_out, tokenizer, peft_config=lora_config(recipe))
+            trainer = BuPOTrainer(model, rewards, settings, data, held_out, tokenizer, peft_config=lora_config(recipe))
         check_lora(trainer.model)
         diagnostics = Diagnostics(recipe, trainer, folder, say, draw)
     except BaseException:
-        reward.close()
         for path in made:
             with suppress(OSError):  # not empty, or not there
                 path.rmdir()
@@ -224,66 +219,10 @@ def _problems(recipe: Recipe) -> list[Problem]:
     return [problems[i] for i in sorted(random.Random(recipe.seed).sample(range(len(problems)), number))]
 
 
-class AnswerReward:
-    """1 if the response's answer is right, else 0 (or the task's own score between them), as TRL calls it.
-
-    ``problem`` holds numbers of problems. Where the reference answer cannot be parsed, the reward is None, which leaves
-    the response out. It logs the shares ``grading/unparsable`` and ``grading/timeout``.
-    """
-
-    __name__ = "answer"
-
-    def __init__(self, problems: Sequence[Problem]):
-        self._problems, self._grader = problems, Grader()
-        self.close = self._grader.close
-
-    def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
-        grades = self._grader.grade(list(completions), [self._problems[i] for i in problem])
-        statuses = Counter(grade.status for grade in grades)
-        for status in ("unparsable", "timeout") if "log_metric" in columns else ():
-            columns["log_metric"](f"grading/{status}", statuses[status] / max(len(grades), 1))
-        return [None if grade.status == "bad_gold" else grade.reward for grade in grades]
-
-
-class OwnReward:
-    """A user's function. It gets ``prompts``, ``completions`` (texts), ``completion_ids``, ``problem`` (numbers) and
-    ``problems`` (the `Problem` of each response) by name, and returns a finite number or None per response.
-
-    If it fails or returns anything else, `InputError` names the function, the response and the value.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any], problems: Sequence[Problem]):
-        self.__name__ = getattr(function, "__name__", name)
-        self._title, self._function, self._problems = f"reward {name}", function, problems
-
-    def __call__(self, completions: Sequence[str], problem: Sequence[int], **columns: Any) -> list[float | None]:
-        columns |= {"problem": problem, "problems": [self._problems[i] for i in problem]}
-        try:
-            values = self._function(completions=completions, **columns)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, Exception) and out_of_memory(error) is not None:
-                raise
-            raise InputError(f"{self._title} failed with {shown(error, 300)}") from error
-        return finite(self._title, values, completions)
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def make_reward(name: str, problems: Sequence[Problem]) -> AnswerReward | OwnReward:
-    """The recipe's reward: ``answer``, or ``module:function``, whose module may lie in the working directory.
-
-    Raises `ConfigError` if the module cannot be imported, or holds no such function.
-    """
-    if name == "answer":
-        return AnswerReward(problems)
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python` does this, the command `bupo` does not
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise ConfigError(f"reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"reward {name!r} must be a function, not {shown(found)}")
-    return OwnReward(name, found, problems)
+@contextmanager
+def closing_rewards(rewards: Iterable[Reward]) -> Iterator[None]:
+    """Close the rewards at the end of this context."""
+    with ExitStack() as stack:
+        for reward in rewards:
+            stack.callback(reward.close)
+        yield

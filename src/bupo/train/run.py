@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bupo.errors import ConfigError, InputError, TrainingStopped, not_finite, ou
 from bupo.models.load import model_revision
 from bupo.recipe import Recipe
 from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json, write_text
-from bupo.train.build import as_config_error, build
+from bupo.train.build import as_config_error, build, closing_rewards
 from bupo.train.checkpoint import last_checkpoint, rotate, updates_of
 from bupo.train.diagnostics import Draw
 from bupo.train.lora import merge_adapters
@@ -59,7 +59,7 @@ def train(
         say(f"the run in {folder} is finished; nothing to do")
         return record["result"]
     trainer = build(recipe, folder, say, draw)
-    with closing(trainer.reward_funcs[0]):
+    with closing_rewards(trainer.reward_funcs):
         if "result" not in record:
             more = {"seed": recipe.seed, "model_revision": model_revision(trainer.model)}
             record = describe_run("train", recipe.model_dump(mode="json"), resumed=checkpoint is not None, **more)
