@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 figures clean
+.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 gallery figures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,8 +53,15 @@ test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without
 	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/lens/test_kernel.py
 
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2, and sums for it
-	$(BIN)/python -m experiments.fetch_smollm2 --out models/smollm2
+	$(BIN)/python -m experiments.fetch_model smollm2
 	$(BIN)/python -m experiments.smollm2_sums --out models/sums
+
+gallery: $(STAMP)         ## three real models read side by side (docs/gallery.md); an hour on two cores
+	$(BIN)/python -m experiments.fetch_model smollm2
+	$(BIN)/python -m experiments.fetch_model qwen-coder
+	$(BIN)/python -m experiments.fetch_model gemma
+	$(BIN)/python -m experiments.gallery
+	$(BIN)/python -m experiments.tables
 
 figures: $(STAMP)         ## the figures and tables of docs/evidence.md and README.md, from experiments/results
 	$(BIN)/python -m experiments.summary > /dev/null

@@ -7,7 +7,7 @@ A table stands between ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``.
 `experiments.summary`, METRIC is ``avg`` or ``pass``. Other tables: ``<!-- table styles -->`` (the contrasts of
 `experiments.styles`), ``<!-- table styles cells -->`` (its models), ``<!-- table inside -->`` (the measurements of
 `experiments/grids/inside.yaml`), ``<!-- table seeds NAME TASK -->`` (Avg@K per seed), ``<!-- table cost NAME -->`` (the
-number of runs of a table and their time).
+number of runs of a table and their time), ``<!-- table gallery -->`` (the models of `experiments.gallery`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from experiments.summary import TABLES, read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "evidence.md")
+PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{page}.md" for page in ("evidence", "gallery")))
 NAMES = {
     "grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO (layer 4, 8 batches)",
     "norm": "BuPO through the final norm", "temperature": "BuPO at a fitted temperature",
@@ -167,7 +167,32 @@ def _cost(name: str) -> str:
     return f"{len(lines)} runs of about {middle:.0f} minutes on one core (median)."
 
 
-OTHERS = {"styles": _styles, "inside": _inside}
+def _gallery(found: dict[str, Any]) -> str:
+    """One row per model and lens: entropies and divergences at four depths, and both shares."""
+    rows = ["| model | lens | entropy at layers 1, L/2, 3L/4, L | KL at layers 1, L/2, 3L/4, L-1 | late, % | left, % |"]
+    rows += ["| --- |" + " --- |" * 5]
+    for name, model in found["models"].items():
+        depth = len(model["curves"]["raw"]["kl"])
+        for lens, curves in model["curves"].items():
+            places = [1, depth // 2, model["shares"][lens]["layer"]]
+            cells = [
+                ", ".join(f"{curves[kind][layer - 1]:.2f}" for layer in (*places, last))
+                for kind, last in (("entropy", depth), ("kl", depth - 1))
+            ]
+            cells += [_share(model["shares"][lens][kind]) for kind in ("late", "left")]
+            rows.append(f"| {name} ({depth} layers) | {lens} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _share(found: dict[str, float] | None) -> str:
+    """A share in per cent with its 95 % interval over responses."""
+    if found is None:
+        return "no fall"
+    half = 1.96 * found["standard_error"]
+    return f"{100 * found['share']:.0f} [{100 * (found['share'] - half):.0f}, {100 * (found['share'] + half):.0f}]"
+
+
+OTHERS = {"styles": _styles, "inside": _inside, "gallery": _gallery}
 
 
 def render(text: str) -> str:

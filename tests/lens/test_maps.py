@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from bupo import Lens, internal_policy
 from bupo.errors import InputError
@@ -75,6 +77,18 @@ def test_identities():
             assert torch.equal(*results)
     with pytest.raises(InputError, match="unknown lens 'tuned'"), internal_policy(model, 2, lens="tuned"):
         pass
+
+
+def test_adapters_are_read_and_trained_through_a_lens():
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model, ids, lens = get_peft_model(tiny_model(), lora).eval(), tokens(), random_lens()
+    with internal_policy(model, 2, lens=lens):
+        logits = model(ids).logits
+    logits.square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {n for n, p in model.named_parameters() if p.requires_grad and re.search("layers.[01].", n)}
+    expected = read(model.merge_and_unload(), ids, 2, "layer", lens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -80,6 +80,20 @@ def test_processes_with_uneven_responses_analyse_the_same(tmp_path, engine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_train_through_fitted_maps_as_one_does(tmp_path, engine):
+    """The maps are fitted on the samples of both; `trained_layers` leaves other layers alone there too."""
+    ridge = {"internal_lens": "ridge", "internal_lens_tokens": 300, "trained_layers": "1-2,4", "save_strategy": "no"}
+    ones, weights = run(tmp_path / "one", 1, {**ONE, **ridge})
+    twos, found = run(tmp_path / "two", 2, {**TWO, **ridge}, engine=engine)
+    assert twos[0]["losses"] == pytest.approx(ones[0]["losses"], abs=1e-5)
+    kl = [[row["internal/lens_kl"] for row in r["log"] if "internal/lens_kl" in row] for r in (ones[0], twos[0])]
+    assert len(kl[0]) == 2
+    assert kl[1] == pytest.approx(kl[0], abs=1e-4)
+    close(weights[0], found[0])
+
+
+@pytest.mark.slow
 def test_two_processes_train_a_critic_as_one_does(tmp_path):
     ppo = {"estimator": "ppo", "critic_learning_rate": 0.1, "adam_epsilon": 1.0, "save_strategy": "no"}
     _, one = run(tmp_path / "one", 1, {**ONE, **ppo})
