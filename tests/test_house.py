@@ -28,11 +28,12 @@ ADDED = {
     "trained layers": {"src": 130, "tests": 70},
     "TRL's behaviours and images": {"src": 126, "tests": 380},
     "rewards, protocols and citation": {"src": 128, "tests": 150},
+    "readings in any trainer": {"src": 235, "tests": 222},
 }
 # A file imports only from lower floors or from its own folder.
 FLOORS = {
     "errors": 0, "run_folder": 0, "recipe": 0, "models": 1, "data": 1, "lens": 2, "grading": 2, "train": 3,
-    "evaluate": 3, "report": 4, "plan": 4, "cli": 5,
+    "evaluate": 3, "report": 4, "plan": 4, "callbacks": 4, "cli": 5,
 }  # fmt: skip
 # Longer functions, each with its reason.
 LONG_FUNCTIONS: dict[str, str] = {}

@@ -18,7 +18,7 @@ from bupo.errors import InputError
 from bupo.lens import batching
 from bupo.lens.batching import ClusterMeans, PaddedBatch, TokenPair, check_rollouts, rounded
 from bupo.lens.layer_choice import choose_layer, find_boundary
-from bupo.lens.maps import find_lens, fit_on_half
+from bupo.lens.maps import Lens, find_lens, fit_on_half
 from bupo.lens.online import StatsRequest
 from bupo.lens.readings import Progress
 from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
@@ -39,8 +39,8 @@ class AnalysisOptions:
     name: str | None = None  # `model` in the result (default: the name the model was loaded by)
     layer_choice: bool = False  # add the block `layer_choice`, from a sample of tokens (`layer_choice.choose_layer`)
     choice_tokens: int | None = None  # the size of that sample
-    # what it is read through: raw, norm, ridge (fitted on half of the responses, read on the others), or folders
-    lenses: Sequence[str] = ("raw", "norm")
+    # what it is read through: raw, norm, ridge (fitted on half of the responses, read on the others), a folder, a lens
+    lenses: Sequence[str | Lens] = ("raw", "norm")
     # called with each batch and its statistics (6, L, N[, k]); with `share`, on each process for its own responses
     on_tokens: Callable[[PaddedBatch, Stats], None] | None = None
     progress: Progress | None = None  # (stage, done, total): "reading states" in tokens, "comparing layers" in layers
@@ -91,7 +91,9 @@ def analyze_rollouts(
         raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
     analysis = _Analysis(model, statistic_columns(statistics), options)
     named = options.lenses if options.layer_choice else ()  # found first: a wrong one costs no pass over the responses
-    lenses: dict[str, Any] = {name: find_lens(name, model) for name in named if name != "ridge"}
+    lenses: dict[str, Any] = {
+        lens if isinstance(lens, str) else lens.kind: find_lens(lens, model) for lens in named if lens != "ridge"
+    }
     read = pairs
     if "ridge" in named:
         how = {"batch_tokens": batch_tokens, "seed": seed, "share": share, "progress": options.progress}

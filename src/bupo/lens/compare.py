@@ -36,6 +36,7 @@ class LayerMeasurements:
     vocabulary: int
     counts: list[int]  # number of tokens read per response
     sizes: list[int]  # and in all per response
+    states: Tensor | None = None  # unit vectors (L, N, d) in float16
 
 
 def measure_layers(
@@ -45,12 +46,14 @@ def measure_layers(
     *,
     tokens: int = 1024,
     seed: int = 0,
+    keep_states: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LayerMeasurements:
     """Measure one model, whose ``layer`` was trained, on ``tokens`` tokens of the responses.
 
-    The draw depends only on ``seed`` and the lengths, so that several models are measured on the same tokens. Errors
-    are those of `bupo.lens.analyze.analyze_rollouts`; ``progress`` is called with (tokens read, tokens in all).
+    The draw depends only on ``seed`` and the lengths, so that several models are measured on the same tokens. With
+    ``keep_states``, their comparison has the drift of every layer. Errors are those of
+    `bupo.lens.analyze.analyze_rollouts`; ``progress`` is called with (tokens read, tokens in all).
     """
     pairs = check_rollouts(model, responses)
     unembedding, layers = get_unembedding(model), find_layout(model).n_layers
@@ -59,6 +62,7 @@ def measure_layers(
     drawn = subsample_evenly(sizes, tokens, seed)
     counts = [len(part) for part in drawn]
     measured: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
     with eval_mode(unwrap(model)), torch.no_grad():
         for indices in batches(pairs, _BATCH_TOKENS, range(len(pairs))):
             batch = pad(pairs, drawn, indices, unembedding.weight.device)
@@ -68,12 +72,16 @@ def measure_layers(
             logprob, entropy, kl = (stats[name] for name in ("logprob", "entropy", "kl_from_reference"))
             values = torch.cat([logprob[-1:], entropy[:-1], kl[layer:], _cosines(states)]).cpu()
             measured |= dict(zip(indices, values.split(batch.counts, dim=-1), strict=True))
+            if keep_states:
+                units = nn.functional.normalize(states, dim=-1).half().cpu()
+                kept |= dict(zip(indices, units.split(batch.counts, dim=1), strict=True))
             if progress is not None:
                 progress(sum(counts[i] for i in measured), sum(counts))
     joined = torch.cat([measured[i] for i in range(len(pairs))], dim=-1)
     if not bool(torch.isfinite(joined).all()):
         raise InputError("the model returns non-finite logits; check its weights, or load it in a wider dtype")
-    return LayerMeasurements(joined, layers, layer, len(unembedding.weight), counts, sizes)
+    unit_states = torch.cat([kept[i] for i in range(len(pairs))], dim=1) if keep_states else None
+    return LayerMeasurements(joined, layers, layer, len(unembedding.weight), counts, sizes, unit_states)
 
 
 def _cosines(states: Tensor) -> Tensor:
@@ -86,7 +94,10 @@ def _cosines(states: Tensor) -> Tensor:
 
 
 def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dict[str, Any]:
-    """The content of ``compare.json`` (schema 1): named models, at the same layer and tokens, against the first one."""
+    """The content of ``compare.json`` (schema 1): named models, at the same layer and tokens, against the first one.
+
+    Where the states were kept, ``drift`` is how far each layer's turned from the first model's: 1 - cosine.
+    """
     first_name, first = measurements[0]
     models: list[dict[str, Any]] = []
     for name, one in measurements:
@@ -103,6 +114,10 @@ def compare_models(measurements: Sequence[tuple[str, LayerMeasurements]]) -> dic
         item = {"name": name, **_summary(first, one.values, "perplexity")}
         if models:
             item["change"] = _summary(first, one.values - first.values, "perplexity_ratio")
+        if first.states is not None and one.states is not None:
+            layers = zip(first.states.unbind(), one.states.unbind(), strict=True)
+            cosines = torch.stack([torch.cosine_similarity(a.double(), b.double(), dim=-1) for a, b in layers])
+            item["drift"] = _column(*ClusterMeans.of((1 - cosines).clamp(min=0), one.counts, one.sizes).statistics())
         models.append(item)
     return {
         "schema": 1,
@@ -126,15 +141,15 @@ def _summary(about: LayerMeasurements, values: Tensor, perplexity: str) -> dict[
     groups = (1, layers, layers - row, layers**2)
     means, errors = (part.split(groups) for part in ClusterMeans.of(values, about.counts, about.sizes).statistics())
     matrix, of_matrix = (part[-1].view(layers, layers) for part in (means, errors))
-
-    def column(mean: Tensor, error: Tensor) -> dict[str, list]:
-        return {"mean": rounded(mean), "standard_error": rounded(error)}
-
     value, (error,) = math.exp(-rounded(means[0])[0]), rounded(errors[0])  # the error of the logarithm
     return {
-        "entropy": column(means[1], errors[1]),
-        "divergence": column(means[2], errors[2]),
-        "cosine_of_layer": column(matrix[row], of_matrix[row]),
+        "entropy": _column(means[1], errors[1]),
+        "divergence": _column(means[2], errors[2]),
+        "cosine_of_layer": _column(matrix[row], of_matrix[row]),
         "cosine": rounded(matrix, 4),
         perplexity: {"value": round(value, 6), "standard_error": None if error is None else round(value * error, 6)},
     }
+
+
+def _column(mean: Tensor, error: Tensor) -> dict[str, list]:
+    return {"mean": rounded(mean), "standard_error": rounded(error)}

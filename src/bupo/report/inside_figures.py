@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bupo.report import style
 from bupo.report.logs import TrainingRun
-from bupo.report.results import Comparison, TrainingReading
+from bupo.report.results import Comparison, Means, TrainingReading
 
 _PANELS = (
     ("reward", "Reward", "mean reward"),
@@ -127,7 +127,7 @@ def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float |
     which = f"layer {layers.pop()}" if len(layers) == 1 else "its layer"
     figure, panels = style.grid(4, 2, 8.4, 6.2, sharex=True)
     for name, readings, switch in runs:
-        x, colour = [reading.rollouts_done for reading in readings], look[name][0]
+        x, colour = [reading.done for reading in readings], look[name][0]
         *shown, dotted = (zip(*points, strict=True) for points in zip(*map(_points, readings), strict=True))
         for axes, (values, errors) in zip(panels, shown, strict=True):
             style.line_with_band(axes, x, values, errors, look[name], label=name)
@@ -146,9 +146,27 @@ def training_figure(runs: Sequence[tuple[str, Sequence[TrainingReading], float |
     panels[2].set_title("Perplexity of the full policy")
     panels[3].set_title(f"KL({which} || output), nats")
     for axes in panels[2:]:
-        axes.set_xlabel("rollout batches trained on")
+        axes.set_xlabel(" or ".join(sorted({readings[0].unit for _, readings, _ in runs})))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     style.legend_below(figure, panels[0])
+    return figure
+
+
+@style.styled()
+def drift_figure(readings: Sequence[TrainingReading]) -> Figure:
+    """How far the states of every layer have turned since the first reading, at most at eight moments of training."""
+    moments = readings[1:] or readings
+    shown = [moments[i] for i in np.linspace(0, len(moments) - 1, min(8, len(moments))).round().astype(int)]
+    figure, (axes,) = style.grid(1, 1, 7.2, 3.4)
+    for place, reading in enumerate(shown, start=1):
+        last, drift = reading is shown[-1], reading.drift or Means()
+        look, more = (style.BLUE, "o" if last else ""), {"alpha": 0.25 + 0.75 * place / len(shown)}
+        x, errors = range(1, len(drift.mean) + 1), drift.standard_error if last else None
+        style.line_with_band(axes, x, drift.mean, errors, look, label=f"{reading.done} {reading.unit}", **more)
+    axes.set(title="Drift of the states since the start", xlabel="layer", ylabel="1 − cosine")
+    axes.set_ylim(bottom=0)
+    style.layer_axis(axes, readings[0].layers)
+    style.legend_below(figure)
     return figure
 
 

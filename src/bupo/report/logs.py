@@ -55,8 +55,7 @@ class TrainingRun:
             rows += [row] if row else []
         if not any("step" in row and _value(row, "reward") is not None for row in rows):
             raise InputError(f"{path} has no row with a step and a reward; name the log of a training run")
-        readings = [TrainingReading.parse(read_json(p), p) for p in (path.parent / "inside").glob("after-*.json")]
-        return cls(rows, sorted(readings, key=lambda reading: reading.rollouts_done), cut)
+        return cls(rows, load_readings(path.parent), cut)
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Return the rollout batches that have ``name`` (a key of `SERIES`), and its mean in each."""
@@ -84,6 +83,12 @@ class TrainingRun:
         _, y = self.series(name)
         n = max(1, round(0.2 * len(y)))
         return (sum(y[:n]) / n, sum(y[-n:]) / n) if y else None
+
+
+def load_readings(folder: Path) -> list[TrainingReading]:
+    """The readings in a folder's ``inside``, in order of training."""
+    readings = [TrainingReading.parse(read_json(p), p) for p in (folder / "inside").glob("after-*.json")]
+    return sorted(readings, key=lambda reading: reading.done)
 
 
 def _rollout(row: Mapping[str, Any]) -> float:

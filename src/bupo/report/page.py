@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from bupo.errors import InputError
 from bupo.report import analysis_figures, evaluations, inside_figures, style
-from bupo.report.logs import TrainingRun
+from bupo.report.logs import TrainingRun, load_readings
 from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile
 from bupo.run_folder import RUN_FILE, read_json, write_text
 
@@ -95,7 +95,9 @@ def _read(name: str, path: Path, data: ReportData) -> None:
         raise InputError(f"{path} does not exist")
     folder, known = path if path.is_dir() else path.parent, [*KINDS, LOG]
     files = [path] if path.is_file() else [path / file for file in known if (path / file).is_file()]
-    if not files:
+    if path.is_dir() and not (path / LOG).is_file() and (readings := load_readings(path)):
+        data.runs.append((name, TrainingRun((), readings)))  # of another trainer, by `bupo.callbacks.LayerReadings`
+    elif not files:
         below = sorted(p.name for p in path.iterdir() if any((p / file).is_file() for file in known))
         hint = f"; its folders {', '.join(below[:6])} do: name those" if below else ""
         raise InputError(f"{path} contains none of {', '.join(known)}{hint}")
@@ -140,6 +142,7 @@ def write_page(path: str | Path, title: str, data: ReportData) -> Path:
     shown = {"title": title, "data": data, "css": Markup(look + more_look), "script": Markup(script)}
     shown |= {"analysis_figures": analysis_figures, "inside_figures": inside_figures, "evaluations": evaluations}
     shown["script_policy"] = Markup(f"'sha256-{digest}'")  # no other script of the page can run
+    shown["trained"] = [(name, run) for name, run in data.runs if run.log]
     shown["over_training"] = [(name, run.readings, run.switch) for name, run in data.runs if run.readings]
     text = environment.get_template("report.html.j2").render(shown)
     return write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # JSON may hold half a surrogate pair

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,16 @@ from bupo.errors import ConfigError, InputError
 from bupo.lens import layer_choice
 from bupo.lens.analyze import analyze_rollouts
 from bupo.lens.batching import check_rollouts
-from bupo.lens.compare import LayerMeasurements, compare_models, measure_layers
 from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout, unwrap
 from bupo.recipe import Recipe
-from bupo.run_folder import write_bytes, write_json, write_text
+from bupo.run_folder import write_json, write_text
 from bupo.train.images import image_inputs
+from bupo.train.inside import InsideReadings
 
 # draws an analysis: (analysis, folder, file name without suffix) -> the PNG
 Draw = Callable[[Mapping[str, Any], Path, str], Path]
-FLOW_RESPONSES, INSIDE_RESPONSES, INSIDE_TOKENS, FLOW_PANEL = 16, 64, 512, "internal/entropy_flow"
+FLOW_RESPONSES, INSIDE_RESPONSES, FLOW_PANEL = 16, 64, "internal/entropy_flow"
 CHOICE_RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
 
 
@@ -63,7 +62,7 @@ class Diagnostics(TrainerCallback):
         self._main = trainer.accelerator.is_main_process
         self._ended: set[str] = set()  # kinds of readings that failed
         self._responses: Sequence[Any] | None = None
-        self._baseline: LayerMeasurements | None = None
+        self._readings = InsideReadings(folder / "inside", self._main)
         layer = recipe.inside_layer or recipe.internal_layer
         self._layer = layer if isinstance(layer, int) else None  # None: the layer of the internal phase, once known
         if recipe.inside_every and self._layer is not None:
@@ -159,26 +158,7 @@ class Diagnostics(TrainerCallback):
         layers = self._trainer.schedule.layers if self._layer is None else [self._layer]
         if not layers:
             raise InputError("no layer to compare with is known yet; set inside_layer")
-        reading = measure_layers(self._trainer.model, self._responses or [], layers[-1], tokens=INSIDE_TOKENS)
-        reading = replace(reading, values=reading.values.float().double())  # as it comes back from the file
-        path = self._folder / "inside" / "baseline.npy"
-        if self._baseline is None and path.exists():  # of the part before a resume
-            values = torch.from_numpy(np.load(path, allow_pickle=False)).double()
-            self._baseline = replace(reading, values=values)
-        elif self._baseline is None:
-            self._baseline, stream = reading, io.BytesIO()
-            np.save(stream, reading.values.float().numpy(), allow_pickle=False)
-            if self._main:
-                write_bytes(path, stream.getvalue())
-        joined = compare_models([("start", self._baseline), ("now", reading)])
-        item = joined["models"][1]
-        del item["name"], item["cosine"], item["change"]["cosine"]
-        result: dict[str, Any] = {"schema": 1, "kind": "inside", "rollouts_done": done}
-        result |= {name: joined[name] for name in ("layer", "layers", "tokens", "samples", "standard_error_method")}
-        result |= item
-        if self._main:
-            write_json(self._folder / "inside" / f"after-{done:04d}.json", result)
-        return result
+        return self._readings.read(self._trainer.model, self._responses or [], layers[-1], done)
 
 
 def parameter_groups(model: Any, layer: int | None) -> dict[str, list[Tensor]]:
