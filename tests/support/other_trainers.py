@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -32,9 +32,8 @@ def trainer_of(kind: str, folder: Path, callbacks: Any = (), *, lora: bool = Fal
     more: dict[str, Any] = {"model": model, "processing_class": tiny_tokenizer(), "callbacks": [*callbacks]}
     adapters = {"peft_config": copy.deepcopy(ADAPTERS)} if lora else {}
     if kind == "grpo":
-        args = GRPOConfig(
-            **settings, per_device_train_batch_size=4, num_generations=4, max_completion_length=6, beta=0.0
-        )
+        sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6}
+        args = GRPOConfig(**settings, **sizes, beta=0.0)
         return GRPOTrainer(**more, **adapters, args=args, train_dataset=prompts(), reward_funcs=even_share)
     settings["per_device_train_batch_size"] = 2
     if kind == "dpo":
@@ -43,11 +42,9 @@ def trainer_of(kind: str, folder: Path, callbacks: Any = (), *, lora: bool = Fal
         args = DPOConfig(**settings)
         return DPOTrainer(**more, **adapters, **reference, args=args, train_dataset=Dataset.from_dict(rows))
     if kind == "sft":
-        rows = {"text": TEXTS}
-        return SFTTrainer(**more, **adapters, args=SFTConfig(**settings), train_dataset=Dataset.from_dict(rows))
+        rows = Dataset.from_dict({"text": TEXTS})
+        return SFTTrainer(**more, **adapters, args=SFTConfig(**settings), train_dataset=rows)
     if lora:
-        from peft import get_peft_model
-
         torch.manual_seed(3)
         more["model"] = get_peft_model(model, adapters["peft_config"])
     collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
@@ -65,5 +62,4 @@ def two_processes(folder: Path, rank: int) -> None:
             trainer.train()
             found.append(weights(trainer.accelerator.unwrap_model(trainer.model)))
         read = [row for row in trainer.state.log_history if "layer_kl/01" in row]
-        told = {"same": same_weights(*found), "read": read}
-        (folder / f"{kind}-{rank}.json").write_text(json.dumps(told))
+        (folder / f"{kind}-{rank}.json").write_text(json.dumps({"same": same_weights(*found), "read": read}))
