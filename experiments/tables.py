@@ -31,6 +31,8 @@ NAMES = {
     "frozen4": "GRPO, layers 1-4 frozen", "upper0.1": "GRPO, 0.1x learning rate above layer 4",
     "layer2": "BuPO, layer 2", "layer6": "BuPO, layer 6", "layer8": "BuPO, layer 8", "steps4": "4", "steps16": "16",
     "steps30": "30", "steps45": "45, the whole run", "auto45": "guarded, at most 45", "rate1e-5": "GRPO, 1e-5",
+    "ridge4x8": "through ridge, layer 4, 8 batches", "ridge4x16": "through ridge, layer 4, 16 batches",
+    "ridge4x45": "through ridge, layer 4, all 45", "ridge6x45": "through ridge, layer 6, all 45",
     "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
 }  # fmt: skip
 OWN = {

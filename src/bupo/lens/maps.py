@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from bupo.errors import InputError
 from bupo.lens.batching import TokenPair, check_rollouts, subsample
-from bupo.lens.readings import KINDS, Progress, read_layers
+from bupo.lens.readings import KINDS, DrawnStates, Progress, draw_states, read_states
 from bupo.lens.ridge import sum_states
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.load import model_revision
@@ -125,19 +125,16 @@ class Lens:
             raise InputError("the states of this model are not finite; check its weights, or load it in a wider dtype")
         checked, layers = [pairs[i] for i in part[1]], len(fitted.values)
         draw = partial(subsample, [len(pair.response_ids) for pair in checked], seed=seed)
+        drawn = draw_states(model, checked, draw(_CARD_TOKENS))
         candidates = [cls("ridge", *fitted.solve([factor] * layers)) for factor in FACTORS]
-        best = (
-            read_layers(model, checked, draw(_FACTOR_TOKENS), candidates)
-            .values[:, KINDS.index("kl"), :-1]
-            .mean(-1)
-            .argmin(0)
-        )
+        read = read_states(model, drawn.only(draw(_FACTOR_TOKENS)), candidates)  # with one seed, these are among those
+        best = read.values[:, KINDS.index("kl"), :-1].mean(-1).argmin(0)
         factors = [FACTORS[i] for i in best.tolist()]
         card = identity_of(model) | {
             "tokens": fitted.tokens + rest.tokens,
             "responses": len(pairs),
             "ridge_factors": [None if math.isinf(factor) else factor for factor in factors],  # None: no map
-            "held_out": cls("ridge", *fitted.solve(factors)).measure(model, checked, seed=seed),
+            "held_out": cls("ridge", *fitted.solve(factors))._compare(model, drawn),
         }
         return cls("ridge", *(fitted + rest).solve(factors), card)
 
@@ -145,7 +142,10 @@ class Lens:
         """Compare ``raw``, ``norm`` and this lens on responses it was not fitted on (``held_out`` of a card)."""
         pairs = check_rollouts(model, responses)
         drawn = subsample([len(pair.response_ids) for pair in pairs], _CARD_TOKENS, seed)
-        readings = read_layers(model, pairs, drawn, [*PLAIN.values(), self])
+        return self._compare(model, draw_states(model, pairs, drawn))
+
+    def _compare(self, model: nn.Module, drawn: DrawnStates) -> dict[str, Any]:
+        readings = read_states(model, drawn, [*PLAIN.values(), self])
         counts = {"tokens": sum(readings.counts), "responses": len(readings.counts)}
         return counts | dict(zip(("curves", "standard_errors"), readings.curves([*PLAIN, self.kind]), strict=True))
 

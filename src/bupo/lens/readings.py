@@ -60,7 +60,32 @@ class Readings:
         return curves, errors
 
 
+@dataclass(frozen=True)
+class DrawnStates:
+    """The states of every layer (L, N, d) and of the final norm (N, d) at the ``drawn`` tokens of each response."""
+
+    states: Tensor
+    final: Tensor
+    drawn: Sequence[Sequence[int]]
+
+    def only(self, drawn: Sequence[Sequence[int]]) -> DrawnStates:
+        """The states at some of these tokens."""
+        pairs = zip(self.drawn, drawn, strict=True)
+        kept = torch.tensor([token in part for all_of, part in pairs for token in all_of], device=self.final.device)
+        return DrawnStates(self.states[:, kept], self.final[kept], drawn)
+
+
 @torch.no_grad()
+def draw_states(model: nn.Module, responses: Sequence[TokenPair], drawn: Sequence[Sequence[int]]) -> DrawnStates:
+    """Run the responses with drawn tokens (from 0), one by one, and keep the states at these tokens."""
+    device, captured = get_unembedding(model).weight.device, []
+    with eval_mode(unwrap(model)):
+        for index in (i for i, part in enumerate(drawn) if part):
+            captured.append(capture_layers(model, *pad(responses, drawn, [index], device).inputs))
+    states, final = (torch.cat(parts, dim=-2) for parts in zip(*captured, strict=True))
+    return DrawnStates(states, final, drawn)
+
+
 def read_layers(
     model: nn.Module,
     responses: Sequence[TokenPair],
@@ -75,14 +100,17 @@ def read_layers(
     Raises:
         InputError: non-finite logits.
     """
+    return read_states(model, draw_states(model, responses, drawn), lenses, progress)
+
+
+@torch.no_grad()
+def read_states(
+    model: nn.Module, drawn: DrawnStates, lenses: Sequence[LayerMap], progress: Progress | None = None
+) -> Readings:
+    """As `read_layers`, from states that were kept."""
     unembedding, norm = get_unembedding(model), find_layout(model).final_norm
     like = next(chain(norm.parameters(), model.parameters()))  # the model's own dtype, and the norm's device
-    captured = []
-    with eval_mode(unwrap(model)):
-        for index in (i for i, part in enumerate(drawn) if part):
-            batch = pad(responses, drawn, [index], unembedding.weight.device)
-            captured.append(capture_layers(model, *batch.inputs))
-    states, final = (torch.cat(parts, dim=-2) for parts in zip(*captured, strict=True))
+    states, final = drawn.states, drawn.final
     output = lens_stats(final[None], unembedding, StatsRequest(top_k=1))
     request = StatsRequest(reference=final, kl_from_reference=True, top_k=1)
     parts = []
@@ -103,4 +131,6 @@ def read_layers(
         raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
     change = torch.cat([torch.full_like(entropy[:, :1], math.nan), entropy.diff(dim=1)], dim=1)
     uniform_kl = math.log(len(unembedding.weight)) - output["entropy"][0].cpu()
-    return Readings(torch.stack([entropy, change, kl, same], dim=1), uniform_kl, [len(part) for part in drawn if part])
+    return Readings(
+        torch.stack([entropy, change, kl, same], dim=1), uniform_kl, [len(part) for part in drawn.drawn if part]
+    )
