@@ -22,10 +22,11 @@ TOTAL_LINES = {"src": 9_500, "tests": 7_500}
 # lines that features add which are newer than these limits
 ADDED = {
     "grading rules": {"src": 120, "tests": 70},
-    "lenses": {"src": 880, "tests": 420},
+    "lenses": {"src": 900, "tests": 450},
     "no silent wrong results": {"src": 378, "tests": 395},
     "no tracebacks": {"src": 191, "tests": 292},
     "trained layers": {"src": 130, "tests": 70},
+    "doctor": {"src": 175, "tests": 35},
     "TRL's behaviours and images": {"src": 126, "tests": 380},
     "rewards, protocols and citation": {"src": 130, "tests": 172},
     "readings in any trainer": {"src": 235, "tests": 222},

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bupo.cli import analyze, compare, demo, eval, lens, plan, report, train
+from bupo.cli import analyze, compare, demo, doctor, eval, lens, plan, report, train
 from bupo.errors import BupoError
 from bupo.run_folder import versions
 
@@ -25,7 +25,8 @@ app = typer.Typer(
 )
 _lenses = typer.Typer(help="Fit, load and show lenses, which map every layer to the output.", no_args_is_help=True)
 app.add_typer(_lenses, name="lens")
-_COMMANDS = (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, report.report, demo.demo)
+_COMMANDS = (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, report.report, demo.demo,
+             doctor.doctor)  # fmt: skip
 for command in (*_COMMANDS, lens.fit, lens.load, lens.show):
     # named like its file; neighbouring lines of a help text are joined, so each example becomes a paragraph
     text = cleandoc(command.__doc__ or "").replace("\n  bupo", "\n\n  bupo")
