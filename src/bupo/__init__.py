@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bupo.lens.maps import Lens
     from bupo.models.internal_policy import internal_policy
     from bupo.models.load import load_model
+    from bupo.notebook import look
     from bupo.train.config import BuPOConfig
     from bupo.train.trainer import BuPOTrainer
 
@@ -18,10 +19,11 @@ _MODULES = {  # imported on first use, so that the command line starts without t
     "load_model": "bupo.models.load",
     "analyze_rollouts": "bupo.lens.analyze",
     "Lens": "bupo.lens.maps",
+    "look": "bupo.notebook",
     "BuPOConfig": "bupo.train.config",
     "BuPOTrainer": "bupo.train.trainer",
 }
-__all__ = ["BuPOConfig", "BuPOTrainer", "Lens", "analyze_rollouts", "internal_policy", "load_model"]
+__all__ = ["BuPOConfig", "BuPOTrainer", "Lens", "analyze_rollouts", "internal_policy", "load_model", "look"]
 
 
 def __getattr__(name: str) -> Any:

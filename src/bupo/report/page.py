@@ -133,6 +133,11 @@ def _read_samples(name: str, path: Path, shown: dict[tuple[str, str], list[dict[
 
 def write_page(path: str | Path, title: str, data: ReportData) -> Path:
     """Write the page atomically."""
+    return write_text(path, render(title, data))
+
+
+def render(title: str, data: ReportData, template: str = "report.html.j2") -> str:
+    """The page, or with ``look.html.j2`` its token explorer alone."""
     loader = PackageLoader("bupo.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"svg": style.inline_svg, "data_block": data_block, "shell": shlex.join, "text": _text}
@@ -144,8 +149,8 @@ def write_page(path: str | Path, title: str, data: ReportData) -> Path:
     shown["script_policy"] = Markup(f"'sha256-{digest}'")  # no other script of the page can run
     shown["trained"] = [(name, run) for name, run in data.runs if run.log]
     shown["over_training"] = [(name, run.readings, run.switch) for name, run in data.runs if run.readings]
-    text = environment.get_template("report.html.j2").render(shown)
-    return write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # JSON may hold half a surrogate pair
+    text = environment.get_template(template).render(shown)
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half a surrogate pair
 
 
 def data_block(tokens: Sequence[tuple[str, ExploredTokens]]) -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
 
 from bupo.errors import InputError
 
@@ -237,20 +237,10 @@ class Comparison(_OfLayer):
 
 class TrainingReading(_OfLayer, ModelReading):
     command = "bupo train (with inside_every)"  # writes inside/after-*.json, as `bupo.callbacks.LayerReadings` does
-    rollouts_done: int | None = None
+    done: int = Field(validation_alias=AliasChoices("rollouts_done", "updates_done"))
     updates_done: int | None = None
     drift: Means | None = None  # of each layer's states since the start: 1 - cosine
 
     @property
-    def done(self) -> int:
-        return (self.rollouts_done if self.rollouts_done is not None else self.updates_done) or 0
-
-    @property
     def unit(self) -> str:
-        return "updates" if self.rollouts_done is None else "rollout batches trained on"
-
-    @model_validator(mode="after")
-    def _dated(self) -> Self:
-        if self.rollouts_done is None and self.updates_done is None:
-            raise ValueError("rollouts_done is missing")
-        return self
+        return "rollout batches trained on" if self.updates_done is None else "updates"
