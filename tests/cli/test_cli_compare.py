@@ -36,7 +36,7 @@ def test_as_a_user_runs_it(bupo, tmp_path, responses, tiny_folder):
 @pytest.mark.parametrize(
     ("models", "options", "words"),
     [
-        (["small"], ["--layer", "2"], "two or more models"),
+        (["small"], ["--internal-layer", "2"], "two or more models"),
         (["small", "small"], ["--layer", "2"], "two models are named small"),
         (["small", "a=small"], [], "choose one with --layer"),
         (["small", "a=small"], ["--layer", "9"], "layer 9 does not exist"),

@@ -14,7 +14,7 @@ from bupo.errors import BupoError
 @pytest.mark.timeout(900)
 def test_demo_from_end_to_end(tmp_path, capsys):
     folder = tmp_path / "demo"
-    sizes = ["--rollouts", "2", "--internal-steps", "1", "--problems", "6", "--samples", "2"]
+    sizes = ["--rollouts", "2", "--internal-steps", "1", "--limit", "6", "--samples", "2"]
     assert main(["demo", "--output", str(folder), *sizes, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["headline"]

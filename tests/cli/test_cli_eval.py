@@ -21,7 +21,7 @@ def questions(tmp_path):
 
 def arguments(folder, questions, *more):
     required = ["eval", "--model", str(folder), "--tasks", str(questions)]
-    return [*required, "--n", "2", "--k", "2", "--max-new-tokens", "4", *more]
+    return [*required, "--samples", "2", "--k", "2", "--max-new-tokens", "4", *more]
 
 
 def test_a_whole_evaluation(tiny_folder, questions, tmp_path, bupo):

@@ -156,6 +156,8 @@ def analyse(folder: Path, rank: int, engine: str) -> None:
 
 def command(folder: Path, rank: int, arguments: list[Any], engine: str = "ddp", subcommand: str = "train") -> None:
     """A bupo command as each process of a launcher runs it; engines come through the environment."""
+    if engine == "torchrun":
+        del os.environ["ACCELERATE_USE_CPU"]  # which only accelerate's own launcher sets
     if engine == "fsdp2":
         enable_fsdp2_on_cpu()
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from bupo.errors import ConfigError
+from bupo.errors import ConfigError, InputError
+from bupo.models.load import use_cpus_without_accelerator
 from bupo.train.config import BuPOConfig
 from bupo.train.schedule import Phase
 from tests.support.training import config
@@ -149,6 +152,19 @@ def test_reentrant_checkpointing_is_refused_under_ddp(tmp_path, monkeypatch):
     assert config(tmp_path, internal_steps=2).ddp_find_unused_parameters is True
     with pytest.raises(ConfigError, match="reentrant"):
         config(tmp_path, internal_steps=2, **reentrant)
+
+
+def test_processes_that_form_no_group_are_refused_and_cpus_are_told_to_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="the launched processes do not form a group"):
+        config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # restored at the end
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    use_cpus_without_accelerator()
+    assert "ACCELERATE_USE_CPU" not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    use_cpus_without_accelerator()
+    assert ("ACCELERATE_USE_CPU" in os.environ) is not torch.accelerator.is_available()
 
 
 def test_a_guarded_phase_without_a_limit_may_take_a_third_of_the_run(tmp_path):

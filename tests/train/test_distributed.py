@@ -158,7 +158,7 @@ def test_replicas_stay_equal_when_the_model_samples(tmp_path, engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "torchrun"])
 def test_the_command_in_two_processes(tmp_path, tiny_folder, engine):
     """`bupo train`, then --resume of the finished run and of one whose last checkpoint is gone."""
     recipe, output = (

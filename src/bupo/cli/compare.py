@@ -22,10 +22,13 @@ def compare(
     responses: Annotated[Path, typer.Option(help="Rows with prompt(_ids) and response(_ids), read by all models.")],
     output: options.Output,
     layer: Annotated[
-        int | None, typer.Option(min=1, help="Layer to compare (from 1). Default: the one that a training run trained.")
+        int | None,
+        typer.Option("--internal-layer", "--layer", min=1, help="Layer to compare, from 1. Default: the one trained."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of rows of --responses to use.")] = 64,
-    tokens: Annotated[int, typer.Option(min=1, help="Number of response tokens to draw, the same per model.")] = 1024,
+    tokens: Annotated[
+        int, typer.Option("--max-tokens", "--tokens", min=1, help="Response tokens to draw, the same per model.")
+    ] = 1024,
     template: options.Template = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -42,7 +45,7 @@ def compare(
     or 'small'; NAME=MODEL names it.
 
     Examples:
-      bupo compare start=small runs/grpo runs/bupo --responses runs/look/responses.jsonl --layer 4 --output runs/inside
+      bupo compare start=small runs/grpo runs/bupo --responses R.jsonl --internal-layer 4 --output runs/inside
       bupo compare small runs/bupo/checkpoints/checkpoint-40 runs/bupo --responses R.jsonl --output runs/over-time
     """
     options.refuse_launcher("bupo compare", "start it without a launcher")

@@ -35,7 +35,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("demo"),
     rollouts: Annotated[int | None, typer.Option(min=2, help="Rollout batches per run. Default: the recipe's.")] = None,
     internal_steps: Annotated[int, typer.Option(min=1, help="Rollout batches of BuPO's internal phase.")] = 8,
-    problems: Annotated[int, typer.Option(min=2, help="Number of held-out problems.")] = 256,
+    problems: Annotated[int, typer.Option("--limit", "--problems", min=2, help="Held-out problems.")] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Number of responses per problem.")] = 8,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,

@@ -20,7 +20,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option("--tasks", "--dataset", help="Tasks, separated by commas.")] = None,
     output: options.OptionalOutput = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="K of Avg@K. Default: 16, for AIME 32.")] = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Number of samples per problem. Default: K.")] = None,
+    n: Annotated[int | None, typer.Option("--samples", "--n", min=1, help="Responses per problem. Default: K.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of problems per task.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with local files of the benchmarks.")] = None,
     template: options.OptionalTemplate = None,

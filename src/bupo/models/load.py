@@ -28,11 +28,23 @@ _NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model id
 
 def join_processes(cpu: bool = False) -> PartialState:
     """Join the processes that a launcher started, on CPUs if ``cpu``, and return accelerate's state of this one."""
-    # without `cpu`, PartialState does not form a group of CPU processes
+    use_cpus_without_accelerator()
     state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):  # each would silently do all the work
-        raise InputError("the launched processes do not form a group; start them with torchrun or accelerate launch")
+    check_group(state.num_processes)
     return state
+
+
+def use_cpus_without_accelerator() -> None:
+    """Tell accelerate about launched processes on CPUs, which torchrun does not: they would form no group otherwise."""
+    elsewhere = torch.accelerator.is_available() or "ACCELERATE_USE_DEEPSPEED" in os.environ
+    if "LOCAL_RANK" in os.environ and not elsewhere:
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def check_group(processes: int) -> None:
+    """Raise `InputError` if these are not all the launched processes: each would silently do all the work."""
+    if processes < int(os.environ.get("WORLD_SIZE", "1")):
+        raise InputError("the launched processes do not form a group; start them with torchrun or accelerate launch")
 
 
 def resolve_model(name: str) -> str:

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from bupo.errors import ConfigError
 from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout
+from bupo.models.load import check_group, use_cpus_without_accelerator
 from bupo.models.padding import attends_only, padding_changes
 from bupo.train.advantages import ESTIMATORS
 from bupo.train.layers import FORMS, layer_problems
@@ -31,7 +32,6 @@ _UNSUPPORTED = {  # the value that an internal phase needs, and what another one
     "torch_compile": (False, "would keep the graph of one phase for the other"),
     "ddp_find_unused_parameters": (True, "leaves gradients unsynchronised, as the upper layers are not used"),
 }
-
 _CRITIC = ("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda")
 _POSITIVE = ("internal_temperature", "temperature", "learning_rate", "upper_learning_rate_scale", *_CRITIC[:2])
 _WHOLE = ("upper_learning_rate_above", "probe_samples", "internal_lens_tokens")
@@ -103,7 +103,9 @@ class BuPOConfig(GRPOConfig):
         log_per_rollout = self.logging_steps == 0
         if log_per_rollout:
             self.logging_steps = 1
+        use_cpus_without_accelerator()
         super().__post_init__()
+        check_group(self.world_size)
         if log_per_rollout:
             self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
         problems += self._problems()
