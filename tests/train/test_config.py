@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from bupo.errors import ConfigError, InputError
-from bupo.models.load import use_cpus_without_accelerator
+from bupo.models.load import check_group, use_cpus_without_accelerator
 from bupo.train.config import BuPOConfig
 from bupo.train.schedule import Phase
 from tests.support.training import config
@@ -154,10 +154,10 @@ def test_reentrant_checkpointing_is_refused_under_ddp(tmp_path, monkeypatch):
         config(tmp_path, internal_steps=2, **reentrant)
 
 
-def test_processes_that_form_no_group_are_refused_and_cpus_are_told_to_accelerate(tmp_path, monkeypatch):
+def test_processes_that_form_no_group_are_refused_and_cpus_are_told_to_accelerate(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="the launched processes do not form a group"):
-        config(tmp_path)
+        check_group(1)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "")  # restored at the end
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     use_cpus_without_accelerator()
