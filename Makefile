@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 gallery figures clean
+.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 gallery gpu-check figures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,9 @@ test-vllm: $(VSTAMP) smollm2  ## real vLLM on the CPU against transformers (seve
 
 test-kernel: $(STAMP) .triton  ## the Triton kernel in interpreter mode, without a GPU
 	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/lens/test_kernel.py
+
+gpu-check: $(STAMP)       ## everything that a GPU changes, in about a quarter of an hour; in small without one
+	$(BIN)/python -m benchmarks.gpu_check
 
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2, and sums for it
 	$(BIN)/python -m experiments.fetch_model smollm2
