@@ -6,12 +6,16 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
+
+from bupo.train.paper import PAPER
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "bupo"
@@ -234,3 +238,15 @@ def test_help_and_recipes_load_nothing_heavy(program):
 def test_the_report_needs_no_torch():
     code = "import sys, bupo.report.page; bad = {'torch', 'transformers'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert [citation[name] for name in ("version", "license")] == [project["version"], project["license"]]
+    [paper] = citation["references"]
+    assert (paper["title"], paper["url"]) == (PAPER["title"], f"https://arxiv.org/abs/{PAPER['id']}")
+    names = [f"{author['given-names']} {author['family-names']}" for author in paper["authors"]]
+    assert " and ".join(names) in " ".join(PAPER["citation"].split())
+    run = subprocess.run([sys.executable, "-m", "bupo", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"bupo {project['version']}\n"

@@ -207,4 +207,7 @@ def test_a_stream_evaluation_the_best_model_callbacks_and_the_card(tmp_path):
     assert phases(run) == [1.0, 1.0]
     run.create_model_card(model_name="mine", dataset_name="words", tags=["extra"])
     card = (tmp_path / "README.md").read_text()
-    assert all(part in card for part in ("- bupo", "- trl", "- extra", "trained with BuPO", "papers/2512.19673"))
+    assert all(
+        part in card
+        for part in ("- bupo", "- trl", "- extra", "trained with BuPO", "papers/2512.19673", "@article{tan2025bupo")
+    )

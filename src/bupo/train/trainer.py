@@ -28,6 +28,7 @@ from bupo.train.guard import PhaseMonitor
 from bupo.train.images import image_fields
 from bupo.train.layers import freeze, layer_problems
 from bupo.train.lora import upcast_adapters
+from bupo.train.paper import PAPER
 from bupo.train.phase_lens import PhaseLens
 from bupo.train.rewards import checked
 from bupo.train.schedule import FULL, Phase, Schedule, alignment_problems
@@ -51,10 +52,7 @@ class BuPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "bupo"]  # noqa: RUF012  (as TRL declares it)
     _name = "BuPO"
-    _paper = {  # noqa: RUF012
-        "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
-        "id": "2512.19673",
-    }
+    _paper = PAPER
     args: BuPOConfig
     model: Any  # the parent types it as possibly absent
     processing_class: Any
