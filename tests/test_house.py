@@ -32,7 +32,7 @@ ADDED = {
     "trained layers": {"src": 130, "tests": 70},
     "doctor": {"src": 175, "tests": 35},
     "TRL's behaviours and images": {"src": 126, "tests": 380},
-    "rewards, protocols and citation": {"src": 160, "tests": 190},
+    "rewards, protocols and citation": {"src": 157, "tests": 208},
     "readings in any trainer": {"src": 225, "tests": 218},
     "a look in a notebook": {"src": 105, "tests": 79},
 }
