@@ -42,7 +42,11 @@ TABLES: dict[str, dict[str, Any]] = {
     },
     "layers": {"rows": SMALL, "arms": ["grpo", "layer2", "bupo", "layer6", "layer8"], "seeds": 3},
     "reading": {"rows": SMALL, "arms": ["bupo", "norm", "temperature", "grpo"], "seeds": 3},
-    "lenses": {"rows": SMALL, "arms": ["grpo", "bupo", "ridge4x8", "ridge4x16", "ridge6x45", "ridge4x45"], "seeds": 10},
+    "lenses": {
+        "rows": SMALL,
+        "arms": ["grpo", "bupo", "ridge4x8", "ridge4x16", "ridge6x45", "lower6", "ridge4x45"],
+        "seeds": 10,
+    },
     "rates": {"rows": SMALL, "arms": ["bupo", "frozen4", "upper0.1", "grpo"], "seeds": 3},
 }
 Rows = dict[str, dict[int, dict[str, Any]]]

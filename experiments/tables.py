@@ -33,7 +33,7 @@ NAMES = {
     "steps30": "30", "steps45": "45, the whole run", "auto45": "guarded, at most 45", "rate1e-5": "GRPO, 1e-5",
     "ridge4x8": "through ridge, layer 4, 8 batches", "ridge4x16": "through ridge, layer 4, 16 batches",
     "ridge4x45": "through ridge, layer 4, all 45", "ridge6x45": "through ridge, layer 6, all 45",
-    "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
+    "lower6": "GRPO on layers 1-6 alone", "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
 }  # fmt: skip
 OWN = {
     "inside": {"steps45": "layer 4, all 45 batches"},
