@@ -65,8 +65,8 @@ def demo(
         seconds = run_jobs(jobs, output / "logs", steps, quiet=as_json)
         finished.extend(f"bupo {' '.join(jobs[name])}  ({taken:.0f} s)" for name, taken in seconds.items())
 
-    look = f"analyze --model small --dataset arithmetic --split test --limit 100 --max-new-tokens 40 --seed {seed}"
-    job = {"analyse": [*look.split(), "--output", str(output / "analysis")]}
+    look = f"analyze --model small --dataset arithmetic --split test --max-new-tokens 40 --seed {seed}".split()
+    job = {"analyse": [*look, "--limit", str(min(100, problems)), "--output", str(output / "analysis")]}
     step("1/4  The internal policies of the shipped model", 1, job)
     analysis = read_json(output / "analysis" / "analysis.json")
     layer = analysis["boundary_layer"] or analysis["layers"] // 2
