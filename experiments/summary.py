@@ -45,7 +45,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "lenses": {
         "rows": SMALL,
         "arms": ["grpo", "bupo", "ridge4x8", "ridge4x16", "ridge6x45", "lower6", "ridge4x45"],
-        "seeds": 10,
+        "seeds": 8,
     },
     "rates": {"rows": SMALL, "arms": ["bupo", "frozen4", "upper0.1", "grpo"], "seeds": 3},
 }
