@@ -39,8 +39,8 @@ QUICK = "--rounds 1 --responses 4 --tokens 24"
 
 
 def parts(device: str, scratch: Path) -> dict[str, list[str]]:
-    """The command lines of every part; with a CPU, in small."""
-    cuda, python = device == "cuda", sys.executable
+    """What Python is to run for every part; with a CPU, in small."""
+    cuda = device == "cuda"
     dtype = "bfloat16" if cuda else "float32"
     on, model = f"--device {device} --dtype {dtype}", "models/smollm2" if cuda else "small"
     train = "--json --set rollouts=4 --set save_every=100"
@@ -48,7 +48,7 @@ def parts(device: str, scratch: Path) -> dict[str, list[str]]:
     sections = "phase1,phase2" if cuda else "phase2"
     rounds = "--rounds-phase1 8 --rounds-phase2 12" if cuda else "--rounds-phase2 2"
     long = "--parts time --responses 8 --tokens 1024 --rounds 3"
-    found = {
+    return {
         "doctor": [f"-m bupo doctor --device {device} --json"],
         "tests": ["-m pytest -q -p no:cacheprovider tests/lens/test_kernel.py"]
         if importlib.util.find_spec("triton") else [],
@@ -61,24 +61,23 @@ def parts(device: str, scratch: Path) -> dict[str, list[str]]:
         "vllm": ["-m pytest -q -m slow -p no:cacheprovider tests/evaluate/test_vllm.py"]
         if importlib.util.find_spec("vllm") else [],
     }  # fmt: skip
-    return {name: [f"{python} {line}" for line in lines] for name, lines in found.items()}
 
 
-def run(line: str, device: str) -> dict[str, Any]:
+def run(line: str, device: str, scratch: Path) -> dict[str, Any]:
     """Run one command line; its exit code (null where it ran out of time), seconds, and the end of what it printed."""
     environment = os.environ | {"TRITON_INTERPRET": "0" if device == "cuda" else "1"}
     started = time.perf_counter()
     try:
-        done = subprocess.run(line.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            [sys.executable, *line.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
         code, printed = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
-        code, printed = (
-            None,
-            (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else str(late.stdout or ""),
-        )
-    shown = re.sub(r"\S*/(?=[^/\s])", "", " ".join(line.split()[1:]))  # without the paths of a machine
-    return {"command": shown, "exit_code": code, "seconds": round(time.perf_counter() - started, 1),
-            "printed": printed[-4000:].replace(str(ROOT), ".").replace(str(Path.home()), "~")}  # fmt: skip
+        code, printed = None, str(late.stdout or "")
+    seconds = round(time.perf_counter() - started, 1)
+    for path, name in ((scratch, "runs"), (ROOT, "."), (Path.home(), "~")):  # no paths of a machine
+        line, printed = line.replace(str(path), name), printed.replace(str(path), name)
+    return {"command": line, "exit_code": code, "seconds": seconds, "printed": printed[-4000:]}
 
 
 def same_weights(scratch: Path) -> bool | None:
@@ -118,7 +117,7 @@ def main() -> int:
         for part, lines in parts(args.device, Path(folder)).items():
             if args.only and part not in args.only.split(","):
                 continue
-            result["parts"][part] = [run(line, args.device) for line in lines]
+            result["parts"][part] = [run(line, args.device, Path(folder)) for line in lines]
             result["same_seed_same_weights"] = same_weights(Path(folder))
             write_json(out, result)  # after each part, because a later one may take the machine down
             print(part, json.dumps([run["exit_code"] for run in result["parts"][part]]), flush=True)

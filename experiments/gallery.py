@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bupo import load_model
 from bupo.data.problems import load_problems
-from bupo.data.prompts import prompt_ids
+from bupo.data.prompts import prompts_of
 from bupo.evaluate.engines import Sampling
 from bupo.evaluate.hf_engine import sample
 from bupo.lens.batching import ClusterMeans, check_rollouts, subsample_evenly
@@ -64,7 +64,7 @@ def look(name: str, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     model, tokenizer = load_model(f"models/{name}", dtype="float32", device="cpu")
     problems = load_problems(TASK, limit=args.problems, seed=SEED)
-    prompts = [prompt_ids(problem.prompt, tokenizer, "auto") for problem in problems]
+    prompts = prompts_of(problems, tokenizer, "auto")
     sampled = sample(model, tokenizer, prompts, Sampling(args.new_tokens, seed=SEED), samples=1, batch_size=args.batch)
     pairs = check_rollouts(model, [(p, r) for p, (r,) in zip(prompts, sampled, strict=True) if r])
     lens, read = fit_on_half(model, pairs, seed=SEED)

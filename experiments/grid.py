@@ -30,6 +30,7 @@ import yaml
 
 from bupo import run_folder as rundir
 from bupo.cli import main as bupo
+from experiments.summary import read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", "internal/divergence", "grad_norm")
@@ -62,8 +63,8 @@ def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path 
         _bupo("train", REPOSITORY / grid["recipe"], "--output", out, *flags, "--json")
         result = json.loads((out / "run.json").read_text())["result"]
         row |= {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
-        row["curves"] = _curves(out / "log.jsonl")
-        row["update_seconds"] = _update_seconds(out / "log.jsonl")
+        log = read_lines(out / "log.jsonl")
+        row |= {"curves": _curves(log), "update_seconds": _update_seconds(log)}
         if settings.get("inside_every"):
             row["inside"] = [_rounded(rundir.read_json(path)) for path in sorted((out / "inside").glob("after-*.json"))]
         model = str(out / "model")
@@ -88,8 +89,7 @@ def one_run(grid: dict[str, Any], arm: str, seed: int, folder: Path, keep: Path 
     rundir.write_json(folder / "row.json", row)
 
 
-def _curves(log: Path) -> dict[str, list[float | None]]:
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+def _curves(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     found = {}
     for name in CURVES:
         values = [row.get(name) for row in rows]
@@ -98,9 +98,8 @@ def _curves(log: Path) -> dict[str, list[float | None]]:
     return found
 
 
-def _update_seconds(log: Path) -> float:
+def _update_seconds(rows: list[dict[str, Any]]) -> float:
     """Seconds of training that were not spent on sampling and rewards, lens fits included."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows = [row for row in rows if "sampling_seconds" in row]
     return round(rows[-1]["seconds"] - sum(row["sampling_seconds"] for row in rows), 1)
 
@@ -145,7 +144,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     done = set()
     if out.exists():
-        done = {(row["arm"], row["seed"]) for row in map(json.loads, out.read_text().splitlines())}
+        done = {(row["arm"], row["seed"]) for row in read_lines(out)}
     pending = [run for run in runs(grid) if run not in done]
     if args.only:
         pending = [run for run in pending if run[0] in args.only.split(",")]

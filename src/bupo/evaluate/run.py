@@ -21,7 +21,7 @@ from bupo.evaluate.engines import Engine, Sampling, derived_seed, response_limit
 from bupo.evaluate.hf_engine import TransformersEngine
 from bupo.evaluate.responses import RESPONSES, RESULTS, Log, ResponseLog, Row, finish, grade, merge_shards
 from bupo.evaluate.vllm_engine import VLLM_REMEDY, VllmEngine
-from bupo.lens.maps import find_lens
+from bupo.lens.maps import named_lens
 from bupo.models.load import load_model
 
 PARTIAL = "responses.partial.jsonl"
@@ -61,10 +61,9 @@ def load_engine(config: EvalConfig, *, device: str | None = None, trust_remote_c
     source: dict[str, Any] = {"revision": config.revision, "trust_remote_code": trust_remote_code}
     if config.engine == "vllm":
         return VllmEngine(config.model, config.dtype, **source)
-    dtype = "fitting" if config.dtype == "auto" else config.dtype
+    dtype, lens = "fitting" if config.dtype == "auto" else config.dtype, named_lens(config.internal_lens)
     model, tokenizer = load_model(config.model, dtype=dtype, device=device, **source)
-    lens = find_lens(config.internal_lens, model)
-    return TransformersEngine(model, tokenizer, config.batch_size, config.internal_layer, lens)
+    return TransformersEngine(model, tokenizer, config.batch_size, config.internal_layer, lens.check(model))
 
 
 def evaluate(

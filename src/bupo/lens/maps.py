@@ -218,7 +218,12 @@ PLAIN = {"raw": Lens("raw"), "norm": Lens("norm")}
 
 def find_lens(name: str | Lens, model: nn.Module) -> Lens:
     """Return the lens that a user names for a model: ``raw``, ``norm``, or the folder of a saved one."""
-    return (name if isinstance(name, Lens) else PLAIN.get(name) or Lens.load(name)).check(model)
+    return named_lens(name).check(model)
+
+
+def named_lens(name: str | Lens) -> Lens:
+    """The same before there is a model, so that a wrong name is found before the model is loaded."""
+    return name if isinstance(name, Lens) else PLAIN.get(name) or Lens.load(name)
 
 
 def fit_on_half(model: nn.Module, pairs: Sequence[TokenPair], **how: Any) -> tuple[Lens, list[TokenPair]]:

@@ -17,7 +17,7 @@ from bupo.models.layout import find_layout
 from bupo.models.load import check_group, use_cpus_without_accelerator
 from bupo.models.padding import attends_only, padding_changes
 from bupo.train.advantages import ESTIMATORS
-from bupo.train.layers import FORMS, layer_problems
+from bupo.train.layers import FORMS, layer_problems, selects
 from bupo.train.schedule import Schedule, alignment_problems, as_int, is_whole, parse_phases
 
 # losses that use log-probabilities in the ratio only (cispo also as the score function of the same policy)
@@ -261,16 +261,15 @@ def model_problems(trainer: Any) -> list[str]:
     """Problems of a trainer's settings with its model, optimizer and dataset."""
     args, schedule, model = trainer.args, trainer.schedule, trainer.model
     above, problems = args.upper_learning_rate_above, []
-    selects = args.trained_layers is not None or args.frozen_layers is not None
     named = [("upper_learning_rate_above", above)] if above else []
     named += [("internal_layer", layer) for layer in schedule.layers]
-    depth = find_layout(model).n_layers if named or selects else 0
+    depth = find_layout(model).n_layers if named or selects(args) else 0
     for name, layer in named:
         try:
             check_layer(depth, layer)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    problems += layer_problems(args, schedule, depth) if selects else []
+    problems += layer_problems(args, schedule, depth)
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     foreign = trainer.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
     cast_to = "bfloat16" if args.bf16 else "float16" if args.fp16 else None

@@ -39,10 +39,9 @@ class Selection:
 
 def freeze(model: Any, settings: Any) -> None:
     """Freeze what the settings do not select, so that the backward pass stops below the lowest selected layer."""
-    if _setting(settings)[0] is None:
+    if (selection := select(settings, find_layout(model).n_layers if selects(settings) else 0)) is None:
         return
-    if (selection := select(settings, find_layout(model).n_layers)) is not None:
-        selection.apply(model)
+    selection.apply(model)
     if not (settings.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         stop_backward(model)
 
@@ -52,6 +51,11 @@ def stop_backward(model: Any) -> None:
     inner = unwrap(model)
     inner.disable_input_require_grads()
     inner.enable_input_require_grads = lambda: None  # called whenever checkpointing is switched on
+
+
+def selects(settings: Any) -> bool:
+    """Whether the settings name layers, so that the model's are needed."""
+    return _setting(settings)[0] is not None
 
 
 def select(settings: Any, depth: int) -> Selection | None:
