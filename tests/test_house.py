@@ -30,7 +30,7 @@ ADDED = {
     "no silent wrong results": {"src": 378, "tests": 395},
     "no tracebacks": {"src": 191, "tests": 292},
     "trained layers": {"src": 130, "tests": 70},
-    "doctor": {"src": 175, "tests": 35},
+    "doctor": {"src": 180, "tests": 45},
     "TRL's behaviours and images": {"src": 126, "tests": 380},
     "rewards, protocols and citation": {"src": 157, "tests": 208},
     "readings in any trainer": {"src": 225, "tests": 218},

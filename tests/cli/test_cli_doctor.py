@@ -29,3 +29,11 @@ def test_wrong_readings_and_errors_are_found(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.count("FAILED") == 4
     assert "RuntimeError: mat1 and mat2" in text
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys):
+    for device in ("nodev", "cuda:99"):
+        assert main(["doctor", "--device", device]) == 2
+        assert capsys.readouterr().err == (
+            f"bupo: error: device {device!r} cannot be used here; leave out --device, or name one that can\n"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from bupo.cli import options
+from bupo.errors import InputError
 from bupo.run_folder import machine, versions
 
 # modules that are not needed everywhere, and what they are for
@@ -39,6 +40,10 @@ def doctor(device: options.Device = None, as_json: options.AsJson = False) -> No
     from bupo.lens.selftest import checks
 
     used = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    try:
+        torch.empty(0, device=used)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {used!r} cannot be used here; leave out --device, or name one that can") from error
     found: dict[str, Any] = {"versions": versions(), "machine": machine(), "devices": _devices(torch)}
     found["optional"] = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
     found["checks"] = []
