@@ -7,8 +7,9 @@ from math import comb
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, task_results
+from bupo.evaluate.metrics import bootstrap, compare, pass_at_k, share_interval, task_results
 
 
 def test_pass_at_k_equals_enumeration_of_subsets():
@@ -56,6 +57,17 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert bootstrap([0.5]) == {"mean": 0.5, "ci95": [0.5, 0.5]}
     with pytest.raises(ValueError, match="at least one problem"):
         bootstrap([])
+
+
+def test_problems_that_all_agree_do_not_promise_the_same_of_others():
+    assert share_interval([1.0] * 10)["ci95"] == pytest.approx([1 - scipy.stats.beta.ppf(0.975, 1, 10), 1])
+    assert share_interval([0.0] * 40)["ci95"] == pytest.approx([0, scipy.stats.beta.ppf(0.975, 1, 40)])
+    assert share_interval([0.5])["ci95"] == pytest.approx([0.0125, 0.9875])
+    assert share_interval([0.25, 0.75]) == bootstrap([0.25, 0.75])
+    row = {"problem_id": "a", "reward": 1.0, "status": "correct", "length": 2, "finished": True}
+    found = task_results([row, row], k=2)
+    intervals = [found["avg_at_k"]["ci95"], *(one["ci95"] for one in found["pass_at_k"])]
+    assert intervals == [pytest.approx([0.025, 1.0])] * len(intervals)
 
 
 def test_comparison_finds_a_difference_and_keeps_its_level():

@@ -46,10 +46,10 @@ def test_the_papers_patterns_have_their_regions_at_any_scale(change, expected, s
     [
         ([-1.8, -10.4, -3.0], [0.1] * 3, "negative in every layer (1 to 3)"),
         ([0.07, 2.0, 10.6], [0.01] * 3, "positive in every layer (1 to 3)"),
-        ([-1.0, 2.0, -2.0, 1.0, -1.0, 2.0, -1.5, 2.0, -1.0, 1.0], None, "-+-+-+-+-+"),
+        ([-1.0, 2.0, -2.0, 1.0, -1.0, 2.0, -1.5, 2.0, -1.0, 1.0], None, "4 positive, 5 negative, 6 positive, ..."),
         ([0.5, 0.02, -3.0, -2.0], [0.5, 0.1, 0.1, 0.1], "no exploration region"),
         ([0.5, 0.02, -0.1, -0.2], [0.1, 0.1, 0.1, 0.2], "no convergence region"),
-        ([-0.5, -0.2, -0.1, 2.0], None, "only the last layer is positive: ---+"),
+        ([-0.5, -0.2, -0.1, 2.0], None, "only the last layer is positive: 1 to 3 negative, 4 positive"),
     ],
     ids=["negative", "positive", "disorder", "noise", "no fall", "last"],
 )

@@ -15,7 +15,7 @@ from bupo.errors import InputError
 from bupo.models import load
 from bupo.models.load import load_model, load_tokenizer, resolve_model
 from tests.support.tiny import tiny_model
-from tests.support.training import LORA
+from tests.support.training import LORA, make_trainer
 
 
 @pytest.mark.parametrize(
@@ -161,3 +161,9 @@ def test_an_adapter_as_model_names_its_base_and_how_to_merge_it(tiny_folder, tmp
     changed(tmp_path / "model", tiny_folder, lambda t: t)
     with pytest.raises(InputError, match=rf"not a whole model; name {tmp_path / 'model'}$"):
         load_tokenizer(str(tmp_path / "adapter"))
+
+
+def test_a_trainer_that_is_given_a_path_refuses_incomplete_files(tiny_folder, tmp_path):
+    edit, config, words = INCOMPLETE[0]  # TRL would draw the missing tensor at random
+    with pytest.raises(InputError, match=words):
+        make_trainer(tmp_path / "run", model=changed(tmp_path / "m", tiny_folder, edit, **config))

@@ -45,6 +45,19 @@ def bootstrap(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> d
     return {"mean": mean, "ci95": [min(float(interval.low), mean), max(float(interval.high), mean)]}
 
 
+def share_interval(values: ArrayLike, *, seed: int = 0) -> dict[str, Any]:
+    """`bootstrap` of shares between 0 and 1, wider where all are equal: resampling then says nothing of other problems.
+
+    If ``n`` problems agree, at most a share ``1 - 0.025 ** (1 / n)`` of all problems differs (Clopper and Pearson), and
+    each by no more than the range.
+    """
+    data, found = np.asarray(values, dtype=np.float64), bootstrap(values, seed=seed)
+    if data.min() == data.max():
+        mean, unseen = found["mean"], float(1 - 0.025 ** (1 / data.size))
+        found["ci95"] = [mean * (1 - unseen), mean + (1 - mean) * unseen]
+    return found
+
+
 def compare(first: ArrayLike, second: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
     """Compare two models on the same problems, one value per problem: the mean of ``second - first``.
 
@@ -90,9 +103,9 @@ def task_results(rows: Iterable[Mapping[str, Any]], *, k: int, seed: int = 0) ->
     return {
         **result,
         "n_samples": n,
-        "avg_at_k": {"k": k, **bootstrap(np.asarray(correct) / n, seed=seed)},
+        "avg_at_k": {"k": k, **share_interval(np.asarray(correct) / n, seed=seed)},
         "pass_at_k": [
-            {"k": size, **bootstrap([pass_at_k(n, c, size) for c in correct], seed=seed)}
+            {"k": size, **share_interval([pass_at_k(n, c, size) for c in correct], seed=seed)}
             for size in sorted({*PASS_KS, k})
             if size <= n
         ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -172,15 +172,26 @@ def find_boundary(
         seen = "only the last layer is positive"
         if first:
             seen = f"{misfits} of {n} layers do not fit the best split (at most {allowed} may)"
-        signs = "".join("+" if p else "-" if m else "0" for p, m in zip(positive, negative, strict=True))
+        signs = zip(positive, negative, strict=True)
+        kinds = ["positive" if plus else "negative" if minus else "about zero" for plus, minus in signs]
         reason = f"the signs of the {what} do not fall into positive, about zero, negative"
-        return Candidate(None, f"{reason}: {seen}: {signs}"), NO_REGIONS
+        return Candidate(None, f"{reason}: {seen}: {_in_words(kinds)}"), NO_REGIONS
     abrupt, after = last == first, first + 1
     shift = f"the abrupt convergence from {after} on" if abrupt else f"the shift to integration in layer {after}"
     reason = f"layer {first} is the last with a positive {what} ({change[first - 1]:+.3g} nats) before {shift}"
     integration = None if abrupt else [after, last]
     regions = {"exploration": [1, first], "integration": integration, "convergence": [last + 1, n]}
     return Candidate(first, f"{reason}; {misfits} of {n} layers do not fit their region"), regions
+
+
+def _in_words(kinds: Sequence[str], most: int = 6) -> str:
+    """Layers of the same kind together: ``1 to 3 negative, 4 positive``; of many groups, the first."""
+    groups, first = [], 1
+    for kind, group in groupby(kinds):
+        last = first + len(list(group)) - 1
+        groups.append(f"{first} {kind}" if last == first else f"{first} to {last} {kind}")
+        first = last + 1
+    return ", ".join(groups[:most]) + (", ..." if len(groups) > most else "")
 
 
 def _best_split(change: list[float], *fits: list[bool]) -> tuple[int, int, int]:

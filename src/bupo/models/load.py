@@ -143,6 +143,23 @@ def _complete(auto: Any, path: str, name: str, **kwargs: Any) -> Any:
         warnings.warn(f"model {name!r}: {prefixes}", stacklevel=3)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise _adapter(name)
+    _refuse_incomplete(model, info, name)
+    return model
+
+
+def check_files(model: Any, name: str, options: Any = None) -> None:
+    """Raise `InputError` if the files that ``model`` was loaded from lack tensors of it, or hold others.
+
+    For models that another library loaded with ``options`` of ``from_pretrained``: reads names and shapes only.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
+    source = {key: (options or {})[key] for key in ("revision", "trust_remote_code") if key in (options or {})}
+    source |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
+    loaded, info = type(base).from_pretrained(name, **source)
+    _refuse_incomplete(loaded, info, name)
+
+
+def _refuse_incomplete(model: Any, info: dict[str, Any], name: str) -> None:
     missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     shapes = [f"{t} {list(its)} instead of {list(ours)}" for t, its, ours in sorted(info["mismatched_keys"])]
     found = {
@@ -155,8 +172,7 @@ def _complete(auto: Any, path: str, name: str, **kwargs: Any) -> Any:
         remedy = "check that config.json and the weights belong together and were saved whole"
         raise InputError(f"cannot load model {name!r}: {problems}; {remedy}")
     if extra:
-        warnings.warn(f"model {name!r}: tensors of the weights are not used: {_shortened(extra)}", stacklevel=3)
-    return model
+        warnings.warn(f"model {name!r}: tensors of the weights are not used: {_shortened(extra)}", stacklevel=4)
 
 
 def _has_place(model: Any, tensor: str) -> bool:

@@ -16,7 +16,8 @@ from bupo.report import style
 from bupo.report.results import Analysis, Readings
 from bupo.report.style import Look, styled
 
-LAYER, ATTENTION, FFN = (style.BLUE, "o"), (style.RED, "s"), (style.GREEN, "^")
+# one colour per meaning over a whole page: these three, those of lenses, and those of models do not overlap
+LAYER, ATTENTION, FFN = (style.INK, "o"), (style.ORANGE, "s"), (style.GREEN, "^")
 LINES = {"layer": ("layer policy", LAYER), "attn": ("attention", ATTENTION), "ffn": ("FFN", FFN)}
 REGION_COLOURS = {"exploration": style.ORANGE, "integration": style.SKY, "convergence": style.GREEN}
 # panels that overlay several models: path in analysis.json, title, unit, and whether values have a sign
@@ -34,8 +35,12 @@ READINGS = (
     ("entropy", "Entropy", "nats", (0, None)),
     ("change", "Entropy change", "nats", (None, None)),
 )
-_LENSES = {"raw": ("logit lens (Eq. 5)", LAYER), "norm": ("final norm", ATTENTION), "ridge": ("ridge", FFN)}
-_OTHER_LENSES = ((style.PINK, "D"), (style.ORANGE, "v"), (style.SKY, "P"))
+_LENSES = {
+    "raw": ("logit lens (Eq. 5)", (style.BROWN, "o")),
+    "norm": ("final norm", (style.TEAL, "s")),
+    "ridge": ("ridge", (style.PURPLE, "^")),
+}
+_OTHER_LENSES = ((style.SAND, "D"), (style.MINT, "v"), (style.LILAC, "P"))
 
 
 def write_analysis_figures(analysis: Mapping[str, Any], folder: str | Path) -> list[Path]:

@@ -71,6 +71,8 @@ def conclude(evaluations: Named, differences: Sequence[Difference]) -> Conclusio
         first, second, found = d["first"], d["second"], outcome(d)
         none = f"no difference between {second} and {first} is shown"
         claim = none if found == "open" else f"{second} is {found} than {first}"
+        if found == "open" and not d["ci95"][0] <= 0 <= d["ci95"][1]:
+            claim += ", which takes p below 0.05 as well as an interval without zero"
         lines.append(f"{d['task']}: {claim} ({second} minus {first}: {_numbers(d)}).")
     count, tone = len(evaluations), "none"
     if main := [d for d in differences if _is_main(d["first"], d["second"])]:

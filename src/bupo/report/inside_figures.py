@@ -18,6 +18,7 @@ from bupo.report.results import Comparison, Means, TrainingReading
 _PANELS = (
     ("reward", "Reward", "mean reward"),
     ("entropy", "Entropy", "nats per token"),
+    ("internal_entropy", "Entropy of the internal policy", "nats per token"),
     ("length", "Response length", "tokens"),
     ("clip", "Clip fraction", "share of tokens"),
 )
@@ -25,7 +26,7 @@ _PANELS = (
 
 @style.styled()
 def training_curves(runs: Sequence[tuple[str, TrainingRun]]) -> Figure:
-    """Reward, entropy, response length and clip fraction over rollout batches; dashes mark the switch of phases.
+    """Reward, entropies, response length and clip fraction over rollout batches; dashes mark the switch of phases.
 
     Faint lines are the values, bold ones their running means (over about a tenth of the run, never across the switch).
     """
@@ -37,8 +38,6 @@ def training_curves(runs: Sequence[tuple[str, TrainingRun]]) -> Figure:
         for label, run in runs:
             colour, switch = look[label][0], run.switch
             _running_mean(axes, *run.series(name), label, colour, switch)
-            if name == "entropy" and (internal := run.series("internal_entropy"))[0]:
-                axes.plot(*internal, color=colour, linewidth=1.5, linestyle=":", label=f"{label}, internal policy")
             if switch is not None:
                 phase = f"{label}, internal phase ends"
                 axes.axvline(switch + 0.5, color=colour, linewidth=1.2, linestyle=style.DASHED, label=phase)

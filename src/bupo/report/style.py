@@ -21,7 +21,8 @@ Look = tuple[str, str]  # colour and marker
 BAND = 2.0  # half-width of bands, in standard errors; the boundary rule uses the same
 # Okabe and Ito's palette, which stays distinguishable under colour blindness and in print
 BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
-CYCLE = (BLUE, RED, GREEN, PINK, ORANGE, SKY)
+CYCLE = (BLUE, RED, PINK, SKY, GREEN, ORANGE)  # of models and runs; what is read in a model has other colours
+BROWN, TEAL, PURPLE, SAND, MINT, LILAC = "#8c510a", "#35978f", "#762a83", "#c9a45c", "#80cdc1", "#b08cc4"  # of lenses
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _SETTINGS: Any = matplotlib.rc_params_from_file(
     Path(__file__).parent / "templates" / "figures.mplstyle", use_default_template=False

@@ -19,6 +19,7 @@ from trl.trainer import utils as trl_utils
 from bupo.errors import ConfigError, TrainingStopped
 from bupo.models.internal_policy import internal_policy
 from bupo.models.layout import find_layout
+from bupo.models.load import check_files
 from bupo.models.padding import aligned, padding_changes
 from bupo.train.advantages import PPO, outcome_advantages, total_rewards
 from bupo.train.checkpoint import Checkpointer
@@ -77,6 +78,8 @@ class BuPOTrainer(GRPOTrainer):
         self.sampling_seconds = 0.0  # of sampling and rewards since the last log line
         self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        if isinstance(model, str):  # loaded by TRL, which gives tensors that the files lack random values
+            check_files(self.model, model, args.model_init_kwargs)
         split = engine(args) not in ("one", "ddp")  # such a model is not measured
         self.aligned = not self._is_vlm and (split or padding_changes(self.model))
         if problems := model_problems(self):
@@ -84,8 +87,7 @@ class BuPOTrainer(GRPOTrainer):
         upcast_adapters(self.model)
         self.critic = PPO(self.model, args, self.accelerator, self._is_vlm) if args.estimator == "ppo" else None
         freeze(self.model, args)
-        self.monitor, self.lens = PhaseMonitor(self), PhaseLens(self)
-        self.checkpointer = Checkpointer(self)
+        self.monitor, self.lens, self.checkpointer = PhaseMonitor(self), PhaseLens(self), Checkpointer(self)
         self.add_callback(self.checkpointer)
 
     @property
