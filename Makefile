@@ -7,7 +7,8 @@ STAMP  := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-vllm test-kernel lint format smollm2 gallery gpu-check figures clean
+# docs is a folder, too
+.PHONY: docs demo test test-slow test-vllm test-kernel lint format smollm2 gallery gpu-check figures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +73,10 @@ figures: $(STAMP)         ## the figures and tables of docs/evidence.md and READ
 	$(BIN)/python -m experiments.figures
 	$(BIN)/python -m experiments.tables
 	$(BIN)/python -m docs.reference
+
+docs: $(STAMP)            ## the documentation as a site, build/site
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info

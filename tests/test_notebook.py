@@ -1,4 +1,4 @@
-"""`bupo.look`: the explorer inline, safe whatever the tokens are, and the same numbers as the commands give."""
+"""`bupo.look` and `bupo.read_results`: inline, safe whatever the texts are, with the same numbers as the commands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bupo.errors import InputError
 from bupo.lens.analyze import AnalysisOptions, analyze_rollouts
 from bupo.lens.tokens import explore_rollouts
 from bupo.report.page import collect
+from tests.support import results as files
 from tests.support.lens import pairs
 from tests.support.tiny import tiny_model
 from tests.support.training import tiny_tokenizer
@@ -62,6 +63,43 @@ def test_the_explorer_stands_alone_in_its_frame():
     assert [a.get("type") for name, a in inside if name == "script"] == ["application/json", None]  # data, explorer
     assert not [a for _, a in inside if {"src", "href"} & set(a)]
     assert "default-src 'none'" in inside[3][1]["content"]
+
+
+def test_results_load_as_typed_objects_with_figure_table_and_files(tmp_path):
+    look = files.write(tmp_path / "look", "analysis.json", files.analysis(layer_choice=files.layer_choice()))
+    run, name = files.write(tmp_path / "bupo", "log.jsonl", files.log(4)), files.HOSTILE.replace("/", "|")
+    scored = [files.write(tmp_path / who, "results.json", files.results(n)) for who, n in (("grpo", 4), (name, 8))]
+    found = bupo.read_results(look, run, *scored)
+    assert found.kinds == ["evaluations", "runs", "analyses"]
+    assert repr(found).endswith("grpo, runs: bupo, analyses: look)")
+    table = found.to_pandas("evaluations")
+    means = {one: evaluation.tasks["sums"].avg_at_k.mean for one, evaluation in found.data.evaluations}
+    assert table.groupby("name").correct.mean().to_dict() == pytest.approx(means)
+    assert len(found.data.differences) == 1
+    layers = found.to_pandas("analyses")
+    assert layers["entropy_change.ffn"].tolist() == files.analysis()["entropy_change"]["ffn"]
+    assert layers["layer"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found.to_pandas("runs").reward.tolist() == [row["reward"] for row in files.log(4)]
+    assert [len(found.plot(kind).axes) for kind in found.kinds] == [1, 5, 1]
+    assert bupo.read_results(run).to_pandas().rollout.tolist() == list(range(1, 11))  # the only kind
+    with pytest.raises(InputError, match=r"one kind of these results \(evaluations, runs, analyses\), such as plot"):
+        found.plot()
+    ((tag, attributes),) = elements(found._repr_html_())
+    assert (tag, attributes["sandbox"]) == ("iframe", "allow-scripts")
+    assert not [a for _, a in elements(attributes["srcdoc"]) if "onerror" in a]
+    folder = found.save(tmp_path / "saved")
+    written = [f"{kind}.{end}" for kind in found.kinds for end in ("csv", "png", "svg")]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*written, "report.html"])
+
+
+def test_a_comparison_has_a_row_per_layer_and_one_for_the_output(tmp_path):
+    model = {"name": "start", "perplexity": {"value": 2.0}, "entropy": {"mean": [3.0, 2.0, 1.0]},
+             "cosine_of_layer": {"mean": [0.5, 1.0, 0.5]}, "divergence": {"mean": [0.3, 0.4]}}  # fmt: skip
+    content = {"schema": 1, "kind": "comparison", "layer": 2, "layers": 3, "models": [model]}
+    table = bupo.read_results(files.write(tmp_path / "inside", "compare.json", content)).to_pandas()
+    assert table[["layer", "entropy", "divergence"]].fillna(-1).values.tolist() == [
+        [1, 3, -1], [2, 2, -1], [3, 1, 0.3], [4, -1, 0.4]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

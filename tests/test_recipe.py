@@ -28,7 +28,7 @@ def problems(**raw):
 def test_the_package_exports_what_users_import():
     import bupo
 
-    functions = ["analyze_rollouts", "internal_policy", "load_model", "look"]
+    functions = ["analyze_rollouts", "internal_policy", "load_model", "look", "read_results"]
     assert sorted(bupo.__all__) == ["BuPOConfig", "BuPOTrainer", "Lens", *functions]
     assert all(callable(getattr(bupo, name)) for name in bupo.__all__)
     assert set(bupo.__all__) <= set(dir(bupo))

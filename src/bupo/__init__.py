@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bupo.lens.maps import Lens
     from bupo.models.internal_policy import internal_policy
     from bupo.models.load import load_model
-    from bupo.notebook import look
+    from bupo.notebook import look, read_results
     from bupo.train.config import BuPOConfig
     from bupo.train.trainer import BuPOTrainer
 
@@ -20,10 +20,13 @@ _MODULES = {  # imported on first use, so that the command line starts without t
     "analyze_rollouts": "bupo.lens.analyze",
     "Lens": "bupo.lens.maps",
     "look": "bupo.notebook",
+    "read_results": "bupo.notebook",
     "BuPOConfig": "bupo.train.config",
     "BuPOTrainer": "bupo.train.trainer",
 }
-__all__ = ["BuPOConfig", "BuPOTrainer", "Lens", "analyze_rollouts", "internal_policy", "load_model", "look"]
+__all__ = [
+    "BuPOConfig", "BuPOTrainer", "Lens", "analyze_rollouts", "internal_policy", "load_model", "look", "read_results",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
