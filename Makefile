@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 # docs is a folder, too
-.PHONY: docs demo test test-slow test-vllm test-kernel lint format smollm2 gallery gpu-check figures clean
+.PHONY: docs demo test test-slow test-vllm test-kernel lint format smollm2 sweep gallery gpu-check figures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ gpu-check: $(STAMP)       ## everything that a GPU changes, in about a quarter o
 smollm2: $(STAMP)         ## SmolLM2-135M-Instruct as an ordinary model folder, models/smollm2, and sums for it
 	$(BIN)/python -m experiments.fetch_model smollm2
 	$(BIN)/python -m experiments.smollm2_sums --out models/sums
+
+sweep: $(STAMP)           ## the runs of experiments/grids/NAME.yaml that have no row yet: make sweep NAME=small
+	$(BIN)/bupo sweep experiments/grids/$(NAME).yaml --output runs/$(NAME) --rows experiments/results/$(NAME).jsonl
 
 gallery: $(STAMP)         ## three real models read side by side (docs/gallery.md); an hour on two cores
 	$(BIN)/python -m experiments.fetch_model smollm2

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from bupo.report.inside_figures import training_figure
 from bupo.report.results import TrainingReading
 from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, looks, new_figure, save, styled
-from experiments.summary import RESULTS, Rows, read, read_lines
+from bupo.sweep.rows import Rows, read_rows
+from experiments.summary import RESULTS, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +136,7 @@ def curves(
         seeds: the seeds to draw.
         each: draw a thin line per seed, too.
     """
-    return lambda: _draw_curves(read(RESULTS / f"{name}.jsonl"), arms, switch, near, shown, seeds, each)
+    return lambda: _draw_curves(read_rows(RESULTS / f"{name}.jsonl"), arms, switch, near, shown, seeds, each)
 
 
 def _draw_curves(
@@ -175,7 +176,7 @@ INSIDE = (("GRPO", "grpo", None), ("BuPO, 8 batches", "bupo", 8.0), ("layer 4 th
 
 def inside() -> Figure:
     """Measurements inside the model over training (as in Figure 5): means over seeds; bands are two standard errors."""
-    rows = read(RESULTS / "inside.jsonl")
+    rows = read_rows(RESULTS / "inside.jsonl")
     runs = []
     for name, arm, switch in INSIDE:
         if arm in rows:
@@ -218,7 +219,7 @@ def flow() -> Figure:
 
     Thin lines are seeds; l is the layer that the internal phase trains.
     """
-    rows = read(RESULTS / "inside.jsonl")
+    rows = read_rows(RESULTS / "inside.jsonl")
     with styled():
         figure = new_figure(9.8, 3.6)
         level, change, later = figure.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""Summaries of the result lines of `experiments.grid`: means over seeds, and paired differences with 95 % intervals.
+"""Summaries of the rows of `bupo sweep`: means over seeds, and paired differences with 95 % intervals.
 
 Run ``python -m experiments.summary`` for all tables whose lines exist, or add names of `TABLES`; each is written to
 ``experiments/results/NAME.json``.
@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
-
-from bupo.evaluate.metrics import bootstrap, pass_at_k
 from bupo.run_folder import write_json
+from bupo.sweep import statistics as statistics_of
+from bupo.sweep.rows import Rows, read_rows
+from bupo.sweep.statistics import problem_scores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SMALL, SMOLLM2 = "small.jsonl", "smollm2.jsonl"
@@ -49,7 +49,6 @@ TABLES: dict[str, dict[str, Any]] = {
     },
     "rates": {"rows": SMALL, "arms": ["bupo", "frozen4", "upper0.1", "grpo"], "seeds": 3},
 }
-Rows = dict[str, dict[int, dict[str, Any]]]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -57,31 +56,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def read(path: Path) -> Rows:
-    """Rows by arm and seed."""
-    rows: Rows = {}
-    for row in read_lines(path):
-        rows.setdefault(row["arm"], {})[row["seed"]] = row
-    return rows
-
-
 def metrics_of(row: dict[str, Any], task: str) -> dict[str, list[float]]:
-    """Avg@K (the share of correct samples) and Pass@K (whether any sample is correct) of every problem."""
-    samples = row["tasks"][task]["samples"]
-    correct = [int(c) for c in row["tasks"][task]["correct"].split()]
-    return {
-        f"avg@{samples}": [c / samples for c in correct],
-        f"pass@{samples}": [pass_at_k(samples, c, samples) for c in correct],
-    }
+    """Avg@K and Pass@K of every problem."""
+    return {f"{kind}@{row['tasks'][task]['samples']}": problem_scores(row, task, kind) for kind in ("avg", "pass")}
 
 
 def student(values: Sequence[float], scale: float = 1.0, digits: int = 4) -> dict[str, list[float]]:
-    """Student's 95 % interval of the mean, times ``scale``, as ``{"ci95": [low, high]}``; empty for a single value."""
-    if len(values) < 2:
-        return {}
-    mean = statistics.fmean(values)
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return {"ci95": [round(scale * float(end), digits) for end in (mean - half, mean + half)]}
+    """Student's interval of the mean, times ``scale``, as ``{"ci95": [low, high]}``; empty for a single value."""
+    ends = statistics_of.student(values)
+    return {} if ends is None else {"ci95": [round(scale * end, digits) for end in ends]}
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -95,13 +78,11 @@ def difference(
 ) -> dict[str, Any]:
     """``one`` minus ``other`` in percentage points, paired by seed and by problem."""
     both = [seed for seed in seeds if seed in one and seed in other]
-    pairs = [(metrics_of(one[s], task)[metric], metrics_of(other[s], task)[metric]) for s in both]
-    by_seed = [statistics.fmean(a) - statistics.fmean(b) for a, b in pairs]
-    by_problem = [statistics.fmean(a[i] - b[i] for a, b in pairs) for i in range(len(pairs[0][0]))]
-    over = bootstrap(by_problem)
+    away = statistics_of.paired(one, other, task, both, metric.split("@")[0])
+    by_seed = away.mean(axis=1).tolist()
     return {
         **interval(by_seed),
-        "ci95_problems": [round(100 * bound, 2) for bound in over["ci95"]],
+        "ci95_problems": [round(100 * bound, 2) for bound in statistics_of.over_problems(away)],
         "each": {str(s): round(100 * v, 2) for s, v in zip(both, by_seed, strict=True)},
     }
 
@@ -148,7 +129,7 @@ def make(name: str) -> dict[str, Any] | None:
     """The content of a table, or None if its lines do not exist."""
     settings = TABLES[name]
     path = RESULTS / settings["rows"]
-    rows = read(path) if path.exists() else {}
+    rows = read_rows(path) if path.exists() else {}
     if "start" not in rows or not any(arm in rows for arm in settings["arms"]):
         return None
     start = rows["start"][0]
@@ -189,7 +170,7 @@ def inside(name: str = "inside") -> dict[str, Any] | None:
     if not path.exists():
         return None
     arms = {}
-    for arm, by_seed in read(path).items():
+    for arm, by_seed in read_rows(path).items():
         pairs = {s: (inside_measures(r["inside"][0]), inside_measures(r["inside"][-1])) for s, r in by_seed.items()}
         measures = {}
         for key in next(iter(pairs.values()))[0]:

@@ -97,7 +97,10 @@ BEFORE = a_reading(0.3, 2.0, 1.5, [0.2, 0.4, 0.6])
 
 def test_readings_inside_are_paired_by_seed(tmp_path, monkeypatch):
     after = [a_reading(0.3 + 0.1 * seed, 2.0 - seed, 1.5, [0.2] * 3) for seed in (0, 1, 2)]
-    rows = [{"arm": "a", "seed": seed, "inside": [BEFORE, reading]} for seed, reading in enumerate(after)]
+    rows = [
+        {"arm": "a", "seed": seed, "changes": {}, "inside": [BEFORE, reading], **a_row(1)}
+        for seed, reading in enumerate(after)
+    ]
     (tmp_path / "inside.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     found = summary.inside()["arms"]["a"]

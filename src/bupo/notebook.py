@@ -23,6 +23,7 @@ from bupo.report.inside_figures import comparison_figure, training_curves
 from bupo.report.logs import TrainingRun
 from bupo.report.page import ReportData, collect, render
 from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens
+from bupo.report.sweeps import Sweep, effect_and_cost
 from bupo.run_folder import claim, write_json, write_text
 
 
@@ -98,7 +99,7 @@ class Results:
 
     Attributes:
         data: lists of names and contents by kind (``analyses``, ``runs``, ``evaluations``, ``comparisons``,
-            ``tokens``), and ``differences``, the paired comparisons of the evaluations.
+            ``tokens``, ``sweeps``), and ``differences``, the paired comparisons of the evaluations.
     """
 
     data: ReportData
@@ -123,7 +124,7 @@ class Results:
         return figure
 
     def to_pandas(self, kind: str | None = None) -> pandas.DataFrame:
-        """One kind of results as a table: a row per problem, logged update, or layer (layers count from 1)."""
+        """One kind of results as a table: a row per problem, logged update, arm, or layer (layers count from 1)."""
         rows = _VIEWS[kind := self._one(kind, "to_pandas")][1]
         named = getattr(self.data, kind)
         return pandas.DataFrame([{"name": name, **row} for name, content in named for row in rows(content)])
@@ -146,7 +147,7 @@ class Results:
 
 
 def read_results(*paths: str | Path) -> Results:
-    """Read what `bupo analyze`, `train`, `eval` and `compare` wrote, each a folder or file, or ``NAME=PATH``.
+    """Read what `bupo analyze`, `train`, `eval`, `compare` and `sweep` wrote, each a folder or file, or ``NAME=PATH``.
 
     Raises `InputError` for a path without results, or results that are damaged.
     """
@@ -209,6 +210,13 @@ def _training_figure(runs: Sequence[tuple[str, TrainingRun]]) -> Figure | None:
     return training_curves(logged) if logged else None
 
 
+def _arm_rows(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    for task, arms in sweep.tasks.items():
+        for arm in arms:
+            away = {f"difference_{name}": value for name, value in (arm["difference"] or {}).items() if name != "seeds"}
+            yield {"task": task, **{name: value for name, value in arm.items() if name != "difference"}, **away}
+
+
 # of each kind: its figure, and the rows of its table
 _VIEWS: dict[str, tuple[Callable[[Any], Figure | None], Callable[[Any], Any]]] = {
     "evaluations": (average_dots, _problem_rows),
@@ -216,4 +224,5 @@ _VIEWS: dict[str, tuple[Callable[[Any], Figure | None], Callable[[Any], Any]]] =
     "comparisons": (lambda comparisons: comparison_figure(comparisons[0][1]), _comparison_rows),
     "analyses": (_analysis_figure, _analysis_rows),
     "tokens": (lambda tokens: None, _token_rows),
+    "sweeps": (lambda sweeps: effect_and_cost(sweeps[0][1]), _arm_rows),
 }

@@ -201,6 +201,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for name, _ in node.value:
+            if name.tag == "tag:yaml.org,2002:merge":  # <<: *other
+                continue
             if (key := self.construct_object(name, deep=True)) in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", name.start_mark)
             seen.add(key)
@@ -222,18 +224,20 @@ def load_yaml(text: str, name: str) -> Any:
         raise InputError(f"{name} is not valid YAML{where}: {reason}") from error
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
+def read_recipe(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """The mapping in a recipe file, unchecked; `InputError` if there is none, or not in YAML and UTF-8."""
     path = Path(path)
     if not path.is_file():
-        shipped = sorted(map(str, Path("recipes").glob("*.yaml")))
-        raise InputError(f"recipe {path} does not exist" + (f"; there are {', '.join(shipped)}" if shipped else ""))
+        shipped = sorted(map(str, Path("recipes").glob("*.yaml"))) if what == "recipe" else []
+        raise InputError(f"{what} {path} does not exist" + (f"; there are {', '.join(shipped)}" if shipped else ""))
     try:
-        raw = load_yaml(path.read_text(encoding="utf-8-sig"), f"recipe {path}")
+        raw = load_yaml(path.read_text(encoding="utf-8-sig"), f"{what} {path}")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} cannot be read as text in UTF-8: {error}") from error
+        raise InputError(f"{what} {path} cannot be read as text in UTF-8: {error}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"recipe {path} must hold keys and values, such as 'model: small'")
+        raise InputError(
+            f"{what} {path} must hold keys and values, such as '{'model: small' if what == 'recipe' else 'seeds: 0-4'}'"
+        )
     return raw
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bupo.cli import analyze, compare, demo, doctor, eval, lens, plan, report, train
+from bupo.cli import analyze, compare, demo, doctor, eval, lens, plan, power, report, sweep, train
 from bupo.errors import BupoError
 from bupo.run_folder import versions
 
@@ -25,8 +25,8 @@ app = typer.Typer(
 )
 _lenses = typer.Typer(help="Fit, load and show lenses, which map every layer to the output.", no_args_is_help=True)
 app.add_typer(_lenses, name="lens")
-_COMMANDS = (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, report.report, demo.demo,
-             doctor.doctor)  # fmt: skip
+_COMMANDS = (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, sweep.sweep, power.power,
+             report.report, demo.demo, doctor.doctor)  # fmt: skip
 for command in (*_COMMANDS, lens.fit, lens.load, lens.show):
     # named like its file; neighbouring lines of a help text are joined, so each example becomes a paragraph
     text = cleandoc(command.__doc__ or "").replace("\n  bupo", "\n\n  bupo")
@@ -39,7 +39,12 @@ warnings.formatwarning = lambda message, *place, **more: f"bupo: warning: {messa
 _AGAIN = "Nothing was written; the same command starts again from the beginning."
 _SAVED = "Responses so far are saved; the same command continues."
 _INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "lens": _AGAIN, "eval": _SAVED}
-_INTERRUPTED |= {"plan": "", "report": "Nothing was written.", "demo": "With --overwrite, it starts again."}
+_INTERRUPTED |= {
+    "plan": "",
+    "power": "",
+    "report": "Nothing was written.",
+    "demo": "With --overwrite, it starts again.",
+}
 
 
 @app.callback(invoke_without_command=True)

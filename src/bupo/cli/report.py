@@ -20,9 +20,9 @@ def report(
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Put analyses, training runs and evaluations on one self-contained HTML page.
+    """Put analyses, training runs, evaluations and sweeps on one self-contained HTML page.
 
-    Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval` or `compare`; its kind is detected.
+    Each argument is a folder (or file) written by `bupo analyze`, `train`, `eval`, `compare` or `sweep`.
     Evaluations are compared in pairs on the problems they share. Write NAME=PATH to choose another name.
 
     Examples:
@@ -37,13 +37,14 @@ def report(
     if as_json:
         typer.echo(json.dumps({"output": str(output), **shown}, ensure_ascii=False))
         return
-    if data.evaluations:
+    if data.evaluations or data.sweeps:
         typer.echo(shown["headline"])
     counts = [
         (len(data.analyses), "analysis", "analyses"),
         (len(data.runs), "training run", "training runs"),
         (len(data.evaluations), "evaluation", "evaluations"),
         (len(data.comparisons), "comparison of models", "comparisons of models"),
+        (len(data.sweeps), "sweep", "sweeps"),
         (sum(len(item.samples) for _, item in data.tokens), "explored response", "explored responses"),
     ]
     typer.echo(f"wrote {output}: " + ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counts if n))
@@ -53,11 +54,10 @@ def write_report(
     output: Path, title: str, paths: Sequence[str], notes: Sequence[str] = (), records: Sequence[str] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """Write a page, with notes and records before those of its results; return its data, and what it concludes."""
-    from bupo.report.evaluations import conclude
     from bupo.report.page import collect, write_page
 
     data = collect(paths)
     data.notes[:0], data.records[:0] = notes, records
     write_page(output, title, data)
-    shown = vars(conclude(data.evaluations, data.differences))  # headline, tone and lines
+    shown = vars(data.conclusion)  # headline, tone and lines
     return data, {**shown, "comparisons": data.differences, "notes": data.notes}

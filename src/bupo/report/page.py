@@ -21,10 +21,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bupo.errors import InputError
-from bupo.report import analysis_figures, evaluations, inside_figures, style
+from bupo.report import analysis_figures, evaluations, inside_figures, style, sweeps
+from bupo.report.evaluations import Conclusion, compare_evaluations, conclude
 from bupo.report.logs import TrainingRun, load_readings
 from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile
 from bupo.run_folder import RUN_FILE, read_json, write_text
+from bupo.sweep.rows import ROWS_FILE, is_rows, read_rows
 
 LOG = "log.jsonl"
 # file name -> type, key that identifies the type under another file name, and field of `ReportData`
@@ -46,11 +48,19 @@ class ReportData:
     runs: list[tuple[str, TrainingRun]] = field(default_factory=list)
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
     comparisons: list[tuple[str, Comparison]] = field(default_factory=list)
+    sweeps: list[tuple[str, sweeps.Sweep]] = field(default_factory=list)
     tokens: list[tuple[str, ExploredTokens]] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)  # see `evaluations`
     notes: list[str] = field(default_factory=list)
     samples: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)  # of (task, problem): responses
     records: list[dict[str, Any] | str] = field(default_factory=list)  # contents of run.json, or sentences
+
+    @property
+    def conclusion(self) -> Conclusion:
+        """What the evaluations show, or the sweeps where there is no evaluation."""
+        if self.sweeps and not self.evaluations:
+            return sweeps.conclude(self.sweeps)
+        return conclude(self.evaluations, self.differences)
 
 
 def collect(arguments: Sequence[str]) -> ReportData:
@@ -66,13 +76,13 @@ def collect(arguments: Sequence[str]) -> ReportData:
     data = ReportData()
     for name, path in zip(_names(sources), paths, strict=True):
         _read(name, path, data)
-    for kind in ("analyses", "runs", "evaluations", "tokens", "comparisons"):
+    for kind in ("analyses", "runs", "evaluations", "tokens", "comparisons", "sweeps"):
         names = [name for name, _ in getattr(data, kind)]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"two {kind} are named {repeated}; give each its own name (NAME=PATH)")
     for items in (data.evaluations, data.runs):
         items.sort(key=lambda item: _ORDER.get(style.role(item[0]), 0))
-    data.differences, data.notes = evaluations.compare_evaluations(data.evaluations)
+    data.differences, data.notes = compare_evaluations(data.evaluations)
     cut = "the last line of its log is incomplete and was left out: the run is writing, or was ended while it wrote."
     data.notes += [f"{name}: {cut}" for name, run in data.runs if run.cut]
     return data
@@ -93,7 +103,7 @@ def _names(sources: Sequence[tuple[str, Path]]) -> list[str]:
 def _read(name: str, path: Path, data: ReportData) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    folder, known = path if path.is_dir() else path.parent, [*KINDS, LOG]
+    folder, known = path if path.is_dir() else path.parent, [*KINDS, LOG, ROWS_FILE]
     files = [path] if path.is_file() else [path / file for file in known if (path / file).is_file()]
     if path.is_dir() and not (path / LOG).is_file() and (readings := load_readings(path)):
         data.runs.append((name, TrainingRun((), readings)))  # of another trainer, by `bupo.callbacks.LayerReadings`
@@ -106,6 +116,9 @@ def _read(name: str, path: Path, data: ReportData) -> None:
     else:
         data.records.append(f"{name}: there is no {RUN_FILE} in its folder, so how it was made is not known.")
     for file in files:
+        if file.name == ROWS_FILE or is_rows(file):
+            data.sweeps.append((name, sweeps.Sweep(read_rows(file))))
+            continue
         if file.suffix == ".jsonl":
             data.runs.append((name, TrainingRun.load(file)))
             continue
@@ -146,6 +159,7 @@ def render(title: str, data: ReportData, template: str = "report.html.j2") -> st
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = {"title": title, "data": data, "css": Markup(look + more_look), "script": Markup(script)}
     shown |= {"analysis_figures": analysis_figures, "inside_figures": inside_figures, "evaluations": evaluations}
+    shown |= {"sweeps": sweeps}
     shown["script_policy"] = Markup(f"'sha256-{digest}'")  # no other script of the page can run
     shown["trained"] = [(name, run) for name, run in data.runs if run.log]
     shown["over_training"] = [(name, run.readings, run.switch) for name, run in data.runs if run.readings]

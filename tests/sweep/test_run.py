@@ -1,0 +1,164 @@
+"""`bupo sweep` and `bupo power`, with a stand-in for the commands that a sweep runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bupo.cli import main
+from bupo.errors import InputError
+from bupo.sweep import run
+from bupo.sweep.rows import append_row, is_rows, read_rows
+from tests.support import sweeps
+from tests.support.sweeps import a_row, write_rows
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "small.yaml"
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch, capfd):
+    """A function of arms and options that runs a sweep of seeds 0 and 1; returns code, output, errors and folder."""
+    monkeypatch.setattr(run, "PROGRAM", [sys.executable, sweeps.__file__])
+
+    def start(arms: str, *options: str):
+        grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+        evaluate = "evaluate: {tasks: arithmetic, limit: 2, k: 2}"
+        grid.write_text(f"recipe: {RECIPE}\nseeds: [0, 1]\n{evaluate}\narms: {{{arms}}}\n")
+        code = main(["sweep", str(grid), "--output", str(out), *options])
+        return code, *capfd.readouterr(), out
+
+    return start
+
+
+def test_a_sweep_writes_a_row_per_run_and_skips_what_has_one(sweep):
+    code, said, _, out = sweep("start: {seeds: [0]}, grpo: {learning_rate: 0.125}", "--workers", "2", "--keep")
+    assert code == 0
+    assert "3 of 3 runs" in said
+    rows = read_rows(out)
+    assert {arm: sorted(own) for arm, own in rows.items()} == {"start": [0], "grpo": [0, 1]}
+    row = rows["grpo"][1]
+    assert row["changes"] == {"learning_rate": 0.125}
+    assert row["curves"] == {"reward": [0.25], "entropy": [1.0]}
+    assert row["update_seconds"] == 2.0
+    assert row["tasks"]["arithmetic"] | {"avg": 0} == {
+        "samples": 2, "avg": 0, "correct": "1 2", "mean_length": 3.0, "truncation_rate": 0.0, "unparsable_rate": 0.0,
+    }  # fmt: skip
+    assert "commit" not in row  # the grid lies in no repository
+    assert (out / "models" / "grpo-1" / "weights").read_text() == "1"
+    assert list((out / "unfinished").iterdir()) == []
+    assert json.loads((out / "run.json").read_text())["command"] == "sweep"
+    code, said, _, _ = sweep("start: {seeds: [0]}, grpo: {learning_rate: 0.125}")
+    assert (code, "0 of 3 runs" in said) == (0, True)
+    code, said, _, _ = sweep("start: {seeds: [0]}, grpo: {learning_rate: 0.1}")
+    assert (code, "note: arm grpo, seed 1 was run with learning_rate 0.125, in the grid it is 0.1" in said) == (0, True)
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(sweep):
+    code, said, errors, out = sweep("bad: {learning_rate: 0.5}, good: {learning_rate: 0.125}", "--seeds", "1")
+    assert code == 1
+    assert "bad, seed 1: failed: bupo train: the rate is too high (all of its output: " in said
+    assert "a line before" in (out / "unfinished" / "bad-1" / "log").read_text()
+    assert "1 of 2 runs failed" in errors
+    assert read_rows(out).keys() == {"good"}
+
+
+def test_ctrl_c_stops_in_order_and_the_same_command_continues(sweep, tmp_path):
+    def press() -> None:
+        while len(list(tmp_path.glob("out/unfinished/*/train/log.jsonl"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    arms = "slow: {learning_rate: 0.25}, later: {learning_rate: 0.125}"
+    code, said, errors, out = sweep(arms, "--workers", "2", "--only", "slow")
+    assert (code, "failed" in said) == (130, False)
+    assert "2 runs have no row in" in errors
+    assert "the same command continues" in errors
+    assert sorted(p.name for p in (out / "unfinished").iterdir()) == ["slow-0", "slow-1"]
+    code, *_ = sweep(arms)
+    rows = read_rows(out)
+    assert (code, {arm: len(own) for arm, own in rows.items()}) == (0, {"slow": 2, "later": 2})
+    assert rows["slow"][0]["update_seconds"] == 5.0 + 3.0 - 2 * 1.0  # of both attempts
+    assert rows["slow"][0]["seconds"] >= rows["slow"][0]["train_seconds"] > 0
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
+    with run.locked(tmp_path / "out"):
+        (tmp_path / "out" / "run.json").write_text('{"command": "sweep"}')
+        code, _, errors, _ = sweep("grpo: ")
+    assert (code, "another sweep, or a run that it started" in errors) == (2, True)
+    (tmp_path / "out" / "run.json").write_text('{"command": "train"}')
+    code, _, errors, _ = sweep("grpo: ")
+    assert (code, "is not empty and holds no sweep" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [("limit: 2", "evaluate lacks tasks"), ("tasks: arithmetic, kk: 2", "No such option"),
+     ("tasks: arithmetic, k: many", "evaluate: Invalid value for '--k'"), ("tasks: nothing.jsonl", "nothing.jsonl"),
+     ("tasks: arithmetic, k: 4, n: 2", "Avg@4 needs at least 4 samples")],
+)  # fmt: skip
+def test_an_evaluation_that_would_fail_is_refused_before_training(evaluate, said, tmp_path, capsys):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"recipe: {RECIPE}\nseeds: 0\nevaluate: {{{evaluate}}}\narms: {{grpo: }}\n")
+    assert main(["sweep", str(grid), "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_never_torn(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    append_row(path, a_row("a", 0, [1]))
+    path.write_text(path.read_text() + '{"arm": "a", "se')  # killed while it wrote
+    assert list(read_rows(path)["a"]) == [0]
+    append_row(path, a_row("a", 1, [1]))
+    path.write_text(path.read_text().rstrip())  # by an editor: the row is whole
+    append_row(path, a_row("a", 2, [1]))
+    assert list(read_rows(path)["a"]) == [0, 1, 2]
+    assert is_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("{}", "arm is missing"), ("[1]", "the row must be"), ("nonsense", "is not JSON"),
+     (json.dumps(a_row("a", 0, [5])), "correct must hold a number from 0 to 4"),
+     (json.dumps(a_row("a", 0, [])), "correct must hold"), (json.dumps(a_row("b", 0, [1])), "repeats arm b, seed 0"),
+     (json.dumps(a_row("a", 0, [1], update_seconds="x")), "update_seconds must be"),
+     (json.dumps(a_row("a", "x", [1])), "seed must be a whole number")],
+)  # fmt: skip
+def test_what_is_not_a_row_is_named_with_its_line(line, said, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [a_row("b", 0, [1])])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InputError, match="line 2") as error:
+        read_rows(path)
+    assert said in str(error.value)
+
+
+def test_power_says_how_many_seeds_a_difference_needs(tmp_path, capsys):
+    rows = [a_row("grpo", s, [10] * 10, samples=100) for s in range(3)]
+    rows += [a_row("bupo", s, [10 + gain] * 10, samples=100) for s, gain in enumerate((0, 1, 2))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    command = ["power", str(path), "--arms", "bupo,grpo"]
+    assert main([*command, "--difference", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["each"], found["mean"]) == (pytest.approx([0, 1, 2]), pytest.approx(1))
+    assert found["deviation"] == pytest.approx(1)
+    assert found["deviation_ci95"] == pytest.approx([0.5207, 6.2847], abs=1e-3)
+    assert (found["needed"], found["needed_ci95"]) == (10, [5, 312])
+    assert [row["seeds"] for row in found["shown"]] == [5, 10, 20, 30]
+    assert found["shown"][1]["detectable"] == pytest.approx(0.9964, abs=1e-3)
+    assert main([*command, "--difference", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "10 seeds show 1 points with probability 0.8; 5 to 312 at the ends" in said
+    for wrong, why in (("bupo", "two different arms"), ("bupo,grp", "no arm grp (did you mean grpo?)")):
+        assert main(["power", str(path), "--arms", wrong]) == 2
+        assert why in capsys.readouterr().err
+    assert main([*command, "--task", "x"]) == 2
+    assert "name a --task that all seeds of both arms have: t" in capsys.readouterr().err
