@@ -195,7 +195,7 @@ def layer_map(rows: Rows, task: str, baseline: str | None) -> list[dict[str, Any
 
 
 def _one_layer(row: Row) -> tuple[int | None, dict[str, Any]]:
-    """The layer that a run trained alone, and its other changes, without those of an internal phase that is not there."""
+    """The layer that a run trained alone, and its other changes without those of an internal phase of no length."""
     rest = {key: value for key, value in row["changes"].items() if key != "trained_layers"}
     if rest.get("internal_steps") == 0:
         rest = {key: value for key, value in rest.items() if not key.startswith("internal_")}
