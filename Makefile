@@ -79,7 +79,7 @@ figures: $(STAMP)         ## the figures and tables of docs/evidence.md and READ
 
 docs: $(STAMP)            ## the documentation as a site, build/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(VLLM) .triton build dist src/*.egg-info

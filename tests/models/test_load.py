@@ -57,6 +57,7 @@ def test_the_cause_of_a_failed_download_is_kept(monkeypatch, error, cause, words
     def from_pretrained(*args, **kwargs):
         raise error from cause
 
+    monkeypatch.setattr(load, "find_on_hub", lambda *about: None)
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", from_pretrained)
     with pytest.raises(InputError, match=words) as raised:
         load_tokenizer("org/none")
@@ -167,3 +168,17 @@ def test_a_trainer_that_is_given_a_path_refuses_incomplete_files(tiny_folder, tm
     edit, config, words = INCOMPLETE[0]  # TRL would draw the missing tensor at random
     with pytest.raises(InputError, match=words):
         make_trainer(tmp_path / "run", model=changed(tmp_path / "m", tiny_folder, edit, **config))
+
+
+def test_a_name_that_the_hub_lacks_is_refused_after_one_request(monkeypatch):
+    asked = []
+
+    def no_hub(name, **more):
+        asked.append(name)
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(load, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(load, "model_info", no_hub)
+    with pytest.raises(InputError, match=r"no such local folder, and the hub .* the cause was: name or service"):
+        load_tokenizer("some/model")
+    assert asked == ["some/model"]

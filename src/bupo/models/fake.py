@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bupo.errors import InputError
 from bupo.models.layout import find_layout
-from bupo.models.load import resolve_model
+from bupo.models.load import find_on_hub, resolve_model
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 
@@ -35,6 +35,7 @@ def read_config(name: str, config_from: Path | None = None, **options: Any) -> t
         path = Path(resolve_model(name))
         source = "its folder" if path.is_dir() else "the hub"
     try:
+        find_on_hub(str(path), options.get("revision"))
         return AutoConfig.from_pretrained(str(path), **options), source
     except Exception as error:  # transformers and the hub raise many types
         reason = " ".join(str(error).split())[:200]

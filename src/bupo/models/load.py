@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from huggingface_hub import is_offline_mode, model_info, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from bupo.errors import InputError
@@ -70,10 +71,21 @@ def model_revision(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
+def find_on_hub(path: str, revision: str | None = None) -> None:
+    """Raise `OSError` if the hub lacks this model or cannot be reached; transformers would try again for a minute."""
+    known = Path(path).exists() or isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str)
+    if not known and not is_offline_mode():
+        try:
+            model_info(path, revision=revision, timeout=20)
+        except Exception as error:  # of the network, or the hub's
+            raise OSError("not a valid model identifier, or the hub cannot be reached") from error
+
+
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model; where it has no padding token, the end-of-sequence token is used."""
     path = resolve_model(name)
     try:
+        find_on_hub(path, revision)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types here; all mean the same to a user
         raise InputError(_explain("tokenizer", name, error)) from error

@@ -68,7 +68,7 @@ class BuPOTrainer(GRPOTrainer):
         if not isinstance(args, BuPOConfig):
             raise ConfigError(f"BuPOTrainer needs a BuPOConfig, not {type(args).__name__}")
         self.schedule = args.schedule()
-        self.phase = FULL  # of the current rollout batch
+        self.phase = self._scored = FULL  # of the current rollout batch, and the policy that is scored right now
         self.phase_end: dict[str, Any] | None = None  # when and why the guard ended the internal phase
         self.auto_layer: LayerChoice | None = None  # what `internal_layer: auto` found
         self.on_rollout: list[Callable[[dict[str, Any], int], None]] = []  # called with each batch and its number
@@ -76,7 +76,6 @@ class BuPOTrainer(GRPOTrainer):
         self.sampler: Any = None  # of the training data
         self.unclipped_norm: Any = None  # of the last update's gradient
         self.sampling_seconds = 0.0  # of sampling and rewards since the last log line
-        self._scored = FULL  # the policy that is scored right now
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         if isinstance(model, str):  # loaded by TRL, which gives tensors that the files lack random values
             check_files(self.model, model, args.model_init_kwargs)
@@ -87,7 +86,8 @@ class BuPOTrainer(GRPOTrainer):
         upcast_adapters(self.model)
         self.critic = PPO(self.model, args, self.accelerator, self._is_vlm) if args.estimator == "ppo" else None
         freeze(self.model, args)
-        self.monitor, self.lens, self.checkpointer = PhaseMonitor(self), PhaseLens(self), Checkpointer(self)
+        self.monitor, self.lens = PhaseMonitor(self), PhaseLens(self)
+        self.checkpointer = Checkpointer(self)
         self.add_callback(self.checkpointer)
 
     @property
