@@ -106,7 +106,7 @@ def test_checkpointing_keeps_one_state_per_layer():
     assert two - one == 2 * 16 * 32 * 4  # B x T x d x 4 bytes
 
 
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("windows", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_deep_models_are_counted_from_shallow_ones(monkeypatch, windows):
     """Layers of a kind add the same: full attention, or in two of three layers a window of 8 tokens."""
     config = tiny_config(num_hidden_layers=6 if windows else 5, use_sliding_window=windows, sliding_window=8)
@@ -126,13 +126,13 @@ def test_deep_models_are_counted_from_shallow_ones(monkeypatch, windows):
 
 
 def test_selected_layers_save_moments_gradients_and_the_backward_pass_below():
-    """Layers 2 and 4 of 4: the products that remain. How deep models are counted is tested above."""
-    config, selection = tiny_config(num_hidden_layers=4), Selection(frozenset({2, 4}), outside=False)
-    counted = full(4, config, selection=selection)
-    assert counted["trained"] == 2 * describe_model(config)["parameters"]["largest_layer"]
+    """Layer 2 of 3: the products that remain. How deep models are counted is tested above."""
+    config, selection = tiny_config(num_hidden_layers=3), Selection(frozenset({2}), outside=False)
+    counted = full(3, config, selection=selection)
+    assert counted["trained"] == describe_model(config)["parameters"]["largest_layer"]
     products, attention, head = 2 * 32 * 32 * (32 + 16 + 16 + 32 + 3 * 48), 4 * 2 * 16**2 * 32, 2 * 2 * 15 * 97 * 32
-    inputs, weights = 3 * (products + 2 * attention), 2 * products  # of the backward pass, which ends in layer 2
-    assert counted["update_flops"] == 4 * (products + attention) + inputs + weights + 3 * head
+    inputs, weights = 2 * (products + 2 * attention), products  # of the backward pass, which ends in layer 2
+    assert counted["update_flops"] == 3 * (products + attention) + inputs + weights + 3 * head
 
 
 @pytest.mark.parametrize(("layer", "checkpointing"), [(1, False), (None, True)])

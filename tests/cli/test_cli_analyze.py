@@ -79,6 +79,7 @@ def test_own_responses_are_kept_repeatable_and_explored(bupo, tmp_path):
     assert "<canvas" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.slow
 def test_processes_with_a_device_give_one_process_s_result(bupo, tmp_path, responses):
     arguments = ["--model", "small", "--responses", responses, "--device", "cpu", "--statistics", "kl,rank", "--output"]
     launch(2, distributed.command, tmp_path / "a", subcommand="analyze", arguments=[*arguments, tmp_path / "two"])

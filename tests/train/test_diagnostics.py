@@ -119,6 +119,7 @@ def test_readings_change_nothing_and_are_those_of_compare(train, tiny_folder, tm
     assert "What training did inside" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_the_same(train):
     whole = train("whole", inside_every=1)
     INTERRUPT_IN_ROLLOUT[:] = [2, 0]

@@ -159,6 +159,7 @@ def test_the_merged_model_is_base_plus_adapter(bupo, tmp_path, recipe, tiny_fold
     torch.testing.assert_close(merged, both, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_under_fsdp2(tmp_path, recipe, tiny_folder):  # noqa: F811
     """A merge on the main process alone would wait for the others' shards for ever."""
     folder = tmp_path / "run"
