@@ -96,3 +96,8 @@ def either(options: Iterable[Any]) -> str:
     """``a, b or c``."""
     *first, last = map(str, options)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def gib(size: float) -> str:
+    """A number of bytes as a person reads it."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

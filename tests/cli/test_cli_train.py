@@ -167,8 +167,9 @@ def test_other_refusals(bupo, tmp_path, recipe, finished):
         ((path, "--output", finished, "--resume", "--seed", 6), "seed was 5 and is now 6"),
         (("--output", tmp_path, "--resume"), "holds no training run"),
         ((path, "--output", new, "--resume"), "holds no complete checkpoint"),
+        ((path, "--output", finished, "--resume", "--check"), "leave out --resume"),
     ]:
-        code, _, err = bupo("train", *arguments)
+        code, _, err = bupo("train", *arguments, check=True)
         assert code == 2
         assert part in err
     assert read(finished) == before

@@ -137,10 +137,21 @@ def test_another_sample_has_its_own_size_and_measures(opened):
     assert opened.get_log("browser") == []
 
 
+def test_groups_are_filtered_by_reward(opened):
+    low, high = opened.find_elements("css selector", "#groups input")
+    for field, keys, shown in ((low, "0.5", 2), (high, "0.2", 0), (low, webdriver.Keys.BACKSPACE * 3, 2)):
+        field.send_keys(keys)
+        assert find(opened, "#groups [role=status]").text == f"{shown} of 6 responses"
+        assert len(opened.find_elements("css selector", ".group:not([hidden])")) == (2 if shown else 0)
+    high.send_keys(webdriver.Keys.BACKSPACE * 3)
+    assert find(opened, "#groups [role=status]").text == "6 of 6 responses"
+    assert opened.get_log("browser") == []
+
+
 def test_hostile_text_is_shown_as_text(opened):
-    # the only scripts are the data block and the explorer
+    # the only scripts are the data block, the explorer and the filter
     for value, expected in (
-        ("[window.owned ?? null, document.scripts.length, document.images.length]", [None, 2, 0]),
+        ("[window.owned ?? null, document.scripts.length, document.images.length]", [None, 3, 0]),
         ("[...document.querySelectorAll('[data-part=text] span')].slice(0, 5).map(s => s.textContent)", TOKENS[:5]),
         ("document.title", "Report on tiny"),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -117,6 +119,8 @@ def test_page_holds_every_section_and_the_numbers(page):
         "none, because the change is negative in every layer", "layer 3 ± 0.4 (standard error): it turns there",
         "40 random tokens of 4 responses", f"@4 {100 * results(6)['tasks']['sums']['avg_at_k']['mean']:.1f}",
         "bupo eval tiny", "python 3.11", "another training seed",
+        "bupo: rollout batch 1 (internal phase, layer 3)", "reward 1, advantage +0.70, 11 tokens, cut off",
+        "reward 0, advantage −0.70, 10 tokens", "reward none, advantage +0.00, 12 tokens", "prompt 1 tiny", "tiny 2",
     ):  # fmt: skip
         assert text in page.text
     assert len([tag for tag, _ in page.tags if tag == "figure"]) == 1 + 4 + 3 + 1 + 2
@@ -153,6 +157,29 @@ def test_page_without_evaluations_names_the_boundary_layer_and_runs_no_script(tm
         assert f"one: boundary layer {said}." in page.text
     assert "script" not in [tag for tag, _ in page.tags]
     assert "script-src 'none'" in (tmp_path / "report.html").read_text()
+
+
+def test_the_first_a_middle_and_the_last_rollout_batch_are_shown(folders):
+    for rollout in (1, 2, 3, 20, 10000):
+        write(
+            folders / "train/bupo/rollouts",
+            f"rollout-{rollout:04d}.jsonl",
+            files.sampled("x" * 5000, rollout, groups=6),
+        )
+    ((_, run),) = collect([str(folders / "train/bupo")]).runs
+    assert [groups[0][0].rollout for groups in run.batches] == [1, 3, 10000]
+    assert [[row.group for row in group] for group in run.batches[0]] == [[n] * 3 for n in range(4)]
+    page = page_of(folders, collect([str(folders / "train/bupo")]))
+    assert page.text.count("[... 1,002 characters left out ...]\n") == 3 * 4 * 3
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    [policy] = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
+    script = (folders / "report.html").read_text().split("<script>")[1].split("</script>")[0]
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
+    path = folders / "train/bupo/rollouts/rollout-0001.jsonl"
+    for text, words in (("{", "Invalid JSON"), ('{"rollout": 1}', "0: group: Field required")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            collect([str(folders / "train/bupo")])
 
 
 def test_the_data_block_cannot_be_left_and_comes_back_whole():

@@ -167,6 +167,21 @@ def command(folder: Path, rank: int, arguments: list[Any], engine: str = "ddp", 
     sys.exit(main([subcommand, *map(str, arguments)]))
 
 
+def checked(folder: Path, rank: int, recipe: Path) -> None:
+    """`bupo train` where the second process has no memory, which stops both, and then with and without its check."""
+    import psutil
+
+    from bupo.cli import main
+
+    memory = psutil.virtual_memory
+    if rank == 1:
+        psutil.virtual_memory = lambda: memory()._replace(total=2)
+    assert main(["train", str(recipe), "--output", str(folder / "none")]) == 2
+    psutil.virtual_memory = memory
+    for name in ("check", "no-check"):
+        assert main(["train", str(recipe), "--output", str(folder / name), *["--no-check"] * (name != "check")]) == 0
+
+
 def whole(tensor: Any) -> Any:
     """All of a tensor that may be sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone().contiguous()

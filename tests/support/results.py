@@ -11,7 +11,7 @@ from bupo.evaluate.metrics import task_results
 from bupo.report.evaluations import compare_evaluations
 from bupo.report.logs import TrainingRun
 from bupo.report.page import ReportData
-from bupo.report.results import Analysis, Evaluation, ExploredTokens
+from bupo.report.results import Analysis, Evaluation, ExploredTokens, SampledResponse
 
 HOSTILE = '</script><script>document.title="owned"</script><img src="http://example.invalid/x.png" onerror=alert(1)>'
 TOKENS = ["</script><script>window.owned = 1</script>", "<!--<script>", "<img src=x onerror='window.owned=1'>",
@@ -63,6 +63,15 @@ def log(internal: int = 0, rollouts: int = 10, phase: str = "internal") -> list[
     ]  # fmt: skip
 
 
+def sampled(text: str = "a", rollout: int = 1, groups: int = 2) -> list[dict[str, Any]]:
+    """Rows of ``rollouts/rollout-*.jsonl``: groups of three responses, the last one without a reward."""
+    return [
+        {"rollout": rollout, "phase": "internal", "layer": 3, "group": group, "prompt": f"prompt {group} {text}",
+         "response": f"{text} {i}", "reward": reward, "advantage": advantage, "length": 10 + i, "cut_off": i == 1}
+        for group in range(groups) for i, (reward, advantage) in enumerate([(0.0, -0.7), (1.0, 0.7), (None, 0.0)])
+    ]  # fmt: skip
+
+
 def results(right: int, problems: int = 40, samples: int = 4, task: str = "sums") -> dict[str, Any]:
     """The content of ``results.json``; ``right`` (0 to 10) moves the accuracy of all problems."""
     rows = [
@@ -99,10 +108,12 @@ def everything(name: str = "tiny", tokens: list[str] | None = None) -> ReportDat
               "versions": {"python": "3.11"}, "machine": {"cores": 2}, "seconds": 12.5}  # fmt: skip
     response = {"problem_id": name, "prompt": name, "answer": name, "model": "start", "response": name,
                 "status": "wrong"}  # fmt: skip
+    rows = [SampledResponse.model_validate(row) for row in sampled(name)]
+    groups = [rows[:3], rows[3:]]
     return ReportData(
         analyses=[(name, Analysis.parse(analysis(layer_choice=layer_choice())))], evaluations=scored,
-        runs=[("grpo", TrainingRun(log())), ("bupo", TrainingRun(log(4)))], notes=[f"a note on {name}"],
-        differences=compare_evaluations(scored)[0], samples={("sums", name): [response]},
+        runs=[("grpo", TrainingRun(log())), ("bupo", TrainingRun(log(4), batches=[groups]))],
+        notes=[f"a note on {name}"], differences=compare_evaluations(scored)[0], samples={("sums", name): [response]},
         records=["a sentence", record],
         tokens=[("tiny", ExploredTokens.parse(explored(tokens)))] if tokens else [],
     )  # fmt: skip

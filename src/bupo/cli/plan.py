@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bupo.cli import options
-from bupo.errors import ConfigError
+from bupo.errors import ConfigError, gib
 
 
 def plan(
@@ -61,12 +61,12 @@ def _table(plan: dict[str, Any]) -> Iterator[str]:
     yield "\n" + _row("memory per process", "update", "scoring", "sampling")
     for name in phases:
         sizes = (memory[name].get(part) for part in ("update", "scoring", "rollout"))
-        yield _row(f"  {name} phase", *("vLLM" if size is None else _gib(size) for size in sizes))
-    yield f"  weights alone: {_gib(memory['weights'])}; reserved by vLLM: {_gib(memory['rollout']['reserved'])}"
-    yield f"  largest: {_gib(memory['needed'])}, in {memory['peak_in']}"
+        yield _row(f"  {name} phase", *("vLLM" if size is None else gib(size) for size in sizes))
+    yield f"  weights alone: {gib(memory['weights'])}; reserved by vLLM: {gib(memory['rollout']['reserved'])}"
+    yield f"  largest: {gib(memory['needed'])}, in {memory['peak_in']}"
     if memory["fits"] is not None:
         remedy = "" if memory["fits"] else "; lower micro_batch or lengths, use lora, or shard with fsdp2"
-        yield f"  {'fits' if memory['fits'] else 'DOES NOT FIT'} in {_gib(device['memory'])}{remedy}"
+        yield f"  {'fits' if memory['fits'] else 'DOES NOT FIT'} in {gib(device['memory'])}{remedy}"
     yield "\n" + _row("time per rollout batch", "sampling", "scoring", "updates", "total")
     for name in phases:
         parts = (seconds[name][part] for part in ("generation", "scoring", "updates", "rollout_batch"))
@@ -81,10 +81,6 @@ def _table(plan: dict[str, Any]) -> Iterator[str]:
 
 def _row(name: str, *cells: str) -> str:
     return f"{name:<26}" + "".join(f"{cell:>12}" for cell in cells)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

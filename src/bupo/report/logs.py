@@ -7,11 +7,14 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter, ValidationError
+
 from bupo.errors import InputError, shown
-from bupo.report.results import TrainingReading
+from bupo.report.results import SampledResponse, TrainingReading
 from bupo.run_folder import read_json
 
 # What a training log calls each series, in order of preference: bupo's name, then the trainer's, then TRL's.
@@ -23,14 +26,20 @@ SERIES: dict[str, tuple[str, ...]] = {
     "clip": ("clip_ratio/region_mean", "internal/clip_ratio/region_mean", "clip_ratio"),
 }
 
+GROUPS = 4  # shown of a rollout batch
+
+Groups = list[list[SampledResponse]]  # of a rollout batch
+_RESPONSES = TypeAdapter(list[SampledResponse])
+
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The rows of a run's ``log.jsonl``, and the readings it made of its layers, in order of training."""
+    """The rows of a run's ``log.jsonl``, and the readings and groups of responses beside it, in order of training."""
 
     log: Sequence[Mapping[str, Any]]
     readings: Sequence[TrainingReading] = ()
     cut: bool = False  # whether the last line was incomplete
+    batches: Sequence[Groups] = ()
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -55,7 +64,7 @@ class TrainingRun:
             rows += [row] if row else []
         if not any("step" in row and _value(row, "reward") is not None for row in rows):
             raise InputError(f"{path} has no row with a step and a reward; name the log of a training run")
-        return cls(rows, load_readings(path.parent), cut)
+        return cls(rows, load_readings(path.parent), cut, load_groups(path.parent))
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Return the rollout batches that have ``name`` (a key of `SERIES`), and its mean in each."""
@@ -89,6 +98,22 @@ def load_readings(folder: Path) -> list[TrainingReading]:
     """The readings in a folder's ``inside``, in order of training."""
     readings = [TrainingReading.parse(read_json(p), p) for p in (folder / "inside").glob("after-*.json")]
     return sorted(readings, key=lambda reading: reading.done)
+
+
+def load_groups(folder: Path) -> list[Groups]:
+    """Groups of the first, the middle and the last rollout batch in a folder's ``rollouts``."""
+    files = sorted((folder / "rollouts").glob("rollout-*.jsonl"), key=lambda path: (len(path.name), path.name))
+    batches = []
+    for path in [files[i] for i in sorted({0, len(files) // 2, len(files) - 1})] if files else []:
+        try:
+            rows = _RESPONSES.validate_json(f"[{','.join(path.read_text(encoding='utf-8').splitlines())}]")
+        except ValueError as error:
+            found = error.errors() if isinstance(error, ValidationError) else []
+            reason = ": ".join(map(str, (*found[0]["loc"], found[0]["msg"]) if found else (error,)))
+            raise InputError(f"{path} does not hold responses that bupo train wrote: {reason}") from None
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: row.group)]
+        batches += [groups[:GROUPS]] if groups else []
+    return batches
 
 
 def _rollout(row: Mapping[str, Any]) -> float:

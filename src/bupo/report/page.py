@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[type[ResultFile], str, str]] = {
 }
 _ORDER: dict[str | None, int] = {"start": -1, "grpo": 1, "bupo": 2}  # others between, in the order given
 SAMPLES = 3  # number of problems whose responses are shown
+SHOWN = 4000  # characters of a sampled response
 
 
 @dataclass
@@ -154,13 +155,18 @@ def render(title: str, data: ReportData, template: str = "report.html.j2") -> st
     loader = PackageLoader("bupo.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"svg": style.inline_svg, "data_block": data_block, "shell": shlex.join, "text": _text}
-    names = ("style.css", "explorer.css", "explorer.js")
-    look, more_look, script = (loader.get_source(environment, name)[0] for name in names)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    shown = {"title": title, "data": data, "css": Markup(look + more_look), "script": Markup(script)}
+    environment.filters["shortened"] = _shortened
+    names = ("style.css", "explorer.css", "explorer.js", "groups.js")
+    look, more_look, *scripts = (loader.get_source(environment, name)[0] for name in names)
+    shown: dict[str, Any] = {"title": title, "data": data, "css": Markup(look + more_look)}
     shown |= {"analysis_figures": analysis_figures, "inside_figures": inside_figures, "evaluations": evaluations}
     shown |= {"sweeps": sweeps}
-    shown["script_policy"] = Markup(f"'sha256-{digest}'")  # no other script of the page can run
+    shown["grouped"] = [(name, run.batches) for name, run in data.runs if run.batches]
+    used = {"script": data.tokens, "filter_script": shown["grouped"]}
+    shown |= {name: Markup(script) for name, script in zip(used, scripts, strict=True)}
+    hashes = [hashlib.sha256(shown[name].encode()).digest() for name, present in used.items() if present]
+    policy = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
+    shown["script_policy"] = Markup(policy or "'none'")  # no other script of the page can run
     shown["trained"] = [(name, run) for name, run in data.runs if run.log]
     shown["over_training"] = [(name, run.readings, run.switch) for name, run in data.runs if run.readings]
     text = environment.get_template(template).render(shown)
@@ -173,6 +179,14 @@ def data_block(tokens: Sequence[tuple[str, ExploredTokens]]) -> Markup:
     # These characters could end a script element early; json itself escapes everything beyond ASCII.
     escapes = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
     return Markup(json.dumps({"models": models}, separators=(",", ":"), allow_nan=False).translate(escapes))
+
+
+def _shortened(text: str) -> str:
+    """A response as the page shows it: of a long one the beginning and the end."""
+    left_out = len(text) - SHOWN
+    if left_out <= 0:
+        return text
+    return f"{text[: SHOWN // 2]}\n[... {left_out:,} characters left out ...]\n{text[-SHOWN // 2 :]}"
 
 
 def _text(value: Any, indent: int | None = None) -> str:

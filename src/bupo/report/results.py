@@ -244,3 +244,18 @@ class TrainingReading(_OfLayer, ModelReading):
     @property
     def unit(self) -> str:
         return "rollout batches trained on" if self.updates_done is None else "updates"
+
+
+class SampledResponse(BaseModel):
+    """A row of ``rollouts/rollout-*.jsonl``; the rows of a group answer the same prompt."""
+
+    rollout: int
+    phase: str = "full"
+    layer: int | None = None
+    group: int
+    prompt: str
+    response: str
+    reward: float | None
+    advantage: float
+    length: int
+    cut_off: bool

@@ -30,7 +30,7 @@ from bupo.run_folder import read_json, write_json, write_text
 from bupo.sweep.grid import Grid
 from bupo.sweep.rows import START, Row, append_row
 from bupo.train.checkpoint import last_checkpoint
-from bupo.train.run import LOG_FILE
+from bupo.train.log import LOG_FILE
 
 CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", "internal/divergence", "grad_norm")
 PROGRAM = [sys.executable, "-m", "bupo"]

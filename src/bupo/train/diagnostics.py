@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -25,12 +26,14 @@ from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout, unwrap
 from bupo.recipe import Recipe
 from bupo.run_folder import write_json, write_text
+from bupo.train.advantages import total_rewards
 from bupo.train.images import image_inputs
 from bupo.train.inside import InsideReadings
 
 # draws an analysis: (analysis, folder, file name without suffix) -> the PNG
 Draw = Callable[[Mapping[str, Any], Path, str], Path]
 FLOW_RESPONSES, INSIDE_RESPONSES, FLOW_PANEL = 16, 64, "internal/entropy_flow"
+KEPT_GROUPS = 4  # of a rollout batch
 CHOICE_RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
 
 
@@ -42,8 +45,10 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 class Diagnostics(TrainerCallback):
-    """What a recipe's ``report_to``, ``flow_every`` and ``inside_every`` ask for.
+    """Groups of responses to read, and what a recipe's ``report_to``, ``flow_every`` and ``inside_every`` ask for.
 
+    - ``rollouts/rollout-0001.jsonl``, ...: a row per response, for `KEPT_GROUPS` groups of the first rollout batch, of
+      every one before a checkpoint, and of the last; with ``log_completions`` every rollout batch, whole.
     - With trackers, ``grad_norm/*`` by `parameter_groups`: L2 norms before clipping, whose squares add up to that of
       ``grad_norm``. l is the layer of the internal phase, also after it.
     - Every ``flow_every`` rollout batches an analysis of the model on some of its responses, in
@@ -77,7 +82,10 @@ class Diagnostics(TrainerCallback):
 
     def __call__(self, batch: Mapping[str, Tensor], rollout: int) -> None:
         """Take the rollout batch with this number, counted from 0."""
-        flow_every, inside_every = self._recipe.flow_every, self._recipe.inside_every
+        flow_every, inside_every, number = self._recipe.flow_every, self._recipe.inside_every, rollout + 1
+        every = self._trainer.args.log_completions
+        if every or number in (1, self._recipe.rollouts) or number % self._recipe.save_every == 0:
+            self._keep_groups(batch, number, None if every else KEPT_GROUPS * self._recipe.samples_per_prompt)
         if flow_every and rollout % flow_every == 0:
             self._read("entropy flow", self._flow, batch, rollout)
         if inside_every and self._responses is None:
@@ -141,6 +149,25 @@ class Diagnostics(TrainerCallback):
             elif getattr(callback, "tb_writer", None) is not None:
                 pixels, step = np.asarray(Image.open(image).convert("RGB")), self._trainer.state.global_step
                 callback.tb_writer.add_image(FLOW_PANEL, pixels, step, dataformats="HWC")
+
+    def _keep_groups(self, batch: Mapping[str, Tensor], number: int, most: int | None) -> None:
+        trainer, ids, lengths = self._trainer, batch["completion_ids"], batch["completion_mask"].sum(dim=1)
+        pad, masked = trainer.processing_class.pad_token_id, lengths == 0  # by mask_truncated_completions
+        last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+        cut_off = masked | ~torch.isin(last, torch.tensor([*trainer.eos_token_ids, pad], device=ids.device))
+        places = torch.arange(1, ids.size(1) + 1, device=ids.device)
+        lengths = torch.where(masked, ((ids != pad) * places).amax(dim=1), lengths)  # the padding is behind
+        ends = gather_object(list(zip(lengths.tolist(), cut_off.tolist(), strict=True)))
+        rewards = total_rewards(trainer.rewards, trainer.reward_weights).tolist()
+        columns = [trainer._logs[name] for name in ("prompt", "completion", "advantages")]  # of all processes, too
+        columns += [[None if math.isnan(reward) else reward for reward in rewards], *zip(*ends, strict=True)]
+        names = ("prompt", "response", "advantage", "reward", "length", "cut_off")
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        about = {"rollout": number, "phase": trainer.phase.name, "layer": trainer.phase.layer}
+        if self._main:
+            size = self._recipe.samples_per_prompt
+            lines = [json.dumps({**about, "group": i // size, **row}) + "\n" for i, row in enumerate(rows[:most])]
+            write_text(self._folder / "rollouts" / f"rollout-{number:04d}.jsonl", "".join(lines))
 
     def _first_responses(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """The first process's responses of this rollout batch, or those that a resumed run began with."""

@@ -1,52 +1,52 @@
 """A whole training run: recipe -> trainer -> final model -> summary.
 
-The output folder holds ``run.json``, ``log.jsonl``, ``checkpoints/``, ``model/`` (with LoRA merged, and ``adapter/``
-beside it), and where asked for ``flow/``, ``inside/`` and ``auto_layer.json``, the analysis that chose the layer.
+The output folder holds ``run.json``, ``log.jsonl``, ``checkpoints/``, ``rollouts/`` (some groups of responses), and
+``model/`` (with LoRA merged, and ``adapter/`` beside it); where asked for, ``flow/``, ``inside/`` and
+``auto_layer.json``, the analysis that chose the layer.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from bupo.errors import ConfigError, InputError, TrainingStopped, not_finite, out_of_memory
+from bupo.errors import BupoError, ConfigError, InputError, TrainingStopped, not_finite, out_of_memory
 from bupo.models.load import model_revision
 from bupo.recipe import Recipe
-from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json, write_text
+from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json
 from bupo.train.build import as_config_error, build, closing_rewards
+from bupo.train.check import REMEDY, Check
 from bupo.train.checkpoint import last_checkpoint, rotate, updates_of
 from bupo.train.diagnostics import Draw
+from bupo.train.log import LOG_FILE, LogWriter
 from bupo.train.lora import merge_adapters
 from bupo.train.trainer import BuPOTrainer
 
-LOG_FILE = "log.jsonl"
-# names in log.jsonl of what every reader needs, and the trainer's names where they differ
-COLUMNS = ("reward", "entropy", "internal_entropy", "mean_length", "loss")
-_THEIRS = {"internal_entropy": "internal/entropy", "mean_length": "completions/mean_length"}
 _FREE_TO_CHANGE = ("save_every", "keep_checkpoints", "report_to", "flow_every", "inside_every")  # of a resumed run
 Say = Callable[[str], None]  # receives one line per rollout batch, and whatever else a person should know
 
 
 def train(
-    recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite: bool = False, say: Say = print,
-    draw: Draw | None = None,
+    recipe: Recipe, output: str | Path, *, resume: bool = False, overwrite: bool = False, check: bool = True,
+    say: Say = print, draw: Draw | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train as a recipe of `check_recipe` says, and return a summary, which ``run.json`` holds as ``result``.
 
-    ``resume`` continues from the last complete checkpoint in ``output``, and leaves a finished run as it is. Without
-    ``draw``, entropy flows are saved as JSON only. Raises `InputError` for anything a user can fix, before the first
-    file is written, and `TrainingStopped` if a value is not finite, memory runs out or no layer is found.
+    ``resume`` continues from the last complete checkpoint in ``output``, and leaves a finished run as it is. ``check``
+    tries a new run with `Check` before its first update. Without ``draw``, entropy flows are saved as JSON only. Raises
+    `InputError` for anything a user can fix, before the first file is written, and `TrainingStopped` if a value is not
+    finite, memory runs out or no layer is found.
     """
     started = time.monotonic()
     if overwrite and resume:
@@ -54,28 +54,36 @@ def train(
     folder = claim(output, overwrite=overwrite, resume=resume)
     checkpoint = _checkpoint_of(folder, recipe) if resume else None
     finished = checkpoint is not None and updates_of(checkpoint) >= recipe.updates(recipe.rollouts)
-    record = read_run(folder) if finished else {}
+    record, begun = read_run(folder) if finished else {}, False
     if "result" in record and (folder / "model").is_dir():
         say(f"the run in {folder} is finished; nothing to do")
         return record["result"]
     trainer = build(recipe, folder, say, draw)
+
+    def begin(problems: Sequence[str] = (), warnings: Sequence[str] = (), **found: Any) -> None:
+        nonlocal begun
+        if problems:
+            raise ConfigError([*problems])
+        for warning in warnings:
+            say(f"warning: {warning}")
+        begun = True
+        if trainer.accelerator.is_main_process:  # a run that --overwrite replaces has stayed until here
+            _tidy(folder, recipe.keep_checkpoints if checkpoint is not None else None, overwrite)
+            write_json(folder / RUN_FILE, record)
+
     with closing_rewards(trainer.reward_funcs):
         if "result" not in record:
             more = {"seed": recipe.seed, "model_revision": model_revision(trainer.model)}
             record = describe_run("train", recipe.model_dump(mode="json"), resumed=checkpoint is not None, **more)
-        if trainer.accelerator.is_main_process:
-            _tidy(folder, recipe.keep_checkpoints if checkpoint is not None else None, overwrite)
-            write_json(folder / RUN_FILE, record)
-        if checkpoint is not None and finished:  # it was killed after its last checkpoint
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.checkpointer.restore(checkpoint)
         try:
+            Check(trainer, recipe, begin) if check and not resume else begin()
+            if checkpoint is not None and finished:  # it was killed after its last checkpoint
+                trainer._load_from_checkpoint(str(checkpoint))
+                trainer.checkpointer.restore(checkpoint)
             stopped = not finished and _train(trainer, recipe, folder, checkpoint, say)
-        except InputError:
+        except BupoError as error:
             if trainer.accelerator.is_main_process and checkpoint is None and not trainer.state.global_step:
-                _tidy(folder, None, overwrite=True)
-                with suppress(OSError):
-                    folder.rmdir()
+                _leave(folder, begun and isinstance(error, InputError))
             raise
         if not stopped:
             save_final(trainer, recipe, folder)
@@ -85,6 +93,27 @@ def train(
             if trainer.accelerator.is_main_process:
                 write_json(folder / RUN_FILE, record)
     return record["result"]
+
+
+class _Tried(BupoError):
+    """Ends a run that was only to be tried."""
+
+
+def try_out(recipe: Recipe, say: Say = print) -> dict[str, Any]:
+    """What `Check` finds about a run of a recipe of `check_recipe`, which then does not begin; no file is left."""
+    notes: list[str] = []
+    tried: dict[str, Any] = {}
+
+    def end(**found: Any) -> None:
+        tried.update(found, notes=notes + found["notes"])
+        raise _Tried
+
+    with TemporaryDirectory(prefix="bupo-check-") as place:
+        trainer = build(recipe, Path(place), notes.append)
+        with closing_rewards(trainer.reward_funcs), suppress(_Tried):
+            Check(trainer, recipe, end)
+            _train(trainer, recipe, Path(place), None, say)
+    return tried
 
 
 def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path | None, say: Say) -> bool:
@@ -99,10 +128,7 @@ def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path 
             raise TrainingStopped(f"{trainer.position()}: {reason}") from error
         if isinstance(error, ConfigError) or (memory := out_of_memory(error)) is None:
             raise
-        raise TrainingStopped(
-            f"out of {memory} memory in {trainer.position()}; lower micro_batch or max_completion_length, set "
-            "gradient_checkpointing to true, or use lora. Checkpoints stay"
-        ) from error
+        raise TrainingStopped(f"out of {memory} memory in {trainer.position()}; {REMEDY}. Checkpoints stay") from error
     finally:
         choice = trainer.auto_layer
         if trainer.accelerator.is_main_process and choice is not None and choice.analysis:
@@ -177,15 +203,27 @@ def _replacing(target: Path, trainer: BuPOTrainer) -> Iterator[str]:
         temporary.rename(target)
 
 
+def _leave(folder: Path, begun: bool) -> None:
+    """Leave the folder of a refused run as it was: remove what it wrote, if it has ``begun``."""
+    if begun:
+        _tidy(folder, None, overwrite=True)
+    for path in (folder / "checkpoints" / "completions", folder / "checkpoints", folder):
+        with suppress(OSError):  # not empty, or not there
+            path.rmdir()
+
+
 def _tidy(folder: Path, keep: int | None, overwrite: bool) -> None:
     """Remove a run that is replaced, or what a killed run left: half-written files and checkpoints to rotate."""
     files = (RUN_FILE, LOG_FILE, "auto_layer.json")  # without the first, what is left cannot be resumed
     if overwrite:
         for name in files:
             (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "model", "adapter", "flow", "inside", "tensorboard"):
+        asked = (folder / "checkpoints" / "completions").is_dir()  # by TRL, for log_completions
+        for name in ("checkpoints", "model", "adapter", "flow", "inside", "rollouts", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (path for name in files for path in folder.glob(f".{name}.*")):
+        if asked:
+            (folder / "checkpoints" / "completions").mkdir(parents=True)
+    for path in (path for name in (*files, "rollout-*") for path in folder.rglob(f".{name}.*")):
         path.unlink(missing_ok=True)
     if keep:
         rotate(folder / "checkpoints", keep)
@@ -222,79 +260,3 @@ class StopOnSignal(TrainerCallback):
         if self._trainer.accelerator.reduce(flag, reduction="sum") > 0:
             control.should_save = control.should_training_stop = self.stopped = True
         return control
-
-
-class LogWriter(TrainerCallback):
-    """Appends one JSON object per log call to ``log.jsonl`` and shows one line per rollout batch.
-
-    Rows hold ``step`` (updates so far), ``rollout`` (from 1), ``phase``, ``layer`` (of the internal policy), `COLUMNS`
-    (nats per token, tokens), ``seconds`` since this process began to train, ``sampling_seconds`` of sampling and
-    rewards since the last row, and other metrics under the trainer's name; those of evaluations hold ``eval_*`` names.
-    A resumed run drops the rows after its checkpoint.
-    """
-
-    def __init__(self, path: Path, trainer: Any, show: Callable[[str], None], rollouts: int):
-        self.path, self._trainer, self._show, self._rollouts = path, trainer, show, rollouts
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.monotonic()
-        if state.is_world_process_zero:
-            drop_rows_after(self.path, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        row = self._row(state.global_step, logs)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
-        if "rollout" in row and "rollout" not in logs:  # a later update of a rollout batch
-            return
-        ended = self._trainer.phase_end
-        if ended is not None and row.get("rollout") == ended["rollouts"] + 1:
-            back = "; the best weights were restored" if ended["action"] == "restore" else ""
-            self._show(f"internal phase ended after {ended['rollouts']} rollout batches: {ended['reason']}{back}")
-        self._show(self._line(row))
-
-    def _row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
-        metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-        metrics = {name: value for name, value in metrics.items() if name not in ("rollout", "phase")}
-        seconds = round(time.monotonic() - self._started, 2)
-        if any(name.startswith("eval_") for name in metrics):
-            return {"step": step, "seconds": seconds, **metrics}
-        trainer = self._trainer
-        sampling, trainer.sampling_seconds = trainer.sampling_seconds, 0.0
-        return {
-            "step": step,
-            "rollout": (trainer._step - 1) // trainer.args.generate_every + 1,  # of the last micro-batch
-            "phase": trainer.phase.name,
-            "layer": trainer.phase.layer,
-            **{name: metrics.pop(_THEIRS.get(name, name), None) for name in COLUMNS},
-            "seconds": seconds,
-            "sampling_seconds": round(sampling, 3),
-            **metrics,
-        }
-
-    def _line(self, row: dict[str, Any]) -> str:
-        if "rollout" not in row:
-            return f"evaluation after update {row['step']}: {_number(row, 'eval_reward', 'reward')}"
-        phase = f"{row['phase']} l={row['layer']}" if row["layer"] else row["phase"]
-        parts = [f"rollout {row['rollout']}/{self._rollouts}", f"{phase:<14}"]
-        parts += [_number(row, "reward", "reward"), _number(row, "entropy", "entropy")]
-        parts += [] if row["internal_entropy"] is None else [_number(row, "internal_entropy", "internal")]
-        return "  ".join([*parts, _number(row, "mean_length", "length", 1), f"{row['seconds']:.0f} s"])
-
-
-def _number(row: dict[str, Any], name: str, shown: str, digits: int = 3) -> str:
-    return f"{shown} -" if row.get(name) is None else f"{shown} {row[name]:.{digits}f}"
-
-
-def drop_rows_after(path: Path, step: int) -> None:
-    """Drop the rows of a log after update ``step``, and a torn last line (of a run that was killed while writing)."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
-            if step > 0 and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
