@@ -87,6 +87,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """The machine a number was measured on: processor, cores, memory in GiB."""
     return {

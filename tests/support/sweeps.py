@@ -26,23 +26,22 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def train(recipe: Path, out: Path, how: list[str]) -> int:
     """Fail with a learning rate of 0.5; wait for Ctrl-C with 0.25, save, and finish with --resume."""
     settings, log = yaml.safe_load(recipe.read_text()), out / "log.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
     row = {"rollout": 1, "reward": 0.25, "entropy": 1.0, "internal_entropy": None, "sampling_seconds": 1.0}
     if settings["learning_rate"] == 0.5:
         print("a line before\nbupo: error: the rate is too high", flush=True)
         return 2
+    for folder in ("checkpoints/checkpoint-1", "model"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     if settings["learning_rate"] == 0.25 and how != ["--resume"]:
         stopped: list[int] = []
         signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
         log.write_text(json.dumps({**row, "seconds": 5.0}) + "\n")
         while not stopped:
             time.sleep(0.01)
-        (out / "checkpoints" / "checkpoint-1").mkdir(parents=True)
-        (out / "checkpoints" / "checkpoint-1" / "bupo_state.json").write_text("{}")
+        (out / "checkpoints/checkpoint-1/bupo_state.json").write_text("{}")
         return 130
     with log.open("a") as lines:
         lines.write(json.dumps({**row, "seconds": 3.0}) + "\n")
-    (out / "model").mkdir()
     (out / "model" / "weights").write_text(str(settings["seed"]))
     result = {"phase_end": None, "internal_layer": None, "model": str(out / "model")}
     (out / "run.json").write_text(json.dumps({"result": result}))
@@ -50,13 +49,10 @@ def train(recipe: Path, out: Path, how: list[str]) -> int:
 
 
 def evaluate(model: str, out: Path) -> int:
-    weights = Path(model, "weights")
-    problems = [
-        {"id": str(i), "correct": c} for i, c in enumerate([int(weights.read_text()) if weights.exists() else 0, 2])
-    ]
-    rates = {"mean_length": 3.0, "truncation_rate": 0.0, "unparsable_rate": 0.0}
-    task = {"n_samples": 2, "avg_at_k": {"mean": 0.5}, "problems": problems, **rates}
+    first = int(Path(model, "weights").read_text()) if Path(model, "weights").exists() else 0
     out.mkdir(parents=True)
+    task = {"n_samples": 2, "avg_at_k": {"mean": 0.5}, "problems": [{"correct": first}, {"correct": 2}]}
+    task |= {"mean_length": 3.0, "truncation_rate": 0.0, "unparsable_rate": 0.0}
     (out / "results.json").write_text(json.dumps({"tasks": {"arithmetic": task}}))
     return 0
 
@@ -64,6 +60,9 @@ def evaluate(model: str, out: Path) -> int:
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
     where = Path(rest[rest.index("--output") + 1])
-    if command == "train":
-        sys.exit(train(Path(rest[0]), where, rest[3:]))
-    sys.exit(evaluate(rest[rest.index("--model") + 1], where))
+    run = (
+        train(Path(rest[0]), where, rest[3:])
+        if command == "train"
+        else evaluate(rest[rest.index("--model") + 1], where)
+    )
+    sys.exit(run)

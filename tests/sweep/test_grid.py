@@ -25,10 +25,10 @@ def test_the_grids_of_the_evidence_and_their_rows_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     grid, rows = read_grid(path), ROOT / "experiments" / "results" / f"{path.stem}.jsonl"
     assert len(grid.runs()) == len({*grid.runs()}) >= len(grid.arms)
-    if path.stem in ("small", "smollm2", "inside"):
-        assert pending(grid, read_rows(rows), ["grpo"], [0]) == []
+    if rows.exists():
+        pending(grid, read_rows(rows), None, None)
     if path.stem == "small":
-        assert grid.runs()[:2] == [("start", 0), ("grpo", 0)]
+        assert pending(grid, read_rows(rows), ["grpo"], [0]) == []
         assert grid.changes("ridge6x45")["internal_lens"] == "ridge"  # by YAML's merge key
         assert grid.recipe_of("grpo")["internal_steps"] == 0
 
@@ -41,6 +41,7 @@ def test_every_layer_of_the_shipped_model_has_an_arm(monkeypatch, tmp_path):
 
 
 def test_runs_come_by_seed_and_then_by_arm(monkeypatch, tmp_path):
+    assert [seeds_of(given) for given in ([3, 1], 4, "0,2", "0-3, 7")] == [[3, 1], [4], [0, 2], [0, 1, 2, 3, 7]]
     monkeypatch.chdir(ROOT)
     (tmp_path / "g.yaml").write_text(GOOD + "order: [bupo]\n")
     grid = read_grid(tmp_path / "g.yaml")
@@ -87,10 +88,6 @@ def test_a_wrong_grid_is_one_line(change, said, monkeypatch, tmp_path):
         read_grid(tmp_path / "g.yaml")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_seeds_are_lists_numbers_and_ranges():
-    assert [seeds_of(given) for given in ([3, 1], 4, "0,2", "0-3, 7")] == [[3, 1], [4], [0, 2], [0, 1, 2, 3, 7]]
 
 
 def test_a_recipe_may_merge_and_a_repeated_key_is_still_refused():

@@ -14,6 +14,7 @@ import pytest
 
 from bupo.cli import main
 from bupo.errors import InputError
+from bupo.report.page import collect
 from bupo.sweep import run
 from bupo.sweep.rows import append_row, is_rows, read_rows
 from tests.support import sweeps
@@ -41,18 +42,15 @@ def test_a_sweep_writes_a_row_per_run_and_skips_what_has_one(sweep):
     code, said, _, out = sweep("start: {seeds: [0]}, grpo: {learning_rate: 0.125}", "--workers", "2", "--keep")
     assert code == 0
     assert "3 of 3 runs" in said
-    rows = read_rows(out)
-    assert {arm: sorted(own) for arm, own in rows.items()} == {"start": [0], "grpo": [0, 1]}
-    row = rows["grpo"][1]
+    assert {arm: sorted(own) for arm, own in read_rows(out).items()} == {"start": [0], "grpo": [0, 1]}
+    row = read_rows(out)["grpo"][1]
     assert row["changes"] == {"learning_rate": 0.125}
     assert row["curves"] == {"reward": [0.25], "entropy": [1.0]}
     assert row["update_seconds"] == 2.0
-    assert row["tasks"]["arithmetic"] | {"avg": 0} == {
-        "samples": 2, "avg": 0, "correct": "1 2", "mean_length": 3.0, "truncation_rate": 0.0, "unparsable_rate": 0.0,
-    }  # fmt: skip
+    assert list(row["tasks"]["arithmetic"].values()) == [2, 0.5, "1 2", 3.0, 0.0, 0.0]
     assert "commit" not in row  # the grid lies in no repository
     assert (out / "models" / "grpo-1" / "weights").read_text() == "1"
-    assert list((out / "unfinished").iterdir()) == []
+    assert not (out / "unfinished").exists()
     assert json.loads((out / "run.json").read_text())["command"] == "sweep"
     code, said, _, _ = sweep("start: {seeds: [0]}, grpo: {learning_rate: 0.125}")
     assert (code, "0 of 3 runs" in said) == (0, True)
@@ -91,7 +89,6 @@ def test_ctrl_c_stops_in_order_and_the_same_command_continues(sweep, tmp_path):
 
 def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):
     with run.locked(tmp_path / "out"):
-        (tmp_path / "out" / "run.json").write_text('{"command": "sweep"}')
         code, _, errors, _ = sweep("grpo: ")
     assert (code, "another sweep, or a run that it started" in errors) == (2, True)
     (tmp_path / "out" / "run.json").write_text('{"command": "train"}')
@@ -122,6 +119,10 @@ def test_rows_are_never_torn(tmp_path):
     path.write_text(path.read_text().rstrip())  # by an editor: the row is whole
     append_row(path, a_row("a", 2, [1]))
     assert list(read_rows(path)["a"]) == [0, 1, 2]
+    (tmp_path / "cut.jsonl").write_text('{"arm"')
+    assert read_rows(tmp_path / "cut.jsonl") == {}
+    with pytest.raises(InputError, match="holds no row of a sweep yet"):
+        collect([str(tmp_path / "cut.jsonl")])
     assert is_rows(path)
 
 
@@ -142,23 +143,23 @@ def test_what_is_not_a_row_is_named_with_its_line(line, said, tmp_path):
 
 
 def test_power_says_how_many_seeds_a_difference_needs(tmp_path, capsys):
-    rows = [a_row("grpo", s, [10] * 10, samples=100) for s in range(3)]
-    rows += [a_row("bupo", s, [10 + gain] * 10, samples=100) for s, gain in enumerate((0, 1, 2))]
+    rows = [
+        a_row(arm, s, [10 + s * gain] * 10, samples=100) for arm, gain in (("grpo", 0), ("bupo", 1)) for s in range(3)
+    ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     command = ["power", str(path), "--arms", "bupo,grpo"]
     assert main([*command, "--difference", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["each"], found["mean"]) == (pytest.approx([0, 1, 2]), pytest.approx(1))
-    assert found["deviation"] == pytest.approx(1)
-    assert found["deviation_ci95"] == pytest.approx([0.5207, 6.2847], abs=1e-3)
+    assert [found["deviation"], *found["deviation_ci95"]] == pytest.approx([1, 0.5207, 6.2847], abs=1e-3)
     assert (found["needed"], found["needed_ci95"]) == (10, [5, 312])
-    assert [row["seeds"] for row in found["shown"]] == [5, 10, 20, 30]
-    assert found["shown"][1]["detectable"] == pytest.approx(0.9964, abs=1e-3)
+    assert (found["shown"][1]["seeds"], found["shown"][1]["detectable"]) == (10, pytest.approx(0.9964, abs=1e-3))
     assert main([*command, "--difference", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "10 seeds show 1 points with probability 0.8; 5 to 312 at the ends" in said
-    for wrong, why in (("bupo", "two different arms"), ("bupo,grp", "no arm grp (did you mean grpo?)")):
-        assert main(["power", str(path), "--arms", wrong]) == 2
+    assert "10 seeds show 1 points with probability 0.8; 5 to 312 at the ends" in capsys.readouterr().out
+    wrong = {"bupo": "two different arms", "bupo,grp": "no arm grp (did you mean grpo?)"}
+    for arms, more, why in (
+        *((arms, [], why) for arms, why in wrong.items()),
+        ("bupo,grpo", ["--task", "x"], "have: t"),
+    ):
+        assert main(["power", str(path), "--arms", arms, *more]) == 2
         assert why in capsys.readouterr().err
-    assert main([*command, "--task", "x"]) == 2
-    assert "name a --task that all seeds of both arms have: t" in capsys.readouterr().err

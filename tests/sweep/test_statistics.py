@@ -33,17 +33,25 @@ def test_over_both_is_the_interval_over_problems_where_all_seeds_are_the_same():
     values = np.tile(np.random.default_rng(0).random(60), (4, 1))
     low, high = statistics.over_problems(values)
     assert statistics.over_both(values) == pytest.approx((low, high), abs=0.08 * (high - low))
-    assert statistics.over_both(values[:1]) is None
-    assert statistics.student(values[:1].mean(axis=1)) is None
+    assert statistics.over_both(values[:1]) is statistics.student(values[0, :1]) is None
 
 
-def test_over_both_covers_other_seeds_and_other_problems():
-    draw, covered = np.random.default_rng(0), 0
-    for _ in range(200):
-        chance = 0.5 + draw.normal(0, 0.05, (5, 1)) + draw.normal(0, 0.15, (1, 30))
-        low, high = statistics.over_both(draw.binomial(8, chance.clip(0, 1)) / 8)
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_problems", "samples"),
+    [(5, 0.05, 0.15, 8), (5, 0.0, 0.2, 8), (10, 0.01, 0.05, 2), (4, 0.1, 0.0, 64)],
+)
+def test_over_both_covers_both_and_is_no_wider_than_it_must(seeds, of_seeds, of_problems, samples):
+    draw, runs, problems, covered, widths = np.random.default_rng(0), 250, 40, 0, []
+    for _ in range(runs):
+        chance = 0.5 + draw.normal(0, of_seeds, (seeds, 1)) + draw.normal(0, of_problems, (1, problems))
+        low, high = statistics.over_both(draw.binomial(samples, chance.clip(0, 1)) / samples)
         covered += low <= 0.5 <= high
-    assert 0.93 <= covered / 200 <= 0.995
+        widths.append(high - low)
+    noise = (0.25 - of_seeds**2 - of_problems**2) / samples
+    known = 2 * scipy.stats.t.ppf(0.975, seeds - 1)  # the width if the variances were known, with Student's factor
+    known *= (of_seeds**2 / seeds + of_problems**2 / problems + noise / seeds / problems) ** 0.5
+    assert 0.92 <= covered / runs <= 0.985
+    assert np.mean(widths) < 1.05 * known
 
 
 def test_power_against_a_simulation():

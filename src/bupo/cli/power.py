@@ -32,8 +32,6 @@ def power(
     Example:
       bupo power runs/pilot --arms bupo,grpo --task arithmetic --difference 1
     """
-    import numpy as np
-
     from bupo.sweep import statistics
     from bupo.sweep.rows import read_rows
 
@@ -46,9 +44,8 @@ def power(
     common = sorted(one.keys() & other.keys())
     if len(common) < 2:
         raise InputError(f"{names[0]} and {names[1]} have {len(common)} seeds in common; a pilot needs two or more")
-    tasks = [
-        t for t in one[common[0]]["tasks"] if all(t in arm[seed]["tasks"] for arm in (one, other) for seed in common)
-    ]
+    both = [arm[seed]["tasks"] for arm in (one, other) for seed in common]
+    tasks = [name for name in both[0] if all(name in found for found in both)]
     if (task is None and len(tasks) != 1) or (task is not None and task not in tasks):
         raise InputError(f"name a --task that all seeds of both arms have: {', '.join(tasks) or 'there is none'}")
     if difference is not None and not 0.01 <= abs(difference) <= 100:
@@ -59,30 +56,26 @@ def power(
     if deviation < 1e-9:
         raise InputError(f"all {len(common)} seeds have the same difference, {each[0]:+.2f}; a pilot needs other seeds")
     found: dict[str, Any] = {"schema": 1, "arms": names, "task": task, "seeds": common, "each": each.tolist()}
-    found |= {"mean": float(np.mean(each)), "ci95": statistics.student(each), "deviation": deviation}
+    found |= {"mean": float(each.mean()), "ci95": statistics.student(each), "deviation": deviation}
     found |= {"deviation_ci95": ends, "power": power, "difference": difference, "needed": None, "needed_ci95": None}
     if difference is not None:
-        needed = [statistics.seeds_needed(abs(difference), d, power) for d in (deviation, *ends)]
-        found |= {"needed": needed[0], "needed_ci95": needed[1:]}
-    found["shown"] = [
-        {"seeds": n, "detectable": statistics.detectable(n, deviation, power),
-         "detectable_ci95": [statistics.detectable(n, d, power) for d in ends]}
-        for n in _SEEDS
-    ]  # fmt: skip
+        found["needed"], *found["needed_ci95"] = (
+            statistics.seeds_needed(abs(difference), d, power) for d in (deviation, *ends)
+        )
+    found["shown"] = []
+    for n in _SEEDS:
+        least, *at_ends = (statistics.detectable(n, d, power) for d in (deviation, *ends))
+        found["shown"].append({"seeds": n, "detectable": least, "detectable_ci95": at_ends})
     if as_json:
         typer.echo(json.dumps(found))
         return
-    low, high = found["ci95"]
-    typer.echo(
-        f"{names[0]} minus {names[1]} on {task}, {len(common)} seeds: {found['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
-    )
-    typer.echo(
-        f"standard deviation over seeds: {deviation:.2f} points [{ends[0]:.2f}, {ends[1]:.2f}] (95 %, chi-square)"
-    )
+    mean = "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["mean"], *found["ci95"])
+    typer.echo(f"{names[0]} minus {names[1]} on {task}, {len(common)} seeds: {mean} points")
+    spread = "{:.2f} [{:.2f}, {:.2f}]".format(deviation, *ends)
+    typer.echo(f"standard deviation over seeds: {spread} points (95 %, chi-square)")
     if difference is not None:
-        few, many = found["needed_ci95"]
         shows = f"{found['needed']} seeds show {abs(difference):g} points with probability {power:g}"
-        typer.echo(f"{shows}; {few} to {many} at the ends of that interval")
+        typer.echo(f"{shows}; {' to '.join(map(str, found['needed_ci95']))} at the ends of that interval")
     columns = {
         "seeds": [str(n) for n in _SEEDS],
         "shows (points)": [f"{row['detectable']:.2f}" for row in found["shown"]],

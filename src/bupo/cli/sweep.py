@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from bupo.cli import eval, options
 from bupo.errors import InputError
-from bupo.run_folder import RUN_FILE, claim, describe_run, read_json, write_json
+from bupo.run_folder import RUN_FILE, claim, cores, describe_run, read_json, write_json
 
 _EVAL = typer.Typer()
 _EVAL.command("eval")(eval.evaluate)
@@ -36,11 +35,11 @@ def sweep(
 
     Examples:
       bupo sweep recipes/sweeps/layers.yaml --output runs/layers
-      bupo sweep recipes/sweeps/layers.yaml --output runs/layers --only grpo,layer4 --seeds 0-9 --workers 2
+      bupo sweep recipes/sweeps/layers.yaml --output runs/layers --only grpo,layer4 --seeds 0-2 --workers 2
     """
     options.refuse_launcher("bupo sweep", "start it without a launcher; --workers runs several at a time")
     known = (output / RUN_FILE).is_file() and read_json(output / RUN_FILE).get("command") == "sweep"
-    if output.is_dir() and any(output.iterdir()) and not known:
+    if not known and output.is_dir() and any(path.name != ".lock" for path in output.iterdir()):
         raise InputError(f"output folder {output} is not empty and holds no sweep; choose another")
     claim(output, resume=True)
 
@@ -59,22 +58,20 @@ def sweep(
     arms = None if only is None else options.split_names(only)
 
     def done() -> Rows:
-        return read_rows(to) if to.exists() and to.stat().st_size else {}
+        return read_rows(to) if to.exists() else {}
 
     def say(text: str) -> None:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
     grids.pending(what, done(), arms, chosen)  # before the folder is made
-    config: dict[str, Any] = {"grid": str(grid), **what.model_dump(mode="json"), "rows": to, "workers": workers}
-    if not known:
-        write_json(output / RUN_FILE, describe_run("sweep", config))
     with locked(output) as lock:
-        runs, cores = grids.pending(what, done(), arms, chosen), len(os.sched_getaffinity(0))
+        runs = grids.pending(what, done(), arms, chosen)
+        config: dict[str, Any] = {"grid": str(grid), **what.model_dump(mode="json"), "rows": to, "workers": workers}
         write_json(output / RUN_FILE, describe_run("sweep", config))
         for text in grids.changed(what, done()).values():
             say(f"note: {text}; its rows count as done")
         say(f"{len(runs)} of {len(what.runs())} runs of the grid are to do")
-        commands = Commands(max(1, cores // workers), lock)
+        commands = Commands(max(1, cores() // workers), lock)
         failed, stopped = run_sweep(
             Runner(what, output, to, keep, commit_of(grid.parent), commands), runs, workers, say
         )

@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 from bupo.data.answers import equal_at_sight, extract_answer, is_usable
 from bupo.data.problems import ANSWER_COLUMNS, Problem, gold_answer
 from bupo.errors import InputError, shown
+from bupo.run_folder import cores
 
 Status = Literal["correct", "wrong", "unparsable", "timeout", "bad_gold"]
 MAX_WORKERS = 8
@@ -186,8 +187,7 @@ def problems_of(columns: Mapping[str, Any], number: int) -> list[Problem]:
 
 def default_workers() -> int:
     """Processor cores of this process's share of the machine, between 1 and `MAX_WORKERS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MAX_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _without_worker(problem: Problem, answer: str | None) -> tuple[float, Any] | str:

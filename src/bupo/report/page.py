@@ -118,7 +118,9 @@ def _read(name: str, path: Path, data: ReportData) -> None:
         data.records.append(f"{name}: there is no {RUN_FILE} in its folder, so how it was made is not known.")
     for file in files:
         if file.name == ROWS_FILE or is_rows(file):
-            data.sweeps.append((name, sweeps.Sweep(read_rows(file))))
+            if not (rows := read_rows(file)):
+                raise InputError(f"{file} holds no row of a sweep yet")
+            data.sweeps.append((name, sweeps.Sweep(rows)))
             continue
         if file.suffix == ".jsonl":
             data.runs.append((name, TrainingRun.load(file)))

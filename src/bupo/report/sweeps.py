@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,8 @@ from bupo.report.evaluations import Conclusion
 from bupo.sweep.rows import START, Rows
 from bupo.sweep.statistics import baseline_of, compare_arms, layer_map
 
-CURVES = 8  # the most arms whose learning curves are drawn, in the order of the rows
+CURVES = 6  # the most arms whose learning curves are drawn, in the order of the rows
+LINES = 16  # the most comparisons of which all are listed in short; of more, only those that are shown
 _WORDS = {"better": "better", "worse": "worse", "open": "not shown to differ"}
 
 
@@ -59,36 +60,33 @@ def outcome(difference: Mapping[str, Any]) -> str:
     return "better" if ends[0] > 0 else "worse" if ends[1] < 0 else "open"
 
 
-def conclude(sweeps: list[tuple[str, Sweep]]) -> Conclusion:
-    """Say which differences from the baseline are shown, over seeds and problems, and which are not."""
-    lines, outcomes, baselines = [], [], dict.fromkeys(str(sweep.baseline) for _, sweep in sweeps)
-    for _, sweep in sweeps:
-        for task, arms in sweep.tasks.items():
-            for arm, away in ((arm["arm"], arm["difference"]) for arm in arms if arm["difference"]):
-                outcomes.append(away["outcome"])
-                lines.append(f"{task}: {arm} is {_against(away, sweep.baseline)}: {_numbers(away)}.")
-    if not outcomes:
+def conclude(sweeps: Sequence[tuple[str, Sweep]]) -> Conclusion:
+    """Say which differences from the baseline are shown, over seeds and problems, and of few also which are not."""
+    found = [
+        (task, arm["arm"], sweep.baseline, arm["difference"])
+        for _, sweep in sweeps for task, arms in sweep.tasks.items() for arm in arms if arm["difference"]
+    ]  # fmt: skip
+    if not found:
         return Conclusion("No two arms of the sweep have a seed in common yet, so nothing is compared.")
+    lines, outcomes = [], [away["outcome"] for *_, away in found]
+    for task, arm, baseline, away in found:
+        word, than = _WORDS[away["outcome"]], "from" if away["outcome"] == "open" else "than"
+        if away["outcome"] != "open" or len(found) <= LINES:
+            lines.append(f"{task}: {arm} is {word} {than} {baseline}: {_numbers(away)}.")
     kinds = [kind for kind in _WORDS if kind in outcomes]
     counts = "; ".join(f"{_WORDS[kind]} in {outcomes.count(kind)} of {len(outcomes)}" for kind in kinds)
-    tone = outcomes[0] if len(kinds) == 1 else "open"
-    return Conclusion(
-        f"Trained arms compared with {', '.join(baselines)}, arm by arm and task by task: {counts}.", tone, lines
-    )
-
-
-def _against(away: Mapping[str, Any], baseline: str | None) -> str:
-    word = _WORDS[away["outcome"]]
-    return f"{word} {'from' if away['outcome'] == 'open' else 'than'} {baseline}"
+    baselines = ", ".join(dict.fromkeys(str(baseline) for _, _, baseline, _ in found))
+    headline = f"Trained arms compared with {baselines}, arm by arm and task by task: {counts}."
+    return Conclusion(headline, outcomes[0] if len(kinds) == 1 else "open", lines)
 
 
 def _numbers(away: Mapping[str, Any]) -> str:
     """A difference in points with its interval over seeds and problems, and Holm's p."""
-    if away["ci_both"] is None:
-        return f"{100 * away['mean']:+.1f} points with one seed, which says nothing of others".replace("-", "−")
-    low, high = (f"{100 * end:+.1f}" for end in away["ci_both"])
+    mean, *ends = (f"{100 * value:+.1f}".replace("-", "−") for value in (away["mean"], *(away["ci_both"] or ())))
+    if not ends:
+        return f"{mean} points with one seed, which says nothing of others"
     p = "no p-value, as all seeds differ equally" if away["p_holm"] is None else f"Holm p = {away['p_holm']:.3f}"
-    return f"{100 * away['mean']:+.1f} points [{low}, {high}], {p}, {len(away['seeds'])} seeds".replace("-", "−")
+    return f"{mean} points [{', '.join(ends)}], {p}, {len(away['seeds'])} seeds"
 
 
 @style.styled()
@@ -112,6 +110,8 @@ def effect_and_cost(sweep: Sweep) -> Figure | None:
         for arm in sweep.tasks[task]:
             if arm["arm"] == START:
                 style.level(axes, 100 * arm["mean"], linestyle=style.DASHED, label=START)
+        low, high = axes.get_ylim()  # intervals of two or three seeds can go far beyond what there is
+        axes.set(xlim=(0, 1.15 * max(arm["update_seconds"] for arm in arms) or 1), ylim=(max(0, low), min(100, high)))
         axes.set(title=task, xlabel="seconds of updates", ylabel="accuracy (%)")
     style.legend_below(figure, columns=6)
     return figure

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bupo.errors import InputError, describe
 
@@ -18,6 +18,7 @@ Rows = dict[str, dict[int, Row]]  # by arm, then by seed
 
 
 class _Task(BaseModel):
+    model_config = ConfigDict(strict=True)
     samples: int = Field(ge=1)
     correct: str  # the number of correct samples of each problem, separated by spaces
 
@@ -30,6 +31,7 @@ class _Task(BaseModel):
 
 
 class _Row(BaseModel):
+    model_config = ConfigDict(strict=True)
     arm: str = Field(min_length=1)
     seed: int
     changes: dict[str, Any]
@@ -71,8 +73,6 @@ def read_rows(path: Path) -> Rows:
         if row["seed"] in own:
             raise InputError(f"{path}, line {number} repeats arm {row['arm']}, seed {row['seed']}; remove one of them")
         own[row["seed"]] = row
-    if not rows:
-        raise InputError(f"{path} holds no row of a sweep")
     return rows
 
 

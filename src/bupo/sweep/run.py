@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from bupo.train.log import LOG_FILE
 
 CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", "internal/divergence", "grad_norm")
 PROGRAM = [sys.executable, "-m", "bupo"]
-Say = Callable[[str], None]
 
 
 @contextmanager
@@ -150,7 +149,9 @@ class Runner:
             write_json(file, {**before, command: before.get(command, 0.0) + time.monotonic() - started})
 
 
-def run_sweep(runner: Runner, runs: Sequence[tuple[str, int]], workers: int, say: Say) -> tuple[int, bool]:
+def run_sweep(
+    runner: Runner, runs: Sequence[tuple[str, int]], workers: int, say: Callable[[str], None]
+) -> tuple[int, bool]:
     """Run what is pending, several at a time; return how many failed, and whether Ctrl-C (or SIGTERM) stopped it."""
     failed, before = 0, signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ThreadPoolExecutor(workers) as pool:
@@ -159,7 +160,9 @@ def run_sweep(runner: Runner, runs: Sequence[tuple[str, int]], workers: int, say
             for number, future in enumerate(as_completed(futures), 1):
                 arm, seed = futures[future]
                 try:
-                    say(f"{number}/{len(runs)} {_line(future.result())}")
+                    row = future.result()
+                    averages = ", ".join(f"{name} {task['avg']:.1%}" for name, task in row["tasks"].items())
+                    say(f"{number}/{len(runs)} {arm}, seed {seed}: {averages} in {row['seconds']:.0f} s")
                 except (BupoError, OSError) as error:
                     failed += 1
                     where = runner.folder / "unfinished" / f"{arm}-{seed}" / "log"
@@ -174,6 +177,8 @@ def run_sweep(runner: Runner, runs: Sequence[tuple[str, int]], workers: int, say
                 runner.commands.stop(signal.SIGKILL)
         finally:
             signal.signal(signal.SIGTERM, before)
+    with suppress(OSError):  # not empty, or never made
+        (runner.folder / "unfinished").rmdir()
     return failed, runner.commands.stopping
 
 
@@ -217,22 +222,15 @@ def update_seconds(log: Sequence[Row]) -> float:
 
 def _of_evaluation(results: Row) -> dict[str, Any]:
     """The tasks of a row: the number of correct samples of each problem, so that runs can be paired by problem."""
-    found = {
-        name: {
-            "samples": task["n_samples"],
-            "avg": round(task["avg_at_k"]["mean"], 5),
-            "correct": " ".join(str(problem["correct"]) for problem in task["problems"]),
-            **{key: round(task[key], 2 if key == "mean_length" else 4) for key in _KEPT},
-        }
-        for name, task in results["tasks"].items()
-        if task["n_samples"]
-    }
+    found: dict[str, Any] = {}
+    for name, task in results["tasks"].items():
+        if task["n_samples"]:
+            found[name] = {"samples": task["n_samples"], "avg": round(task["avg_at_k"]["mean"], 5)}
+            found[name]["correct"] = " ".join(str(problem["correct"]) for problem in task["problems"])
+            found[name] |= {key: _rounded(task[key]) for key in ("mean_length", "truncation_rate", "unparsable_rate")}
     if not found:
         raise BupoError("no task has a problem whose answer can be read")
     return found
-
-
-_KEPT = ("mean_length", "truncation_rate", "unparsable_rate")
 
 
 def _rounded(value: Any) -> Any:
@@ -242,9 +240,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(part) for part in value]
     return round(value, 4) if isinstance(value, float) else value
-
-
-def _line(row: Row) -> str:
-    averages = ", ".join(f"{name} {task['avg']:.1%}" for name, task in row["tasks"].items())
-    ended = f"; internal phase: {row['phase_end']['reason']}" if row.get("phase_end") else ""
-    return f"{row['arm']}, seed {row['seed']}: {averages} in {row['seconds']:.0f} s{ended}"

@@ -64,17 +64,13 @@ def over_problems(values: Scores) -> Interval:
 
 def over_both(values: Scores) -> Interval | None:
     """Bootstrap interval over seeds and problems of the mean of scores (S, P); None for a single seed."""
-    if len(values) < 2:
-        return None
-    return _ends(_resampled(values))
+    return _ends(_resampled(values)) if len(values) > 1 else None
 
 
 def over_both_of_ratio(above: Scores, below: Scores) -> Interval | None:
     """`over_both` of the ratio of two means; None where the lower one is not shown to differ from zero."""
     ends = over_both(below)
-    if ends is None or ends[0] <= 0 <= ends[1]:
-        return None
-    return _ends(_resampled(above) / _resampled(below))
+    return None if ends is None or ends[0] <= 0 <= ends[1] else _ends(_resampled(above) / _resampled(below))
 
 
 def _ends(values: Scores) -> Interval:
@@ -85,19 +81,24 @@ def _ends(values: Scores) -> Interval:
 def _resampled(values: Scores) -> Scores:
     """Means of scores (S, P) whose seeds and problems are drawn with replacement, the same draws for the same shape.
 
-    Few seeds vary too little between draws, so the weights are widened until the interval over seeds alone would be
-    about Student's, and problems likewise (the expanded percentile interval, arXiv 1411.5279).
+    The noise of sampling varies the means of seeds and of problems alike. It is counted once, with the seeds: what the
+    problems add is shrunk to the part of their variance beyond it. (Means over drawn seeds and problems at once, the
+    pigeonhole bootstrap, doi 10.1214/07-AOAS122, count it three times.) Few seeds vary too little between draws: their
+    weights are widened until the interval over seeds alone is about Student's (expanded, arXiv 1411.5279).
     """
-    seeds, problems = values.shape
+    (seeds, problems), mean = values.shape, values.mean()
+    of_seeds, of_problems = values.mean(axis=1), values.mean(axis=0)
+    noise = ((values - of_seeds[:, None] - of_problems + mean) ** 2).sum() / max(1, (seeds - 1) * (problems - 1))
+    variance = of_problems.var(ddof=1) if problems > 1 else 0.0
+    share = math.sqrt(max(0.0, 1 - noise / seeds / variance)) if variance > 0 else 0.0
     resamples = max(1000, min(_RESAMPLES, _NUMBERS // max(seeds, problems)))
-    return ((_weights(seeds, resamples, 0) @ values) * _weights(problems, resamples, 1)).sum(axis=1)
+    drawn = _weights(problems, resamples, 1) @ of_problems if share else mean
+    return _weights(seeds, resamples, 0) @ of_seeds + share * (drawn - mean)
 
 
 @lru_cache(4)
 def _weights(n: int, resamples: int, seed: int) -> Scores:
     """``resamples`` rows of ``n`` weights that add up to 1."""
-    if n == 1:
-        return np.ones((1, 1))
     drawn = np.random.default_rng(seed).integers(0, n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=n * resamples).reshape(resamples, n)
     wider = scipy.stats.t.ppf(0.975, n - 1) / scipy.stats.norm.ppf(0.975) * math.sqrt(n / (n - 1))
@@ -150,24 +151,20 @@ def paired(
 
 def compare_arms(rows: Rows, task: str, baseline: str | None) -> list[dict[str, Any]]:
     """Every arm's mean and intervals, and its difference from the baseline; Holm's family are a task's arms."""
-    found: dict[str, dict[str, Any]] = {}
-    for arm, all_rows in rows.items():
-        if not (own := {seed: row for seed, row in all_rows.items() if task in row["tasks"]}):
-            continue
+    rows, found = _of_task(rows, task), []
+    for arm, own in rows.items():
         seconds = [row["update_seconds"] for row in own.values() if row.get("update_seconds") is not None]
-        found[arm] = {"arm": arm, "seeds": sorted(own), **describe(scores(own, task, sorted(own))), "difference": None}
-        found[arm] |= {
-            "update_seconds": float(np.mean(seconds)) if seconds else None,
-            "ci_update_seconds": student(seconds),
-        }
-        base = {seed: row for seed, row in rows.get(baseline or "", {}).items() if task in row["tasks"]}
+        one = {"arm": arm, "seeds": sorted(own), **describe(scores(own, task, sorted(own))), "difference": None}
+        one |= {"update_seconds": float(np.mean(seconds)) if seconds else None, "ci_update_seconds": student(seconds)}
+        base = rows.get(baseline or "", {})
         if arm not in (START, baseline) and (common := sorted(own.keys() & base.keys())):
             away = paired(own, base, task, common)
-            found[arm]["difference"] = {**describe(away), "seeds": common, "p": paired_p(away.mean(axis=1))}
-    differences = {arm: row["difference"] for arm, row in found.items() if row["difference"]}
+            one["difference"] = {**describe(away), "seeds": common, "p": paired_p(away.mean(axis=1))}
+        found.append(one)
+    differences = {one["arm"]: one["difference"] for one in found if one["difference"]}
     for arm, p in holm({arm: away["p"] for arm, away in differences.items()}).items():
         differences[arm]["p_holm"] = p
-    return list(found.values())
+    return found
 
 
 def layer_map(rows: Rows, task: str, baseline: str | None) -> list[dict[str, Any]]:
@@ -175,15 +172,13 @@ def layer_map(rows: Rows, task: str, baseline: str | None) -> list[dict[str, Any
 
     Its arms differ from the baseline in nothing but the one layer that they train; it is empty for fewer than two.
     """
+    rows = _of_task(rows, task)
     base, start = rows.get(baseline or "", {}), rows.get(START, {})
-    settings = {arm: _one_layer(next(iter(by_seed.values()))) for arm, by_seed in rows.items() if arm != START}
-    layers = {
-        arm: layer
-        for arm, (layer, rest) in settings.items()
-        if layer and (None, rest) == settings.get(baseline or START)
-    }
+    chosen = {arm: _one_layer(next(iter(own.values()))) for arm, own in rows.items() if arm != START}
+    trained, alike = chosen.get(baseline or "", (0, {}))
+    layers = sorted((layer, arm) for arm, (layer, rest) in chosen.items() if layer and rest == alike)
     found: list[dict[str, Any]] = []
-    for arm, layer in sorted(layers.items(), key=lambda item: item[1]) if start and len(layers) > 1 else ():
+    for layer, arm in layers if start and trained is None and len(layers) > 1 else ():
         seeds, common = sorted(rows[arm]), sorted(rows[arm].keys() & base.keys())
         row = {"layer": layer, "seeds": seeds, **describe(paired(rows[arm], start, task, seeds))}
         found.append({**row, "share": None, "ci_share": None})
@@ -192,6 +187,12 @@ def layer_map(rows: Rows, task: str, baseline: str | None) -> list[dict[str, Any
             if (ends := over_both_of_ratio(own, whole)) is not None:
                 found[-1] |= {"share": float(own.mean() / whole.mean()), "ci_share": ends}
     return found
+
+
+def _of_task(rows: Rows, task: str) -> Rows:
+    """The rows that have a task."""
+    found = {arm: {s: row for s, row in own.items() if task in row["tasks"]} for arm, own in rows.items()}
+    return {arm: own for arm, own in found.items() if own}
 
 
 def _one_layer(row: Row) -> tuple[int | None, dict[str, Any]]:
