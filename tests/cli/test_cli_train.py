@@ -95,7 +95,7 @@ def test_a_run_writes_what_it_should(bupo, tmp_path, recipe, tiny_folder):
     assert record["config"]["trl"] == {"epsilon_high": 0.3}
     assert record["config"]["updates_per_rollout"] == 2
     assert {"torch", "trl", "transformers"} <= set(record["versions"])
-    names = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json"
+    names = "README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json"
     assert sorted(p.name for p in (folder / "model").iterdir()) == names.split()
     assert not same_weights(final(folder), load_file(tiny_folder / "model.safetensors"))
     AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -143,7 +143,7 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
         "disable_tqdm": True,
     }
     if recipe.trainer.get("push_to_hub"):
-        machine["hub_model_id"] = folder.absolute().name
+        machine |= {"hub_model_id": folder.absolute().name, "hub_strategy": "end"}
     if recipe.trainer.get("beta"):  # TRL loads the reference model, which must be the one that is trained
         source = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
         machine["model_init_kwargs"] = {**source, "key_mapping": {WRAPPERS: r"\1"}}

@@ -84,6 +84,11 @@ def _number(row: dict[str, Any], name: str, shown: str, digits: int = 3) -> str:
     return f"{shown} -" if row.get(name) is None else f"{shown} {row[name]:.{digits}f}"
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log of this process; none if it has not been written."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def drop_rows_after(path: Path, step: int) -> None:
     """Drop the rows of a log after update ``step``, and a torn last line (of a run that was killed while writing)."""
     if not path.exists():

@@ -7,7 +7,6 @@ The output folder holds ``run.json``, ``log.jsonl``, ``checkpoints/``, ``rollout
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import threading
@@ -26,10 +25,11 @@ from bupo.models.load import model_revision
 from bupo.recipe import Recipe
 from bupo.run_folder import RUN_FILE, claim, describe_run, read_run, write_json
 from bupo.train.build import as_config_error, build, closing_rewards
+from bupo.train.card import upload, write_card
 from bupo.train.check import REMEDY, Check
 from bupo.train.checkpoint import last_checkpoint, rotate, updates_of
 from bupo.train.diagnostics import Draw
-from bupo.train.log import LOG_FILE, LogWriter
+from bupo.train.log import LOG_FILE, LogWriter, read_log
 from bupo.train.lora import merge_adapters
 from bupo.train.trainer import BuPOTrainer
 
@@ -92,6 +92,10 @@ def train(
             record["result"] = {**_summary(trainer, recipe, folder, stopped), "seconds": seconds}
             if trainer.accelerator.is_main_process:
                 write_json(folder / RUN_FILE, record)
+                if not stopped:
+                    write_card(folder / "model", recipe, record, read_log(folder / LOG_FILE))
+                if not stopped and trainer.args.push_to_hub:
+                    upload(trainer, folder / "model")
     return record["result"]
 
 
@@ -138,9 +142,8 @@ def _train(trainer: BuPOTrainer, recipe: Recipe, folder: Path, checkpoint: Path 
 
 def _summary(trainer: BuPOTrainer, recipe: Recipe, folder: Path, stopped: bool) -> dict[str, Any]:
     """What became of the run; rewards are means over the first and the last tenth of the rollout batches."""
-    updates, log = trainer.state.global_step or recipe.updates(recipe.rollouts), folder / LOG_FILE
-    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else ())
-    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+    updates = trainer.state.global_step or recipe.updates(recipe.rollouts)
+    rewards = [row["reward"] for row in read_log(folder / LOG_FILE) if row.get("reward") is not None]
     tenth = max(1, len(rewards) // 10)
     first, last = (round(sum(part) / len(part), 4) if part else None for part in (rewards[:tenth], rewards[-tenth:]))
     return {
@@ -181,7 +184,7 @@ def save_final(trainer: BuPOTrainer, recipe: Recipe, folder: Path) -> None:
             if main:
                 trainer._save(temporary, state_dict=state)
         else:
-            trainer.save_model(temporary)
+            trainer.save_model(temporary, _internal_call=True)  # which does not upload
     if adapters and main:
         with _replacing(folder / "model", trainer) as temporary:
             merged = merge_adapters(model, folder / "adapter", recipe, sharded=trainer.is_fsdp_enabled)
