@@ -32,7 +32,7 @@ def train(recipe: Path, out: Path, how: list[str]) -> int:
         return 2
     for folder in ("checkpoints/checkpoint-1", "model"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    if settings["learning_rate"] == 0.25 and how != ["--resume"]:
+    if settings["learning_rate"] == 0.25 and "--resume" not in how:
         stopped: list[int] = []
         signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
         log.write_text(json.dumps({**row, "seconds": 5.0}) + "\n")

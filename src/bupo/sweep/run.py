@@ -121,7 +121,7 @@ class Runner:
             out = work / "train"
             if not _result(out):
                 how = ["--resume"] if last_checkpoint(out / "checkpoints") else ["--overwrite"] if out.exists() else []
-                self._timed(work, "train", work / "recipe.yaml", "--output", out, *how)
+                self._timed(work, "train", work / "recipe.yaml", "--output", out, "--no-check", *how)
             row |= _of_training(out)
             options += ["--model", str(out / "model")]
         options += ["--trust-remote-code"] * bool(recipe.get("trust_remote_code"))
