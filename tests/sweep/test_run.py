@@ -40,8 +40,7 @@ def sweep(tmp_path, monkeypatch, capfd):
 
 def test_a_sweep_writes_a_row_per_run_and_skips_what_has_one(sweep):
     code, said, _, out = sweep("start: {seeds: [0]}, grpo: {learning_rate: 0.125}", "--workers", "2", "--keep")
-    assert code == 0
-    assert "3 of 3 runs" in said
+    assert (code, "3 of 3 runs" in said) == (0, True)
     assert {arm: sorted(own) for arm, own in read_rows(out).items()} == {"start": [0], "grpo": [0, 1]}
     row = read_rows(out)["grpo"][1]
     assert row["changes"] == {"learning_rate": 0.125}
@@ -77,8 +76,7 @@ def test_ctrl_c_stops_in_order_and_the_same_command_continues(sweep, tmp_path):
     arms = "slow: {learning_rate: 0.25}, later: {learning_rate: 0.125}"
     code, said, errors, out = sweep(arms, "--workers", "2", "--only", "slow")
     assert (code, "failed" in said) == (130, False)
-    assert "2 runs have no row in" in errors
-    assert "the same command continues" in errors
+    assert "2 runs have no row in" in errors.split("the same command continues")[0]
     assert sorted(p.name for p in (out / "unfinished").iterdir()) == ["slow-0", "slow-1"]
     code, *_ = sweep(arms)
     rows = read_rows(out)
