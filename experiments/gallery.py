@@ -85,9 +85,12 @@ def look(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "standard_errors": errors,
         "seconds": round(time.monotonic() - started, 1),
     }
+    return found
+
+
+def draw(name: str, found: dict[str, Any]) -> None:
     style.save(layer_choice(Curves.model_validate(found | {"seed": SEED})), IMAGES, f"gallery_{name}")
     (IMAGES / f"gallery_{name}.svg").unlink(missing_ok=True)
-    return found
 
 
 def main() -> None:
@@ -109,6 +112,8 @@ def main() -> None:
             FILE, {**describe_run("gallery", config | {"task": TASK, "seed": SEED}), "argv": [], "models": models}
         )
         print(name, json.dumps(models[name]["shares"]), f"{models[name]['seconds']:.0f} s", flush=True)
+    for name, found in models.items():
+        draw(name, found)
 
 
 if __name__ == "__main__":
