@@ -72,7 +72,7 @@ def look(name: str, args: argparse.Namespace) -> dict[str, Any]:
     drawn = subsample_evenly([len(pair.response_ids) for pair in read], args.tokens, SEED)
     readings = read_layers(model, read, drawn, list(lenses.values()))
     curves, errors = readings.curves(list(lenses))
-    found = {
+    return {
         "architecture": type(model).__name__,
         "tied": model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         "responses": len(read),
@@ -85,7 +85,6 @@ def look(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "standard_errors": errors,
         "seconds": round(time.monotonic() - started, 1),
     }
-    return found
 
 
 def draw(name: str, found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,9 @@ TABLES: dict[str, dict[str, Any]] = {
     "lenses": {
         "rows": SMALL,
         "arms": ["grpo", "bupo", "ridge4x8", "ridge4x16", "ridge6x45", "lower6", "ridge4x45"],
-        "seeds": 8,
+        "seeds": 10,
     },
+    "upper": {"rows": "upper.jsonl", "arms": ["grpo", "upper4", "frozen1-4"], "seeds": range(40, 46)},
     "rates": {"rows": SMALL, "arms": ["bupo", "frozen4", "upper0.1", "grpo"], "seeds": 3},
 }
 
@@ -73,6 +75,13 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "seeds": len(values), **student(values, scale=100, digits=2)}
 
 
+def ratio(values: Sequence[float]) -> dict[str, Any]:
+    """The geometric mean of ratios, and Student's interval of their logarithms."""
+    logs = [math.log(value) for value in values]
+    ends = statistics_of.student(logs) or ()
+    return {"mean": round(math.exp(statistics.fmean(logs)), 3), "ci95": [round(math.exp(end), 3) for end in ends]}
+
+
 def difference(
     one: dict[int, dict], other: dict[int, dict], task: str, metric: str, seeds: list[int]
 ) -> dict[str, Any]:
@@ -80,8 +89,10 @@ def difference(
     both = [seed for seed in seeds if seed in one and seed in other]
     away = statistics_of.paired(one, other, task, both, metric.split("@")[0])
     by_seed = away.mean(axis=1).tolist()
+    ratios = [one[s]["update_seconds"] / other[s]["update_seconds"] for s in both if "update_seconds" in one[s]]
     return {
         **interval(by_seed),
+        **({"update_time": ratio(ratios)} if ratios else {}),
         "ci95_problems": [round(100 * bound, 2) for bound in statistics_of.over_problems(away)],
         "each": {str(s): round(100 * v, 2) for s, v in zip(both, by_seed, strict=True)},
     }
@@ -106,7 +117,7 @@ def table(rows: Rows, settings: dict[str, Any], task: str, metric: str) -> dict[
 
     The baseline is the first arm, the best of the arms in ``best_of``, or given per arm in ``against``.
     """
-    seeds = list(range(settings["seeds"]))
+    seeds = list(range(settings["seeds"]) if isinstance(settings["seeds"], int) else settings["seeds"])
     arms = {
         name: summarise_arm(rows[name], task, metric, seeds)
         for name in settings["arms"]
