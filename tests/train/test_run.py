@@ -165,7 +165,7 @@ def test_adapters_are_merged_under_fsdp2(tmp_path, recipe, tiny_folder):  # noqa
     folder = tmp_path / "run"
     path = recipe(lora={"r": 2}, rollouts=1, internal_steps=1, micro_batch=2, precision="float32", learning_rate=0.1)
     arguments = [path, "--output", folder]
-    launch(2, distributed.command, tmp_path / "told", 60, engine="fsdp2", arguments=arguments)
+    launch(2, distributed.command, tmp_path / "told", 120, engine="fsdp2", arguments=arguments)
     merged, start = load_file(folder / "model" / "model.safetensors"), load_file(tiny_folder / "model.safetensors")
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert {name: w.shape for name, w in merged.items()} == {name: w.shape for name, w in start.items()}
