@@ -38,7 +38,7 @@ ADDED = {
     "typed results, notebooks and the wheel": {"src": 150, "tests": 205},
     "sweeps and power": {"src": 1140, "tests": 520},
     "model cards and uploads": {"src": 120, "tests": 90},
-    "a check before a run and rollout groups": {"src": 434, "tests": 322},
+    "a check before a run and rollout groups": {"src": 434, "tests": 325},
 }
 # A file imports only from lower floors or from its own folder.
 FLOORS = {

@@ -41,7 +41,10 @@ ADAPTERS = {"lora": {"r": 2, "dropout": 0.3}, "gradient_checkpointing": True, "m
 ACCUMULATED = {"trl": {"num_iterations": 2}, "micro_batch": 2, "estimator": "ppo"}
 
 
-@pytest.mark.parametrize("changes", [{}, JOINT, ADAPTERS, ACCUMULATED], ids=["plain", "joint", "lora", "ppo"])
+@pytest.mark.parametrize(
+    "changes", [{}, ADAPTERS, *(pytest.param(one, marks=pytest.mark.slow) for one in (JOINT, ACCUMULATED))],
+    ids=["plain", "lora", "joint", "ppo"],
+)  # fmt: skip
 def test_a_run_with_the_check_is_bit_for_bit_one_without(bupo, tmp_path, recipe, changes):  # noqa: F811
     path = recipe(reward="tests.train.test_check:noisy", rollouts=2, **{"internal_steps": 1, **changes})
     for name, option in (("with", "--check"), ("with", ()), ("without", "--no-check")):
