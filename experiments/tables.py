@@ -33,7 +33,8 @@ NAMES = {
     "steps30": "30", "steps45": "45, the whole run", "auto45": "guarded, at most 45", "rate1e-5": "GRPO, 1e-5",
     "ridge4x8": "through ridge, layer 4, 8 batches", "ridge4x16": "through ridge, layer 4, 16 batches",
     "ridge4x45": "through ridge, layer 4, all 45", "ridge6x45": "through ridge, layer 6, all 45",
-    "lower6": "GRPO on layers 1-6 alone", "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
+    "upper4": "GRPO on layers 5-8 alone", "frozen1-4": "GRPO, layers 1-4 frozen", "lower6": "GRPO on layers 1-6 alone",
+    "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
 }  # fmt: skip
 OWN = {
     "inside": {"steps45": "layer 4, all 45 batches"},
@@ -78,12 +79,18 @@ def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
     if "minus_baseline" not in table:
         raise FileNotFoundError(f"{name}: the baseline has not been run with all seeds")
     other = "its own baseline" if isinstance(base, dict) else names[base]
+    timed = any("update_time" in away for away in table["minus_baseline"].values())
     rows = [f"| | {metric.capitalize()}, % | seeds | minus {other}, points [95 % over seeds] [over problems] |"]
     rows += ["| --- | --- | --- | --- |", f"| before training | {table['start']:.1f} | | |"]
+    if timed:
+        rows = [f"{row} {more} |" for row, more in zip(rows, (f"time of updates / {other}'s", "---", ""), strict=True)]
     for arm, row in table["arms"].items():
         away = table["minus_baseline"].get(arm)
         far = "" if away is None else f"{away['mean']:+.1f} {_span(away.get('ci95'))} {_span(away['ci95_problems'])}"
         rows.append(f"| {names[arm]} | {row['mean']:.1f} | {row['seeds']} | {far} |")
+        if timed:
+            time = (away or {}).get("update_time")
+            rows[-1] += f" {time['mean']:.2f} [{time['ci95'][0]:.2f}, {time['ci95'][1]:.2f}] |" if time else " |"
     return "\n".join(rows)
 
 
