@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from bupo import plan as plan_module
 from bupo.cli import main
 from bupo.models.fake import describe_model, read_config, with_depth
 from bupo.models.internal_policy import internal_policy
@@ -28,6 +30,27 @@ BATCH = {"prompts_per_rollout": 4, "samples_per_prompt": 4, "updates_per_rollout
 PHASE = {"internal_layer": 1, "internal_steps": 2}
 LENGTHS = {"max_prompt_length": 5, "max_completion_length": 11}
 RECIPE = {"model": "none", "dataset": "arithmetic", "rollouts": 6, **PHASE, **BATCH, **LENGTHS}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once():
+    """What one test has counted is not counted again for another, which would take a minute in all."""
+    known, here = {}, sys.modules[__name__]
+
+    def keeping(count):
+        def kept(config, depth, work, **how):
+            key = (count, config.to_json_string(), depth, repr(work), repr(how), footprint._over_layers)
+            if key not in known:
+                known[key] = count(config, depth, work, **how)
+            return dict(known[key])
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        for count in (count_update, count_rollout):
+            for module in (here, plan_module):
+                patch.setattr(module, count.__name__, keeping(count))
+        yield
 
 
 def full(depth=2, config=CONFIG, **changes):

@@ -232,7 +232,7 @@ WITHOUT_EFFECT = [
     ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg has no effect without loss_type sapo"),
     ({"sync_ref_model": True}, "sync_ref_model has no effect without beta above 0"),
     ({"entropy_target": 0.1}, "entropy_target has no effect without use_adaptive_entropy"),
-    ({"optim_args": "x=1"}, "optim_args has no effect without an optim other than adamw_torch"),
+    ({"optim_args": "x=1"}, "optim_args has no effect without an optim other than adamw_torch and adafactor"),
     ({"run_name": "x"}, "run_name has no effect without report_to"),
     ({"report_to": ["wandb"], "project": "x"}, "project has no effect without report_to trackio"),
     ({"eval_on_start": True}, "eval_on_start has no effect without eval"),

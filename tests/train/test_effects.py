@@ -21,7 +21,7 @@ CASES = [
         "use_adaptive_entropy": True, "off_policy_mask_threshold": 0.001, "logging_steps": 2,
         "logging_first_step": True, "max_completion_length": 5, "num_generations": 2, "steps_per_generation": 2,
         "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "trained_layers": "2", "frozen_layers": "1-2",
-        "internal_steps": 2, "estimator": "rloo",
+        "internal_steps": 1, "estimator": "rloo",
     }.items()),
     ({"lr_scheduler_type": "linear"}, {"warmup_steps": 3}), (CISPO, {"epsilon_high": 0.001}),
     (SAPO, {"sapo_temperature_neg": 3.0}), (SAPO, {"sapo_temperature_pos": 3.0}),
@@ -30,10 +30,11 @@ CASES = [
     (ADAPTIVE, {"entropy_target": 0.1}), ({"use_adaptive_entropy": True}, {"entropy_coef_min": 0.5}),
     ({**ADAPTIVE, "entropy_coef_delta": 0.1}, {"entropy_coef_max": 0.01}),
     ({"lr_scheduler_type": "polynomial"}, {"lr_scheduler_kwargs": {"power": 3.0}}),
-    ({"optim": "adafactor"}, {"optim_args": "decay_rate=-0.3"}),
-    ({"internal_steps": 2}, {"internal_layer": 3}), ({"internal_steps": 2}, {"internal_temperature": 2.0}),
-    ({"internal_steps": 2}, {"internal_lens": "norm"}),
-    ({"upper_learning_rate_above": 2}, {"upper_learning_rate_scale": 0.1}),
+    ({"optim": "sgd"}, {"optim_args": "momentum=0.9"}),
+    ({"internal_steps": 1}, {"internal_layer": 3}), ({"internal_steps": 1}, {"internal_temperature": 2.0}),
+    ({"internal_steps": 1}, {"internal_lens": "norm"}),
+    ({"upper_learning_rate_above": 2, "upper_learning_rate_scale": 0.5}, {"upper_learning_rate_scale": 0.1}),
+    ({"upper_learning_rate_scale": 0.5, "upper_learning_rate_above": 2}, {"upper_learning_rate_above": 3}),
 ]  # fmt: skip
 
 

@@ -153,7 +153,8 @@ def run_sweep(
     runner: Runner, runs: Sequence[tuple[str, int]], workers: int, say: Callable[[str], None]
 ) -> tuple[int, bool]:
     """Run what is pending, several at a time; return how many failed, and whether Ctrl-C (or SIGTERM) stopped it."""
-    failed, before = 0, signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed, kinds = 0, (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]  # a script's "&" ignores the first
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(runner.one, *run): run for run in runs}
         try:
@@ -176,7 +177,8 @@ def run_sweep(
             except KeyboardInterrupt:
                 runner.commands.stop(signal.SIGKILL)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for kind, handler in zip(kinds, before, strict=True):
+                signal.signal(kind, handler)
     with suppress(OSError):  # not empty, or never made
         (runner.folder / "unfinished").rmdir()
     return failed, runner.commands.stopping
