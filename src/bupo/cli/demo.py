@@ -22,7 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from bupo.cli import options
 from bupo.cli.report import write_report
 from bupo.errors import BupoError, InputError
-from bupo.recipe import read_recipe
 from bupo.run_folder import claim, read_json, write_json
 
 RECIPE = Path(__file__).parent.parent / "assets" / "demo.yaml"
@@ -49,6 +48,8 @@ def demo(
     Example:
       bupo demo --output demo
     """
+    from bupo.recipe import read_recipe
+
     total = rollouts or read_recipe(RECIPE)["rollouts"]
     if internal_steps >= total:
         raise InputError(f"--internal-steps {internal_steps} must be fewer than the {total} rollout batches")
