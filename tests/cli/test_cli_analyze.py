@@ -222,7 +222,8 @@ def test_usage_errors_exit_with_2_before_anything_is_loaded(bupo, tmp_path, comm
     assert not (tmp_path / "o").exists()
 
 
-def test_debug_shows_the_traceback_and_ends_at_a_double_dash(bupo, tmp_path):
+def test_debug_shows_the_traceback_and_ends_at_a_double_dash(bupo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where report.html is not there yet
     with pytest.raises(InputError):
         main(["report", str(tmp_path / "nothing"), "--debug"])
     code, _, err = bupo("report", "--", tmp_path / "nothing", "--debug")
