@@ -55,11 +55,11 @@ def write_card(folder: Path, recipe: Recipe, record: Mapping[str, Any], log: Ite
 
     ``record`` is the content of ``run.json``, and ``log`` the rows of ``log.jsonl``.
     """
-    result, config = record["result"], record["config"]
-    internal = recipe.internal_steps or recipe.trainer.get("phases")
+    result, config, dataset = record["result"], record["config"], _hub_name(recipe.dataset)
+    internal = result["internal_layer"] is not None
     about = ModelCardData(
-        base_model=recipe.model if _ON_HUB.fullmatch(recipe.model) and not Path(recipe.model).exists() else None,
-        datasets=[recipe.dataset] if _ON_HUB.fullmatch(recipe.dataset) and not Path(recipe.dataset).exists() else None,
+        base_model=_hub_name(recipe.model),
+        datasets=None if dataset is None else [dataset],
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["bupo", "trl", recipe.estimator],
@@ -88,6 +88,11 @@ def write_card(folder: Path, recipe: Recipe, record: Mapping[str, Any], log: Ite
         citation=PAPER["citation"],
     )
     return write_text(folder / "README.md", text)
+
+
+def _hub_name(name: str) -> str | None:
+    """The name of a model or dataset if it is one of the hub's."""
+    return name if _ON_HUB.fullmatch(name) and not Path(name).exists() else None
 
 
 def _phases(result: Mapping[str, Any]) -> str:
