@@ -82,6 +82,8 @@ def test_ctrl_c_stops_in_order_and_the_same_command_continues(sweep, tmp_path):
     rows = read_rows(out)
     assert (code, {arm: len(own) for arm, own in rows.items()}) == (0, {"slow": 2, "later": 2})
     assert rows["slow"][0]["update_seconds"] == 5.0 + 3.0 - 2 * 1.0  # of both attempts
+    seconds = rows["slow"][0]["curves"]["update_seconds"]
+    assert (seconds, seconds[-1]) == (sorted(seconds), 6.0)
     assert rows["slow"][0]["seconds"] >= rows["slow"][0]["train_seconds"] > 0
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import warnings
 from inspect import cleandoc
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,15 +16,18 @@ from bupo.cli import analyze, compare, demo, doctor, eval, lens, plan, power, re
 from bupo.errors import BupoError
 from bupo.run_folder import versions
 
+_SHAPE: Any = {"no_args_is_help": True, "rich_markup_mode": "rich"}
+if shutil.get_terminal_size().columns < 80:  # the boxes cut names of options there
+    _SHAPE["rich_markup_mode"] = None
 app = typer.Typer(
     name="bupo",
     help="See the internal policies of language models, train them bottom-up, and measure whether it helped.",
     epilog="Add --debug to any command to see the traceback of an error.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    **_SHAPE,
 )
-_lenses = typer.Typer(help="Fit, load and show lenses, which map every layer to the output.", no_args_is_help=True)
+_lenses = typer.Typer(help="Fit, load and show lenses, which map every layer to the output.", **_SHAPE)
 app.add_typer(_lenses, name="lens")
 _COMMANDS = (analyze.analyze, plan.plan, train.train, eval.evaluate, compare.compare, sweep.sweep, power.power,
              report.report, demo.demo, doctor.doctor)  # fmt: skip

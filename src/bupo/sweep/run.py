@@ -206,7 +206,8 @@ def _of_training(training: Path) -> Row:
     curves = {name: [_rounded(row.get(name)) for row in log] for name in CURVES}
     found = {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
     found["curves"] = {name: values for name, values in curves.items() if set(values) != {None}}
-    found["update_seconds"] = update_seconds(log)
+    found["curves"]["update_seconds"] = seconds = update_seconds(log)
+    found["update_seconds"] = seconds[-1] if seconds else 0.0
     if readings := sorted((training / "inside").glob("after-*.json")):
         left_out = ("schema", "kind", "change", "standard_error_method")
         read = map(read_json, readings)
@@ -214,12 +215,15 @@ def _of_training(training: Path) -> Row:
     return found
 
 
-def update_seconds(log: Sequence[Row]) -> float:
-    """Seconds of training without sampling and rewards, but with lens fits; a resumed run counts from 0 again."""
-    seconds, training = [row["seconds"] for row in log], 0.0
-    for now, then in zip(seconds, [*seconds[1:], 0.0], strict=True):
-        training += now if then < now else 0.0
-    return round(training - sum(row.get("sampling_seconds", 0.0) for row in log), 1)
+def update_seconds(log: Sequence[Row]) -> list[float]:
+    """Seconds of training up to the end of every rollout batch, without sampling and rewards, but with lens fits."""
+    found: list[float] = []
+    earlier = last = sampling = 0.0
+    for row in log:
+        earlier += last if row["seconds"] < last else 0.0  # a resumed run counts from 0 again
+        last, sampling = row["seconds"], sampling + row.get("sampling_seconds", 0.0)
+        found.append(round(earlier + last - sampling, 1))
+    return found
 
 
 def _of_evaluation(results: Row) -> dict[str, Any]:
