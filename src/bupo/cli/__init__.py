@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 import warnings
 from inspect import cleandoc
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -16,9 +16,8 @@ from bupo.cli import analyze, compare, demo, doctor, eval, lens, plan, power, re
 from bupo.errors import BupoError
 from bupo.run_folder import versions
 
-_SHAPE: Any = {"no_args_is_help": True, "rich_markup_mode": "rich"}
-if shutil.get_terminal_size().columns < 80:  # the boxes cut names of options there
-    _SHAPE["rich_markup_mode"] = None
+# in narrow terminals, rich's boxes cut the names of options
+_SHAPE: Any = {"no_args_is_help": True, "rich_markup_mode": "rich" if get_terminal_size().columns >= 80 else None}
 app = typer.Typer(
     name="bupo",
     help="See the internal policies of language models, train them bottom-up, and measure whether it helped.",
@@ -42,13 +41,8 @@ os.environ.update({**_QUIET, "TRANSFORMERS_VERBOSITY": "error", **os.environ})
 warnings.formatwarning = lambda message, *place, **more: f"bupo: warning: {message}\n"  # no lines of our source
 _AGAIN = "Nothing was written; the same command starts again from the beginning."
 _SAVED = "Responses so far are saved; the same command continues."
-_INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "lens": _AGAIN, "eval": _SAVED}
-_INTERRUPTED |= {
-    "plan": "",
-    "power": "",
-    "report": "Nothing was written.",
-    "demo": "With --overwrite, it starts again.",
-}
+_INTERRUPTED = {"analyze": _AGAIN, "compare": _AGAIN, "lens": _AGAIN, "eval": _SAVED, "plan": "", "power": ""}
+_INTERRUPTED |= {"report": "Nothing was written.", "demo": "With --overwrite, it starts again."}
 
 
 @app.callback(invoke_without_command=True)
