@@ -1,7 +1,5 @@
 """bupo: see the internal policies of language models, train them bottom-up, and measure it (arXiv 2512.19673)."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

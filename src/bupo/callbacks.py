@@ -1,7 +1,5 @@
 """Readings of every layer while transformers' ``Trainer``, or a trainer of TRL, trains a model."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a user can fix: every error here is shown as one line, without a traceback (unless ``--debug``)."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any

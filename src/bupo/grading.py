@@ -5,8 +5,6 @@
 - `boxed_string` is a reward function of TRL that compares the last box as text, as the authors of arXiv 2512.19673 do.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """For notebooks: `bupo.look` at a model, and `bupo.read_results` of commands, with figures, tables and files."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

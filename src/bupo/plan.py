@@ -4,8 +4,6 @@
 docs/plan.md says what is counted and what is left out.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

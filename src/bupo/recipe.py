@@ -3,8 +3,6 @@
 Keys that are no field of `Recipe` are fields of `BuPOConfig` (`bupo.train.build.check_recipe` checks both).
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """Output folders: checked before work starts, written atomically, with a record of how to repeat the run."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

@@ -1,7 +1,5 @@
 """``bupo analyze``: the entropies of every internal policy of a model, its regions and its boundary layer."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

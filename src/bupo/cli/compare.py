@@ -1,7 +1,5 @@
 """``bupo compare``: what training did inside a model."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable

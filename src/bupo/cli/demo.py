@@ -1,7 +1,5 @@
 """``bupo demo``: the main job from end to end on a CPU, by the same commands a user would type."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """``bupo doctor``: what this installation can run, and whether it reads internal policies right."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from typing import Any

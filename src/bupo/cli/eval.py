@@ -1,7 +1,5 @@
 """``bupo eval``: measure a model on benchmarks."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from functools import partial

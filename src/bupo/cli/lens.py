@@ -1,7 +1,5 @@
 """``bupo lens``: maps from every layer to the output, fitted or published, and how well they read a model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

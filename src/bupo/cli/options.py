@@ -1,7 +1,5 @@
 """What commands share: their options (each declared once), bars, tables, responses, and the launcher's processes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """``bupo plan``: whether a recipe fits in memory, and roughly how long it takes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``bupo power``: how many seeds a difference needs, from the rows of a pilot."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

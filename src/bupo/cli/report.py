@@ -1,7 +1,5 @@
 """``bupo report``: analyses, training runs, evaluations and comparisons on one page."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``bupo sweep``: the arms of a grid with several seeds each, one row per run."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

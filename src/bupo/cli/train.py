@@ -1,7 +1,5 @@
 """``bupo train``: BuPO or plain GRPO from a recipe."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What is evaluated: the benchmarks, with the paper's protocol as defaults (arXiv 2512.19673), and the settings."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The interface of sampling engines, and their seeds. This module loads no torch."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Samples with transformers' own `generate`, from the whole model or from one of its internal policies."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any

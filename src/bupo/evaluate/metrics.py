@@ -3,8 +3,6 @@
 Samples of one problem are not independent, so intervals and tests resample problems, each with all its samples.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any

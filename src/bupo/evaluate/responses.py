@@ -1,7 +1,5 @@
 """The files of an evaluation: responses as they are sampled, then graded; grading again and merging shards."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

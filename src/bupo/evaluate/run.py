@@ -3,8 +3,6 @@
 ``run.json`` (the settings) is written first, and ``results.json`` last: a folder that has it is a finished run.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Callable

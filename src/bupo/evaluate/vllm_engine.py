@@ -1,7 +1,5 @@
 """Samples with vLLM: one request per problem, and one copy of the model on all GPUs (see --shard for one on each)."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Sequence

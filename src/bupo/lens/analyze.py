@@ -3,8 +3,6 @@
 Shape legend: L layers, N tokens, k top tokens.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

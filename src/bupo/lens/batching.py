@@ -1,12 +1,10 @@
 """Checks responses, draws tokens from them, groups them into length-sorted batches, and averages over their tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +172,7 @@ class ClusterMeans:
         self.rows: dict[int, tuple[Tensor, Tensor, int, int]] = {}
 
     @classmethod
-    def of(cls, values: Tensor, counts: list[int], sizes: list[int] | None = None) -> ClusterMeans:
+    def of(cls, values: Tensor, counts: list[int], sizes: list[int] | None = None) -> Self:
         """The means of values (K, N), response by response: ``counts`` tokens of each, which stand for ``sizes``."""
         means = cls()
         for index, part in enumerate(values.split(counts, dim=-1)):

@@ -4,8 +4,6 @@ Cosines between the states of the chosen layer and of the others (5a), entropies
 perplexity (5c), KL divergences from the chosen layer's policy to later ones (5d); changes are paired by token.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

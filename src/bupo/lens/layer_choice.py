@@ -6,8 +6,6 @@ before the shift. The *recovered* information is ``R(l) = 1 - KL(pi || q^l) / KL
 policy and q^l layer l through a lens. Where R turns from flat to climbing, the model commits itself to its output.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby

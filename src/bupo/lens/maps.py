@@ -6,15 +6,13 @@ squares map from H^l to H^L (arXiv 2303.09435). `bupo.lens.published` reads Jaco
 Shape legend: L layers, N tokens, d width.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -81,7 +79,7 @@ class Lens:
         return functional.linear(states, weight, None if linear else bias)
 
     @classmethod
-    def identity(cls) -> Lens:
+    def identity(cls) -> Self:
         """The usual logit lens: the final norm and no map (``norm``)."""
         return cls("norm")
 
@@ -95,7 +93,7 @@ class Lens:
         seed: int = 0,
         share: bool = False,
         progress: Progress | None = None,
-    ) -> Lens:
+    ) -> Self:
         """Fit a ridge lens on all response tokens; the arguments are those of `bupo.analyze_rollouts`.
 
         The maps of layer l are first fitted on three of four prompts with several ridge factors. The factor whose map
@@ -149,7 +147,7 @@ class Lens:
         counts = {"tokens": sum(readings.counts), "responses": len(readings.counts)}
         return counts | dict(zip(("curves", "standard_errors"), readings.curves([*PLAIN, self.kind]), strict=True))
 
-    def check(self, model: nn.Module) -> Lens:
+    def check(self, model: nn.Module) -> Self:
         """Return this lens if it belongs to ``model``, with a warning if it was made on another revision of it.
 
         Raises:
@@ -186,7 +184,7 @@ class Lens:
         return Path(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Lens:
+    def load(cls, folder: str | Path) -> Self:
         """Read a folder that `save` wrote.
 
         Raises:
@@ -201,7 +199,7 @@ class Lens:
             raise InputError(f"{folder} holds no lens ({LENS_CARD} and {WEIGHTS}): {error}") from error
         return lens.complete()
 
-    def complete(self) -> Lens:
+    def complete(self) -> Self:
         """Return this lens if its maps are finite and their shapes agree; raise `InputError` otherwise."""
         maps, biases = self.maps, self.biases
         if maps is None or biases is None or maps.ndim != 3 or maps.shape[1] != maps.shape[2]:

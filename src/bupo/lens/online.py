@@ -4,10 +4,9 @@ With logits z (to the base 2) and their running maximum m, the sums are ``sum 2^
 they are rescaled when m changes. Shape legend: S sites, N tokens, v vocabulary entries of a tile, k top tokens.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class StatsRequest:
     kl_from_reference: bool = False  # KL(r || site)
     top_k: int = 0  # yield the k most likely tokens `top` and their `top_probability`, each (..., N, k)
 
-    def rows(self, rows: slice) -> StatsRequest:
+    def rows(self, rows: slice) -> Self:
         """The same request for a slice of the tokens."""
         targets, reference = (None if all_ is None else all_[rows] for all_ in (self.targets, self.reference))
         return replace(self, targets=targets, reference=reference)

@@ -1,7 +1,5 @@
 """Reads lenses that others published: Jacobian lenses (one ``.pt`` file) and tuned lenses (arXiv 2303.08112)."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

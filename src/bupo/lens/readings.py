@@ -1,12 +1,10 @@
 """Reads every layer through one or several lenses, and compares each reading with the model's output token by token."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +66,11 @@ class DrawnStates:
     final: Tensor
     drawn: Sequence[Sequence[int]]
 
-    def only(self, drawn: Sequence[Sequence[int]]) -> DrawnStates:
+    def only(self, drawn: Sequence[Sequence[int]]) -> Self:
         """The states at some of these tokens."""
         pairs = zip(self.drawn, drawn, strict=True)
         kept = torch.tensor([token in part for all_of, part in pairs for token in all_of], device=self.final.device)
-        return DrawnStates(self.states[:, kept], self.final[kept], drawn)
+        return type(self)(self.states[:, kept], self.final[kept], drawn)
 
 
 @torch.no_grad()

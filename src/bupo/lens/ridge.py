@@ -6,10 +6,9 @@ the states in float64; the sums of two halves of the responses add up to those o
 Shape legend: L layers, N tokens, d width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from accelerate.utils import reduce
@@ -28,8 +27,8 @@ class RidgeSums:
     def __init__(self, values: Tensor):
         self.values = values
 
-    def __add__(self, other: RidgeSums) -> RidgeSums:
-        return RidgeSums(self.values + other.values.to(self.values.device))
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.values + other.values.to(self.values.device))
 
     @property
     def tokens(self) -> int:

@@ -1,7 +1,5 @@
 """A self-test in seconds: tiny random models read by this installation, against definitions written out here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -6,8 +6,6 @@ five new entropies. A tile of ``E_u`` serves every layer of a group while it is 
 Shape legend: N tokens, n of them in a slice, d width, S sites. Products sum in float32, tiles in float64.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """Writes statistics of single tokens: ``tokens.json`` for the report's explorer, and a parquet table."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Sequence

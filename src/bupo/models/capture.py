@@ -3,8 +3,6 @@
 Shape legend: B batch, T positions, N selected tokens, d width, L layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial

@@ -1,7 +1,5 @@
 """Models without numbers, from a configuration alone: torch's fake tensors have shapes, dtypes and lifetimes only."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Attributes are shadowed in instance dictionaries and no module is replaced: that
 break transformers' lazily installed output capture. Hooks, parameter names and all wrappers stay as they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

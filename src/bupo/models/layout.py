@@ -1,7 +1,5 @@
 """Finds the parts of a Hugging Face causal LM; only this file and `residual`, by a probe, know module structures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Loads a model and its tokenizer by hub id, folder or the name of the shipped model; errors say what to do."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

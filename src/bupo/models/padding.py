@@ -4,8 +4,6 @@ A causal model ignores what follows a row. What stands before it counts where po
 GPT-2 and XGLM, a scale after the rotation in HunYuan) or a recurrence takes padding for text (RWKV, RecurrentGemma).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Solves for ``H^l - H^{l-1} = a * A^l + b * F^l``, with the multipliers a and b that some architectures have (Granite).
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The unembedding ``E_u`` and how a model turns its products into logits, checked against the model's own logits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

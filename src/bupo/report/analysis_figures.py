@@ -1,7 +1,5 @@
 """Figures over the layers: entropy flow, entropy change, residual cosine, the choice of a layer, and a lens."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence

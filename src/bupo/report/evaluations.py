@@ -1,7 +1,5 @@
 """What evaluations show: in words that are no stronger than their intervals, in figures, and in tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Figures of training: its curves, and what it did inside a model, between checkpoints or over training (Figure 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

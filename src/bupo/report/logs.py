@@ -1,7 +1,5 @@
 """A training run: its log, and the series drawn from it with one value per rollout batch."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The result files that a report reads, as types that check what they load and name the command that writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self

@@ -1,7 +1,5 @@
 """The common look of all figures, the elements they share, and how they are saved."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Sequence

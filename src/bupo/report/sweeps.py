@@ -1,7 +1,5 @@
 """What a sweep shows: every arm with its intervals, its effect against its cost, learning curves, and a layer map."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Grids: the arms and seeds of a sweep, read from YAML and checked before anything is trained."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

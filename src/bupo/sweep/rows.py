@@ -1,11 +1,9 @@
 """The rows of a sweep: a file with one line of JSON per finished run, read, checked and appended to."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -23,7 +21,7 @@ class _Task(BaseModel):
     correct: str  # the number of correct samples of each problem, separated by spaces
 
     @model_validator(mode="after")
-    def _counts(self) -> _Task:
+    def _counts(self) -> Self:
         counts = self.correct.split()
         if not counts or not all(count.isdecimal() and int(count) <= self.samples for count in counts):
             raise ValueError(f"correct must hold a number from 0 to {self.samples} for each problem")

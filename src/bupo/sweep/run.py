@@ -4,8 +4,6 @@ The folder holds ``run.json``, ``runs.jsonl`` (unless the rows go elsewhere), wi
 each run that is not finished ``unfinished/ARM-SEED``: recipe, log, training and evaluation, which continue.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -5,8 +5,6 @@ intervals and tests are two-sided at 95 %. The interval over seeds covers what o
 problems what other problems would, and the third both.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from bisect import bisect_left

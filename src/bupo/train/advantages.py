@@ -16,8 +16,6 @@ Shapes: N responses of all processes, B of this one, T response tokens. ``mask``
 chose, and 0 for padding and a tool's output, over which values and advantages are carried unchanged.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """From a recipe to a trainer: settings, problems, model, tokenizer and reward, checked before anything is written."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

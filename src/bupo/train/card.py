@@ -1,7 +1,5 @@
 """The card of a trained model, and its way to the Hugging Face hub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing is left changed. No optimizer steps, gradients are removed, and the rand
 and log of the run are bit for bit those of a run without the check.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import random

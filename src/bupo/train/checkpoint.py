@@ -4,8 +4,6 @@
 written last and atomically, so a checkpoint without it is incomplete and never used.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,8 +1,6 @@
 """The settings of BuPO beside TRL's: their only declaration, and their only checks (by TRL 1.16's ``GRPOTrainer``)."""
 # ruff: noqa: RUF009  (`_setting` is dataclasses.field with a help text)
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Analyses of the model in training: the layer of ``internal_layer: auto``, gradient norms, entropy flows, readings."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

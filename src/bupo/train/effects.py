@@ -1,7 +1,5 @@
 """Settings of the trainer that a recipe would give in vain: each is refused, with what it needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

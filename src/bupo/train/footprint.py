@@ -3,12 +3,10 @@
 `MemTracker` adds up the bytes alive at the same time; `FlopCounterMode` counts the operations of matrix products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -134,7 +132,7 @@ class BytesAlive(MemTracker):
         self._before = 0
         self._before = self.alive("current")
 
-    def __enter__(self) -> BytesAlive:
+    def __enter__(self) -> Self:
         super().__enter__()
         return self
 

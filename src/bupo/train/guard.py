@@ -18,8 +18,6 @@ reward window, when
 - the mean transfer is not above zero by two standard errors, ``1 / sqrt(responses)`` each; here the weights stay.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast

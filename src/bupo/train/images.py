@@ -1,7 +1,5 @@
 """The images in the prompts of a rollout batch: what a forward pass needs of them, and the part of some responses."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What training does inside a model: the metrics of `bupo compare` against the first reading, as files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

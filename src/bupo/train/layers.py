@@ -1,7 +1,5 @@
 """Which layers are trained: the settings ``trained_layers`` and ``frozen_layers``."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes the log of a run: one row per log call, and a line on the screen per rollout batch."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), also over a frozen model in 4 bits (QLoRA, arXiv 2305.14314)."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The lens through which an internal phase reads its policy: raw, norm, a saved one, or fitted on fresh samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any

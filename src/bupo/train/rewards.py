@@ -1,7 +1,5 @@
 """The rewards of a recipe, and a check of what any reward function returns before something is trained on it."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

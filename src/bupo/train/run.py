@@ -5,8 +5,6 @@ The output folder holds ``run.json``, ``log.jsonl``, ``checkpoints/``, ``rollout
 ``auto_layer.json``, the analysis that chose the layer.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import threading
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import TrainerCallback
@@ -240,7 +238,7 @@ class StopOnSignal(TrainerCallback):
         self.requested = self.stopped = False
         self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._handlers = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -5,14 +5,12 @@ from 0 here and from 1 wherever a user reads it. TRL counts micro-batches: one r
 steps_per_generation * num_iterations`` of them, and ``accumulation`` of them make one update.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 
@@ -62,18 +60,18 @@ class Schedule:
         return [asdict(phase) for phase in self.internal]
 
     @classmethod
-    def of(cls, phases: Sequence[dict[str, Any]]) -> Schedule:
+    def of(cls, phases: Sequence[dict[str, Any]]) -> Self:
         """The schedule of a value of the setting ``phases``."""
         return cls(tuple(Phase(**phase) for phase in phases))
 
-    def with_layer(self, layer: int) -> Schedule:
+    def with_layer(self, layer: int) -> Self:
         """This schedule with every ``auto`` replaced by a layer."""
-        return Schedule(tuple(replace(p, layer=layer) if p.layer == "auto" else p for p in self.internal))
+        return type(self)(tuple(replace(p, layer=layer) if p.layer == "auto" else p for p in self.internal))
 
-    def ended_before(self, rollout: int) -> Schedule:
+    def ended_before(self, rollout: int) -> Self:
         """This schedule cut off: ``rollout`` is the first rollout batch of the full policy."""
         spans = zip(self.internal, (0, *self.ends), self.ends, strict=False)
-        return Schedule(tuple(replace(p, rollouts=min(end, rollout) - at) for p, at, end in spans if at < rollout))
+        return type(self)(tuple(replace(p, rollouts=min(end, rollout) - at) for p, at, end in spans if at < rollout))
 
 
 def alignment_problems(schedule: Schedule, generate_every: int, accumulation: int, epoch: int = 0) -> list[str]:

@@ -4,8 +4,6 @@ About seven float32 tensors of that size are most of the memory, and a good part
 update, in which few layers run. Narrower tiles change neither the result nor the products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

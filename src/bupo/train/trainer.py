@@ -1,7 +1,5 @@
 """Trains a model by Bottom-up Policy Optimization (arXiv 2512.19673), on TRL's GRPO trainer [Eq. 9]."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
