@@ -72,6 +72,7 @@ gallery: $(STAMP)         ## three real models read side by side (docs/gallery.m
 
 figures: $(STAMP)         ## the figures and tables of docs/evidence.md and README.md, from experiments/results
 	$(BIN)/python -m experiments.summary > /dev/null
+	$(BIN)/python -m experiments.record > /dev/null
 	$(BIN)/python -m experiments.styles --summary
 	$(BIN)/python -m experiments.figures
 	$(BIN)/python -m experiments.tables

@@ -20,6 +20,7 @@ from trl import GRPOConfig
 
 from bupo.cli import app
 from bupo.recipe import Recipe
+from bupo.train.build import _OWNED
 from bupo.train.config import BuPOConfig
 
 PAGE = Path(__file__).with_name("reference.md")
@@ -30,8 +31,14 @@ HEAD = """# Reference
 ## Recipe keys
 
 A recipe is a YAML mapping. The keys of the first table are bupo's own. The second table lists the settings of
-`BuPOConfig` beside TRL's. They and all settings of TRL's `GRPOConfig` (`learning_rate`, `temperature`, `use_vllm`, ...)
-are top-level keys too, or stand under `trl:`.
+`BuPOConfig` beside TRL's, the third those of TRL's `GRPOConfig`. They are top-level keys too, or stand under `trl:`.
+"""
+
+TRL = """### Settings of TRL
+
+TRL's documentation says what they do: [GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig), and
+[TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments).
+
 """
 
 
@@ -53,8 +60,8 @@ def type_name(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    if value is None:
-        return "null"
+    if value is None or value == "":
+        return "null" if value is None else "empty"
     return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`"
 
 
@@ -78,15 +85,24 @@ def model_rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, ...]
     return rows
 
 
-def config_rows() -> list[tuple[str, ...]]:
-    """One row per setting that `BuPOConfig` adds to TRL's or gives another default."""
+def config_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """One row per setting that `BuPOConfig` adds to TRL's or gives another default, and one per other setting of TRL.
+
+    The latter leave out what a recipe sets by keys of its own.
+    """
     inherited = {field.name: field for field in dataclasses.fields(GRPOConfig)}
-    hints = typing.get_type_hints(BuPOConfig)
-    return [
-        (f"`{field.name}`", type_name(hints[field.name]), shown(field.default), field.metadata.get("help", ""))
-        for field in dataclasses.fields(BuPOConfig)
-        if field.name not in inherited or field.default != inherited[field.name].default
-    ]
+    hints, own, others = typing.get_type_hints(BuPOConfig), [], []
+    for field in dataclasses.fields(BuPOConfig):
+        cells = (f"`{field.name}`", type_name(hints[field.name]), shown(default_of(field)))
+        if field.name not in inherited or field.default != inherited[field.name].default:
+            own.append((*cells, field.metadata.get("help", "")))
+        elif field.name not in _OWNED and field.name not in Recipe.model_fields:
+            others.append(cells)
+    return own, sorted(others)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def option_rows(command: click.Command) -> list[tuple[str, ...]]:
@@ -106,7 +122,9 @@ def option_rows(command: click.Command) -> list[tuple[str, ...]]:
 def page() -> str:
     """The whole page."""
     text = HEAD + "\n" + table(("key", "type", "default", "meaning"), model_rows(Recipe))
-    text += "### Settings of `BuPOConfig`\n\n" + table(("key", "type", "default", "meaning"), config_rows())
+    own, others = config_rows()
+    text += "### Settings of `BuPOConfig`\n\n" + table(("key", "type", "default", "meaning"), own)
+    text += TRL + table(("key", "type", "default"), others)
     text += "## Commands\n\n`bupo COMMAND --help` prints the same with examples.\n\n"
     group: Any = typer.main.get_command(app)
     commands = {

@@ -3,11 +3,12 @@
 Run ``make figures``, or ``python -m experiments.tables`` after `experiments.summary`. With ``--check`` nothing is
 written, and the exit code is 1 if a page differs from the result files.
 
-A table stands between ``<!-- table NAME TASK METRIC -->`` and ``<!-- end -->``. NAME is a table of
-`experiments.summary`, METRIC is ``avg`` or ``pass``. Other tables: ``<!-- table styles -->`` (the contrasts of
-`experiments.styles`), ``<!-- table styles cells -->`` (its models), ``<!-- table inside -->`` (the measurements of
-`experiments/grids/inside.yaml`), ``<!-- table seeds NAME TASK -->`` (Avg@K per seed), ``<!-- table cost NAME -->`` (the
-number of runs of a table and their time), ``<!-- table gallery -->`` (the models of `experiments.gallery`).
+A table stands between ``<!-- table NAME TASK METRIC [TASK METRIC ...] -->`` and ``<!-- end -->``. NAME is a table of
+`experiments.summary`, METRIC is ``avg`` or ``pass``. Other tables: ``<!-- table record FAMILY -->``
+(`experiments.record`), ``<!-- table styles -->`` (contrasts of `experiments.styles`), ``<!-- table styles cells -->``
+(its models), ``<!-- table inside -->`` (the measurements of `experiments/grids/inside.yaml`), ``<!-- table seeds NAME
+TASK -->`` (Avg@K per seed), ``<!-- table cost NAME -->`` (the number of runs of a table and their time),
+``<!-- table gallery -->`` (the models of `experiments.gallery`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments import record
 from experiments.summary import TABLES, read_lines
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -52,6 +55,7 @@ OWN = {
     },
     "tuning": {"grpo": "GRPO, 3e-5"},
 }
+TASKS = {"arithmetic": "", "arithmetic-hard": "harder, ", "held-out": "", "shifted": "shifted, "}
 MARK = re.compile(r"(<!-- table (?P<what>[^>]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -68,30 +72,36 @@ def markdown(what: str) -> str:
         return _seeds(*rest)
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name in OTHERS:
-        return _cells(result) if rest else OTHERS[name](result)
+        return _cells(result) if rest == ["cells"] else OTHERS[name](result, *rest)
     return _comparison(name, result, *rest)
 
 
-def _comparison(name: str, found: dict[str, Any], task: str, kind: str) -> str:
-    metric, table = next((m, t) for m, t in found["tasks"][task].items() if m.startswith(kind))
+def _comparison(name: str, found: dict[str, Any], *measures: str) -> str:
+    """One row per arm: its mean, and its difference from the baseline; further measures add a difference each."""
+    (metric, table), *others = [
+        next((m, t) for m, t in found["tasks"][task].items() if m.startswith(kind))
+        for task, kind in zip(measures[::2], measures[1::2], strict=True)
+    ]
     names = {**NAMES, **OWN.get(name, {})}
     base = table["baseline"]
     if "minus_baseline" not in table:
         raise FileNotFoundError(f"{name}: the baseline has not been run with all seeds")
     other = "its own baseline" if isinstance(base, dict) else names[base]
     timed = any("update_time" in away for away in table["minus_baseline"].values())
-    rows = [f"| | {metric.capitalize()}, % | seeds | minus {other}, points [95 % over seeds] [over problems] |"]
-    rows += ["| --- | --- | --- | --- |", f"| before training | {table['start']:.1f} | | |"]
-    if timed:
-        rows = [f"{row} {more} |" for row, more in zip(rows, (f"time of updates / {other}'s", "---", ""), strict=True)]
+    header = ["", f"{metric.capitalize()}, %", "seeds", f"minus {other}, points [95 % over seeds] [over problems]"]
+    header += [f"{TASKS[task]}{m.capitalize()}" for task, (m, _) in zip(measures[2::2], others, strict=True)]
+    header += [f"time of updates / {other}'s"] * timed
+    rows = [header, ["---"] * len(header), ["before training", f"{table['start']:.1f}"] + [""] * (len(header) - 2)]
     for arm, row in table["arms"].items():
-        away = table["minus_baseline"].get(arm)
-        far = "" if away is None else f"{away['mean']:+.1f} {_span(away.get('ci95'))} {_span(away['ci95_problems'])}"
-        rows.append(f"| {names[arm]} | {row['mean']:.1f} | {row['seeds']} | {far} |")
-        if timed:
-            time = (away or {}).get("update_time")
-            rows[-1] += f" {time['mean']:.2f} [{time['ci95'][0]:.2f}, {time['ci95'][1]:.2f}] |" if time else " |"
-    return "\n".join(rows)
+        every = [each["minus_baseline"].get(arm) for each in (table, *(t for _, t in others))]
+        rows.append([names[arm], f"{row['mean']:.1f}", str(row["seeds"]), *map(_points, every)])
+        time = (every[0] or {}).get("update_time")
+        rows[-1] += [f"{time['mean']:.2f} [{time['ci95'][0]:.2f}, {time['ci95'][1]:.2f}]" if time else ""] * timed
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _points(away: dict[str, Any] | None) -> str:
+    return "" if away is None else f"{away['mean']:+.1f} {_span(away.get('ci95'))} {_span(away['ci95_problems'])}"
 
 
 def _span(ends: list[float] | None) -> str:
@@ -201,7 +211,12 @@ def _share(found: dict[str, float] | None) -> str:
     return f"{100 * found['share']:.0f} [{100 * (found['share'] - half):.0f}, {100 * (found['share'] + half):.0f}]"
 
 
-OTHERS = {"styles": _styles, "inside": _inside, "gallery": _gallery}
+OTHERS: dict[str, Callable[..., str]] = {
+    "record": record.markdown,
+    "styles": _styles,
+    "inside": _inside,
+    "gallery": _gallery,
+}
 
 
 def render(text: str) -> str:
