@@ -7,7 +7,7 @@ import json
 import pytest
 
 from docs import reference
-from experiments import figures, styles, summary, tables
+from experiments import figures, record, styles, summary, tables
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -128,3 +128,25 @@ def test_two_seeds_are_shown_one_by_one():
 
 def test_the_reference_is_that_of_the_code():
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
+
+
+def test_the_runs_of_record_are_read_as_the_protocol_says():
+    assert record.batch_of([0.0] * 4 + [1.0] * 6, 0.6) == 7  # batches 3 to 7 have a mean of 0.6
+    assert record.batch_of([0.5] * 10, 0.6) == record.NEVER
+    curves = [[0.2, *[0.0] * 5, *[0.8] * 5], [0.4, *[0.0] * 5, *[0.6] * 5]]
+    assert record.half_of_gain({s: {"curves": {"reward": c}} for s, c in enumerate(curves)}) == pytest.approx(0.5)
+    assert record.verdict((0.1, 2.0), 0.04, 1.0) == "higher"
+    assert record.verdict((0.1, 2.0), 0.06, 1.0) == "not shown either way"
+    assert record.verdict((-0.9, 0.8), 0.5, 1.0) == "no difference larger than 1"
+    assert record.verdict((-2.0, -0.1), 0.001, 1.0) == "lower"
+
+
+@pytest.mark.parametrize(
+    ("counts", "taken"), [((100, 99, 0), "3e-5"), ((102, 99, 0), "1.5e-5"), ((0, 99, 100), "3e-5")]
+)
+def test_a_rate_wins_by_more_than_half_a_point(counts, taken):
+    def row(count: int) -> dict:
+        return {"tasks": {"arithmetic": {"samples": 200, "correct": str(count)}}}
+
+    rows = {f"grpo-{rate}": {100: row(count)} for rate, count in zip(record.RATES, counts, strict=True)}
+    assert record.rate_of(rows, "grpo")[0] == taken
