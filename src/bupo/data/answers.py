@@ -10,7 +10,6 @@ _RATIONAL = re.compile(
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(\\[A-Za-z]+|[^\s$\\{]{1,200}))")
 _WRAPPER = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|textnormal|operatorname)\s*\{([^{}]*)\}")
-_BASE = re.compile(r"-?[0-9A-Z.]+_\{*([0-9]+|[a-z]+)\}*")
 _CHARACTERS = str.maketrans({
     "∞": r"\infty ", "°": r"^{\circ}", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "−": "-", "–": "-", "≤": r"\le ",
     "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}",
@@ -106,12 +105,6 @@ def is_words(answer: str) -> bool:
         return False
     letters = len(text.replace(" ", ""))
     return letters >= 4 or (letters >= 2 and bool(_WRAPPER.fullmatch(answer.strip())))
-
-
-def in_different_bases(gold: str, answer: str) -> bool:
-    """Whether both numbers name their base and the bases differ; math-verify ignores bases."""
-    first, second = (_BASE.fullmatch(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, answer))
-    return first is not None and second is not None and first[1] != second[1]
 
 
 def _repeating(match: re.Match[str]) -> str:
