@@ -13,7 +13,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] 
 
 from bupo.lens import softmax_stats, triton_kernel  # noqa: E402
 from bupo.lens.online import StatsRequest  # noqa: E402
-from bupo.models.capture import LayerStates  # noqa: E402
 from bupo.models.unembed import Unembedding  # noqa: E402
 from tests.support.lens import RULES, logits_of  # noqa: E402
 
@@ -61,7 +60,7 @@ def test_non_finite_logits_do_not_pass_as_numbers():
 
 def test_the_reader_uses_it_and_agrees(monkeypatch):
     before, states, rule = setting(scale=0.7)
-    layers = [LayerStates(stacked) for stacked in states]
+    layers = list(states)
     plain = softmax_stats.residual_group_stats(before, layers, rule)[1]
     calls, real = [], triton_kernel.read
     monkeypatch.setattr(triton_kernel, "read", lambda *a, **k: calls.append(1) or real(*a, **k))

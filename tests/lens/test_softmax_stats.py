@@ -10,7 +10,6 @@ from torch.distributions import Categorical, kl_divergence
 
 from bupo.lens.online import StatsRequest
 from bupo.lens.softmax_stats import lens_stats, residual_group_stats
-from bupo.models.capture import LayerStates
 from bupo.models.unembed import Unembedding
 from tests.support.lens import RULES, logits_of, unembedding
 
@@ -39,7 +38,7 @@ def test_every_statistic_of_every_site_is_its_definition(monkeypatch, rule, size
     monkeypatch.setattr("bupo.lens.softmax_stats.tile_size", lambda device: size)
     # a saturated soft cap makes ties, in which a rank means nothing
     e = unembedding(spread=min(spread, 0.3) if "softcap" in rule else spread, **rule)
-    layers = [LayerStates(torch.randn(4, 9, 7)) for _ in range(3)]
+    layers = [torch.randn(4, 9, 7) for _ in range(3)]
     stream = before = torch.randn(9, 7)
     final, targets = torch.randn(9, 7), torch.randint(50, (9,))
     last = Categorical(logits=logits_of(final, e))
@@ -47,8 +46,8 @@ def test_every_statistic_of_every_site_is_its_definition(monkeypatch, rule, size
     first, group = residual_group_stats(before, layers, e, request, with_before=True)
     sites = [(before, {name: values[0] for name, values in first.items()})]
     for index, layer in enumerate(layers):
-        stream = stream + layer.attn_out + layer.ffn_out
-        states = (*layer.stacked, stream)
+        stream = stream + layer[1] + layer[3]
+        states = (*layer, stream)
         sites += [(s, {name: v[index, i] for name, v in group.items()}) for i, s in enumerate(states)]
     every = lens_stats(torch.stack([state for state, _ in sites]), e, request)
     sites += [(s, {name: values[i] for name, values in every.items()}) for i, (s, _) in enumerate(sites)]

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from bupo.report.page import write_page
+from bupo.report.page import render
+from bupo.run_folder import write_text
 from tests.support.results import TOKENS, everything
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -31,7 +32,7 @@ def browser_and_page(tmp_path_factory):
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     data = everything(tokens=TOKENS)
     data.samples["sums", "tiny"][0]["response"] = "".join(TOKENS)
-    yield made, write_page(tmp_path_factory.mktemp("page") / "report.html", "Report on tiny", data)
+    yield made, write_text(tmp_path_factory.mktemp("page") / "report.html", render("Report on tiny", data))
     made.quit()
 
 

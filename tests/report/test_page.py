@@ -15,8 +15,9 @@ from bupo.cli import main
 from bupo.errors import InputError
 from bupo.evaluate.responses import write_responses
 from bupo.report.evaluations import compare_evaluations, conclude, outcome
-from bupo.report.page import ReportData, collect, data_block, write_page
+from bupo.report.page import ReportData, collect, data_block, render
 from bupo.report.results import Analysis, Evaluation, ExploredTokens
+from bupo.run_folder import write_text
 from tests.support import results as files
 from tests.support.results import HOSTILE, TOKENS, analysis, evaluations, everything, layer_choice, results, write
 
@@ -43,7 +44,7 @@ def judge(*differences: dict):
 def test_the_headline_is_no_stronger_than_the_interval_and_the_p_value(low, high, p, tone, said):
     found = difference(low, high, p)
     conclusion = judge(found)
-    assert (outcome(found), conclusion.tone, conclusion.headline) == (tone, tone, f"BuPO is {said}")
+    assert (outcome(found["ci95"], p), conclusion.tone, conclusion.headline) == (tone, tone, f"BuPO is {said}")
 
 
 def test_the_headline_over_several_tasks_is_better_only_if_all_are():
@@ -69,7 +70,7 @@ def test_pairs_are_compared_problem_by_problem_and_different_problems_are_not():
     ((found,), notes) = compare_evaluations(named)
     means = [evaluation.tasks["sums"].avg_at_k.mean for _, evaluation in named]
     assert found["difference"] == pytest.approx(means[1] - means[0])
-    assert (outcome(found), notes) == ("better", [])
+    assert (outcome(found["ci95"], found["p_value"]), notes) == ("better", [])
     named[1] = ("bupo", Evaluation.parse(results(8, problems=30)))
     why = "sums: grpo and bupo were evaluated on different problems, so they are not compared."
     assert compare_evaluations(named) == ([], [why])
@@ -102,7 +103,7 @@ class _Page(HTMLParser):
 
 
 def page_of(path: Path, data: ReportData) -> _Page:
-    return _Page(write_page(path / "report.html", "Report", data).read_text())
+    return _Page(write_text(path / "report.html", render("Report", data)).read_text())
 
 
 @pytest.fixture(scope="module")

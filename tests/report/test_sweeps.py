@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bupo.cli import main
-from bupo.report.sweeps import Sweep, conclude, outcome
+from bupo.report.evaluations import outcome
+from bupo.report.sweeps import Sweep, conclude
 from tests.support.results import HOSTILE
 from tests.support.sweeps import a_row, write_rows
 from tests.sweep.test_statistics import layer_rows
@@ -17,7 +18,7 @@ from tests.sweep.test_statistics import layer_rows
      ((0.01, 0.05), 0.06, "open"), ((0.01, 0.05), None, "open"), (None, None, "open")],
 )  # fmt: skip
 def test_a_verdict_needs_the_interval_and_the_p_value(ends, p, found):
-    assert outcome({"ci_both": ends, "p_holm": p}) == found
+    assert outcome(ends, p) == found
 
 
 def test_a_page_of_a_sweep(tmp_path, capsys):

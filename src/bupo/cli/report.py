@@ -9,6 +9,7 @@ import typer
 
 from bupo.cli import options
 from bupo.errors import InputError
+from bupo.run_folder import write_text
 
 
 def report(
@@ -52,10 +53,10 @@ def write_report(
     output: Path, title: str, paths: Sequence[str], notes: Sequence[str] = (), records: Sequence[str] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """Write a page, with notes and records before those of its results; return its data, and what it concludes."""
-    from bupo.report.page import collect, write_page
+    from bupo.report.page import collect, render
 
     data = collect(paths)
     data.notes[:0], data.records[:0] = notes, records
-    write_page(output, title, data)
+    write_text(output, render(title, data))
     shown = vars(data.conclusion)  # headline, tone and lines
     return data, {**shown, "comparisons": data.differences, "notes": data.notes}

@@ -20,7 +20,7 @@ from bupo.lens.maps import Lens, find_lens, fit_on_half
 from bupo.lens.online import StatsRequest
 from bupo.lens.readings import Progress
 from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
-from bupo.models.capture import LayerStates, capture_stream
+from bupo.models.capture import capture_stream
 from bupo.models.layout import eval_mode, find_layout, unwrap
 from bupo.models.unembed import get_unembedding
 
@@ -155,7 +155,7 @@ class _Analysis:
         groups: list[Stats] = []
         cosines: list[Tensor] = []
 
-        def on_group(first_layer: int, before: Tensor, layers: list[LayerStates], after: Tensor) -> None:
+        def on_group(first_layer: int, before: Tensor, layers: list[Tensor], after: Tensor) -> None:
             wanted = (request if self._columns else None, first_layer == 1)
             of_before, stats = residual_group_stats(before, layers, self._unembedding, *wanted)
             first.update(of_before)
@@ -167,12 +167,12 @@ class _Analysis:
                 )
             groups.append({name: values.cpu() for name, values in stats.items()})
             stream = before
-            for layer in layers:
-                middle = stream + layer.attn_out
+            for _, attn_out, _, ffn_out in layers:
+                middle = stream + attn_out
                 # cos(A^l, H^{l-1}) and cos(F^l, H^{l-1} + A^l)
-                vectors = ((layer.attn_out, stream), (layer.ffn_out, middle))
+                vectors = ((attn_out, stream), (ffn_out, middle))
                 cosines.append(torch.stack([torch.cosine_similarity(a, b, dim=-1) for a, b in vectors]).double().cpu())
-                stream = middle + layer.ffn_out
+                stream = middle + ffn_out
 
         bytes_per_layer = 4 * 4 * len(batch.targets) * self._unembedding.weight.shape[1]
         group = max(1, min(self._n_layers, _STATES_BYTES // bytes_per_layer))

@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bupo.lens.maps import Lens
 from bupo.lens.softmax_stats import residual_group_stats
-from bupo.models.capture import LayerStates
 from bupo.models.internal_policy import internal_policy
 from bupo.models.layout import find_layout
 from bupo.models.unembed import Unembedding
@@ -82,6 +81,6 @@ def _entropies(device: str, dtype: torch.dtype) -> float:
     torch.manual_seed(0)
     before, layer = (torch.randn(*size, 64).to(device, dtype) for size in ((5,), (4, 5)))
     weight = torch.randn(3000, 64).to(device, dtype)
-    _, found = residual_group_stats(before, [LayerStates(layer)], Unembedding(weight, None, 1.0, None))
+    _, found = residual_group_stats(before, [layer], Unembedding(weight, None, 1.0, None))
     logps = (layer.double() @ weight.double().T).log_softmax(-1)
     return float((found["entropy"][0, :4].double() + (logps.exp() * logps).sum(-1)).abs().max())

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bupo.lens.online import LN2, OnlineSoftmaxStats, ReferenceStats, StatsRequest
-from bupo.models.capture import LayerStates
 from bupo.models.unembed import Unembedding, matmul_fp32_
 
 SITES = ("attn_in", "attn_out", "ffn_in", "ffn_out", "layer_in", "layer_out")
@@ -46,23 +45,23 @@ def lens_stats(states: Tensor, unembedding: Unembedding, request: StatsRequest |
 
 def residual_group_stats(
     before: Tensor,
-    layers: Sequence[LayerStates],
+    layers: Sequence[Tensor],
     unembedding: Unembedding,
     request: StatsRequest | None = None,
     with_before: bool = False,
 ) -> tuple[Stats, Stats]:
-    """Statistics of every new site of G consecutive layers, with four vocabulary products per layer.
+    """Statistics of every new site of G consecutive layers (4, N, d), with four vocabulary products per layer.
 
     Returns, by name as in `lens_stats`, the statistics of ``before`` (the state before the layers, (N, d)), each
     (1, N[, k]), or nothing without ``with_before``; and those of the `GROUP_SITES`, each (G, 5, N[, k]).
     """
     kernel = _kernel(before.device) if request is None else None
     if kernel is not None:
-        states = torch.stack([layer.stacked.to(unembedding.weight.dtype) for layer in layers])
+        states = torch.stack([layer.to(unembedding.weight.dtype) for layer in layers])
         entropies, lse = kernel.read(before, states, unembedding)
         return lens_stats(before[None], unembedding) if with_before else {}, {"entropy": entropies, "lse": lse}
     # a chunk without states of its own reads the stream as it is before the first layer
-    stacked = [*([before[None][:0]] if with_before else []), *(layer.stacked for layer in layers)]
+    stacked = [*([before[None][:0]] if with_before else []), *layers]
     chunks = _read(stacked, unembedding, request, before)
     first = chunks.pop(0) if with_before else {}
     return first, {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -16,18 +16,6 @@ from bupo.models.layout import DecoderLayout, find_layout, on_input, on_output, 
 from bupo.models.residual import LayerWrites, find_residual_writes
 
 
-class LayerStates:
-    """The states of one layer at N tokens, ``stacked`` (4, N, d) and by name.
-
-    The attention receives ``attn_in``, ``LN(H^{l-1})``, and adds ``attn_out``, ``A^l``, to the residual stream; the FFN
-    receives ``ffn_in``, ``LN(H^{l-1} + A^l)``, and adds ``ffn_out``, ``F^l``.
-    """
-
-    def __init__(self, stacked: Tensor):
-        self.stacked = stacked
-        self.attn_in, self.attn_out, self.ffn_in, self.ffn_out = stacked
-
-
 @torch.no_grad()
 def capture_stream(
     model: nn.Module,
@@ -35,7 +23,7 @@ def capture_stream(
     attention_mask: Tensor,
     positions: Tensor,
     images: Mapping[str, Tensor],
-    on_group: Callable[[int, Tensor, list[LayerStates], Tensor], None] | None,
+    on_group: Callable[[int, Tensor, list[Tensor], Tensor], None] | None,
     *,
     group: int = 4,
 ) -> Tensor:
@@ -50,7 +38,8 @@ def capture_stream(
         images: what a vision-language model is called with besides, such as ``pixel_values``; empty for text alone.
         on_group: called as ``on_group(first_layer, before, layers, after)`` with the number of the group's first layer,
             ``H^{l-1}`` before it (N, d), the states of its layers, and ``H^l`` after its last layer (N, d); None if
-            only the final state is needed.
+            only the final state is needed. Those of a layer (4, N, d) are what its attention receives,
+            ``LN(H^{l-1})``, and adds, ``A^l``, and what its FFN receives, ``LN(H^{l-1} + A^l)``, and adds, ``F^l``.
 
     Raises `InputError` if the layers do not add two contributions each.
     """
@@ -71,7 +60,7 @@ class _Recorder:
         self._rows = positions.reshape(-1).nonzero().squeeze(-1)
         self._layout, self._on_group, self._group = layout, on_group, group
         self._before: Any = None  # H^{l-1} before the first layer of the group
-        self._layers: list[LayerStates] = []  # those of the group that have run
+        self._layers: list[Tensor] = []  # those of the group that have run
         self._states: Any = None  # of the layer that is running, (4, N, d)
         self._recorded: set[int] = set()  # which of them are complete, or the first of two terms
 
@@ -106,7 +95,7 @@ class _Recorder:
 
     def _finish_layer(self, number: int, stream: Tensor | None) -> None:
         assert len(self._recorded) == 4
-        self._layers.append(LayerStates(self._states))
+        self._layers.append(self._states)
         self._states, self._recorded = None, set()
         if len(self._layers) == self._group or number == self._layout.n_layers:
             after = self.select(stream)

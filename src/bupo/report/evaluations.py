@@ -25,12 +25,11 @@ class Conclusion:
     lines: Sequence[str] = ()
 
 
-def outcome(difference: Difference) -> str:
-    """``better`` or ``worse`` (of the second model) if the 95 % interval excludes zero and p < 0.05, else ``open``."""
-    low, high = difference["ci95"]
-    if not difference["p_value"] < 0.05:
+def outcome(ends: Sequence[float] | None, p: float | None) -> str:
+    """``better`` or ``worse`` if the 95 % interval of a difference excludes zero and p < 0.05; else ``open``."""
+    if ends is None or p is None or not p < 0.05:
         return "open"
-    return "better" if low > 0 else "worse" if high < 0 else "open"
+    return "better" if ends[0] > 0 else "worse" if ends[1] < 0 else "open"
 
 
 def compare_evaluations(evaluations: Named) -> tuple[list[dict[str, Any]], list[str]]:
@@ -66,7 +65,7 @@ def conclude(evaluations: Named, differences: Sequence[Difference]) -> Conclusio
         return Conclusion("Nothing was evaluated; measure the models with `bupo eval` to see whether training helped.")
     lines = [_accuracy(name, task, score) for name, e in evaluations for task, score in e.tasks.items()]
     for d in differences:
-        first, second, found = d["first"], d["second"], outcome(d)
+        first, second, found = d["first"], d["second"], outcome(d["ci95"], d["p_value"])
         none = f"no difference between {second} and {first} is shown"
         claim = none if found == "open" else f"{second} is {found} than {first}"
         if found == "open" and not d["ci95"][0] <= 0 <= d["ci95"][1]:
@@ -94,7 +93,7 @@ def _accuracy(name: str, task: str, score: TaskScore) -> str:
 
 def _headline(main: Sequence[Difference], first: str, second: str, *, several: bool = False) -> tuple[str, str]:
     """One sentence and its tone; ``several`` second models are named with their tasks."""
-    outcomes = [outcome(d) for d in main]
+    outcomes = [outcome(d["ci95"], d["p_value"]) for d in main]
     tone = outcomes[0] if len(set(outcomes)) == 1 else "open"
     if len(main) == 1:
         on = f"better than {first} on {main[0]['task']}"

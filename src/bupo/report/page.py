@@ -25,7 +25,7 @@ from bupo.report import analysis_figures, evaluations, inside_figures, style, sw
 from bupo.report.evaluations import Conclusion, compare_evaluations, conclude
 from bupo.report.logs import TrainingRun, load_readings
 from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile
-from bupo.run_folder import RUN_FILE, read_json, write_text
+from bupo.run_folder import RUN_FILE, read_json
 from bupo.sweep.rows import ROWS_FILE, is_rows, read_rows
 
 LOG = "log.jsonl"
@@ -147,11 +147,6 @@ def _read_samples(name: str, path: Path, shown: dict[tuple[str, str], list[dict[
             shown.setdefault(key, []).append({**row, "model": name})
 
 
-def write_page(path: str | Path, title: str, data: ReportData) -> Path:
-    """Write the page atomically."""
-    return write_text(path, render(title, data))
-
-
 def render(title: str, data: ReportData, template: str = "report.html.j2") -> str:
     """The page, or with ``look.html.j2`` its token explorer alone."""
     loader = PackageLoader("bupo.report")
@@ -161,8 +156,8 @@ def render(title: str, data: ReportData, template: str = "report.html.j2") -> st
     names = ("style.css", "explorer.css", "explorer.js", "groups.js")
     look, more_look, *scripts = (loader.get_source(environment, name)[0] for name in names)
     shown: dict[str, Any] = {"title": title, "data": data, "css": Markup(look + more_look)}
-    shown |= {"analysis_figures": analysis_figures, "inside_figures": inside_figures, "evaluations": evaluations}
-    shown |= {"sweeps": sweeps}
+    shown |= {"analysis_figures": analysis_figures, "inside_figures": inside_figures}
+    shown |= {"evaluations": evaluations, "sweeps": sweeps}
     shown["grouped"] = [(name, run.batches) for name, run in data.runs if run.batches]
     used = {"script": data.tokens, "filter_script": shown["grouped"]}
     shown |= {name: Markup(script) for name, script in zip(used, scripts, strict=True)}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bupo.report import style
-from bupo.report.evaluations import Conclusion
+from bupo.report.evaluations import Conclusion, outcome
 from bupo.sweep.rows import START, Rows
 from bupo.sweep.statistics import baseline_of, compare_arms, layer_map
 
@@ -35,7 +35,7 @@ class Sweep:
         names = dict.fromkeys(t for by_seed in self.rows.values() for row in by_seed.values() for t in row["tasks"])
         found = {task: compare_arms(self.rows, task, self.baseline) for task in names}
         for away in (arm["difference"] for arms in found.values() for arm in arms if arm["difference"]):
-            away["outcome"] = outcome(away)
+            away["outcome"] = outcome(away["ci_both"], away["p_holm"])
         return found
 
     @cached_property
@@ -48,14 +48,6 @@ class Sweep:
     def drawn(self) -> list[str]:
         """The arms with learning curves that are drawn."""
         return [arm for arm in self.rows if any(row.get("curves", {}).get("reward") for row in self.rows[arm].values())]
-
-
-def outcome(difference: Mapping[str, Any]) -> str:
-    """``better`` or ``worse`` if the interval over both excludes zero and Holm's p < 0.05, or ``open``."""
-    ends, p = difference["ci_both"], difference["p_holm"]
-    if ends is None or p is None or not p < 0.05:
-        return "open"
-    return "better" if ends[0] > 0 else "worse" if ends[1] < 0 else "open"
 
 
 def conclude(sweeps: Sequence[tuple[str, Sweep]]) -> Conclusion:
