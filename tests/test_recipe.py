@@ -13,7 +13,7 @@ from bupo.errors import ConfigError, InputError
 from bupo.recipe import Recipe, load_yaml, override, read_recipe
 from bupo.train.build import check_recipe
 from bupo.train.config import BuPOConfig
-from bupo.train.effects import NAMES
+from bupo.train.effects import NEEDS, NEVER
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 SMALLEST = {"model": "small", "dataset": "arithmetic"}
@@ -259,4 +259,5 @@ def test_settings_with_what_they_need_pass():
         {"use_vllm": False, "beta": 0.0, "internal_lens": "raw"},  # defaults
     ):
         assert check_recipe(check_recipe({**SMALLEST, **change}).model_dump(mode="json"))
-    assert not NAMES - {field.name for field in dataclasses.fields(BuPOConfig)}
+    names = {*NEVER.split(), *(name for *_, names in NEEDS for name in names.split())}
+    assert not names - {field.name for field in dataclasses.fields(BuPOConfig)}

@@ -13,7 +13,7 @@ from bupo.data.rollouts import read_responses
 from bupo.errors import InputError
 from bupo.lens.analyze import AnalysisOptions, analyze_rollouts
 from bupo.lens.batching import check_rollouts
-from bupo.lens.maps import Lens, find_lens
+from bupo.lens.maps import Lens, named_lens
 from bupo.models.internal_policy import check_layer
 from bupo.models.layout import find_layout
 from bupo.run_folder import RUN_FILE, describe_run, write_json
@@ -72,7 +72,7 @@ class LayerReadings(TrainerCallback):
         self._responses = check_rollouts(model, responses[:RESPONSES])
         self._at = (layers + 1) // 2 if self._layer is None else self._layer
         check_layer(layers, self._at)
-        lens = self._lens if self._lens == "ridge" else find_lens(self._lens, model)
+        lens = self._lens if self._lens == "ridge" else named_lens(self._lens).check(model)
         self._options = AnalysisOptions(layer_choice=True, choice_tokens=self._tokens, lenses=[lens])
         self._main, self._ended = state.is_world_process_zero, False
         self._to = self._folder or Path(args.output_dir, "layer_readings")

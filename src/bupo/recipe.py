@@ -170,9 +170,7 @@ def validate(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         json.dumps(raw, ensure_ascii=False, skipkeys=True, default=str).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ConfigError(
-            f"the recipe holds {half!a}, half of a character (an unpaired surrogate); remove it"
-        ) from error
+        raise ConfigError(f"the recipe holds {half!a}, half a character (an unpaired surrogate); remove it") from error
     except (ValueError, RecursionError):  # said below for each key
         pass
     try:
@@ -233,9 +231,8 @@ def read_recipe(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{what} {path} cannot be read as text in UTF-8: {error}") from error
     if not isinstance(raw, dict):
-        raise InputError(
-            f"{what} {path} must hold keys and values, such as '{'model: small' if what == 'recipe' else 'seeds: 0-4'}'"
-        )
+        example = "model: small" if what == "recipe" else "seeds: 0-4"
+        raise InputError(f"{what} {path} must hold keys and values, such as '{example}'")
     return raw
 
 

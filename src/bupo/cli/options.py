@@ -164,9 +164,7 @@ def load_with_responses(config: Mapping[str, Any], progress: Progress) -> tuple[
     if processes > 1:  # each process has a device of its own, of the type that was asked for
         own = join_processes(cpu=source["device"] == "cpu").device
         if source["device"] not in (None, own.type):
-            raise InputError(
-                f"--device {config['device']} is not available to launched processes; they run on {own.type}"
-            )
+            raise InputError(f"--device {source['device']} is not available: launched processes run on {own.type}")
         source["device"] = str(own)
     progress.print(f"loading {config['model']}", markup=False, highlight=False)
     dtype = "fitting" if config["dtype"] == "auto" else config["dtype"]

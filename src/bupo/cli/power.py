@@ -57,9 +57,8 @@ def power(
     found |= {"mean": float(each.mean()), "ci95": statistics.student(each), "deviation": deviation}
     found |= {"deviation_ci95": ends, "power": power, "difference": difference, "needed": None, "needed_ci95": None}
     if difference is not None:
-        found["needed"], *found["needed_ci95"] = (
-            statistics.seeds_needed(abs(difference), d, power) for d in (deviation, *ends)
-        )
+        needed = [statistics.seeds_needed(abs(difference), d, power) for d in (deviation, *ends)]
+        found |= {"needed": needed[0], "needed_ci95": needed[1:]}
     found["shown"] = []
     for n in _SEEDS:
         least, *at_ends = (statistics.detectable(n, d, power) for d in (deviation, *ends))

@@ -69,10 +69,8 @@ def sweep(
         for text in grids.changed(what, done()).values():
             say(f"note: {text}; its rows count as done")
         say(f"{len(runs)} of {len(what.runs())} runs of the grid are to do")
-        commands = Commands(max(1, cores() // workers), lock)
-        failed, stopped = run_sweep(
-            Runner(what, output, to, keep, commit_of(grid.parent), commands), runs, workers, say
-        )
+        runner = Runner(what, output, to, keep, commit_of(grid.parent), Commands(max(1, cores() // workers), lock))
+        failed, stopped = run_sweep(runner, runs, workers, say)
         left = len(grids.pending(what, done(), arms, chosen))
     if stopped:
         print(f"bupo: interrupted. {left} runs have no row in {to} yet; the same command continues.", file=sys.stderr)

@@ -43,9 +43,7 @@ def generate(spec: str, split: str, size: int, seed: int) -> list[dict[str, Any]
     except (AssertionError, ValueError, TypeError, yaml.YAMLError) as error:  # the task's own checks
         options = {option.name for option in dataclasses.fields(DATASETS[name][1])} - {"size", "seed"}
         remedy = f"write /key=value with one of {', '.join(sorted(options))}"
-        raise InputError(
-            f"{spec}: the task refuses these options ({' '.join(str(error).split())}); {remedy}"
-        ) from error
+        raise InputError(f"{spec}: the task refuses these options: {' '.join(str(error).split())}; {remedy}") from error
     finally:
         random.setstate(state)
     instruction = {"role": "system", "content": TAGGED_INSTRUCTION}

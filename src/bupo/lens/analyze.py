@@ -16,7 +16,7 @@ from bupo.errors import InputError
 from bupo.lens import batching
 from bupo.lens.batching import ClusterMeans, PaddedBatch, TokenPair, check_rollouts, rounded
 from bupo.lens.layer_choice import choose_layer, find_boundary
-from bupo.lens.maps import Lens, find_lens, fit_on_half
+from bupo.lens.maps import Lens, fit_on_half, named_lens
 from bupo.lens.online import StatsRequest
 from bupo.lens.readings import Progress
 from bupo.lens.softmax_stats import GROUP_SITES, SITES, Stats, lens_stats, residual_group_stats
@@ -90,7 +90,7 @@ def analyze_rollouts(
     analysis = _Analysis(model, statistic_columns(statistics), options)
     named = options.lenses if options.layer_choice else ()  # found first: a wrong one costs no pass over the responses
     lenses: dict[str, Any] = {
-        lens if isinstance(lens, str) else lens.kind: find_lens(lens, model) for lens in named if lens != "ridge"
+        lens if isinstance(lens, str) else lens.kind: named_lens(lens).check(model) for lens in named if lens != "ridge"
     }
     read = pairs
     if "ridge" in named:

@@ -163,9 +163,7 @@ class Lens:
             )
         made, used = {key: self.card.get(key) for key in _IDENTITY}, identity_of(model)
         if made["architecture"] not in (None, used["architecture"]):
-            raise InputError(
-                f"this lens was made on a {made['architecture']}, but the model is a {used['architecture']}"
-            )
+            raise InputError(f"this lens was made on {made['architecture']}, but the model is {used['architecture']}")
         if made["model"] is not None and made != {**used, "architecture": made["architecture"]}:
             names = (f"{one['model']} (revision {one['revision'] or 'unknown'})" for one in (made, used))
             warnings.warn("this lens was made on {}, and is used on {}".format(*names), stacklevel=2)
@@ -176,9 +174,8 @@ class Lens:
         if self.maps is None or self.biases is None:
             raise InputError(f"the lens {self.kind} has no maps to save")
         tensors = {"maps": self.maps.contiguous(), "biases": self.biases.contiguous()}
-        (Path(folder) / LENS_CARD).unlink(
-            missing_ok=True
-        )  # without it there is no lens: the old card never fits new maps
+        # without the card there is no lens: an old one never meets new maps
+        (Path(folder) / LENS_CARD).unlink(missing_ok=True)
         write_bytes(Path(folder) / WEIGHTS, save(tensors))
         write_json(Path(folder) / LENS_CARD, {"schema": 1, "kind": self.kind, **self.card, "versions": versions()})
         return Path(folder)
@@ -214,22 +211,15 @@ class Lens:
 PLAIN = {"raw": Lens("raw"), "norm": Lens("norm")}
 
 
-def find_lens(name: str | Lens, model: nn.Module) -> Lens:
-    """Return the lens that a user names for a model: ``raw``, ``norm``, or the folder of a saved one."""
-    return named_lens(name).check(model)
-
-
 def named_lens(name: str | Lens) -> Lens:
-    """The same before there is a model, so that a wrong name is found before the model is loaded."""
+    """Return the lens that a user names: ``raw``, ``norm``, or the folder of a saved one."""
     return name if isinstance(name, Lens) else PLAIN.get(name) or Lens.load(name)
 
 
 def fit_on_half(model: nn.Module, pairs: Sequence[TokenPair], **how: Any) -> tuple[Lens, list[TokenPair]]:
     """Fit a ridge lens on the responses to every other prompt; return it with the other responses, to be read."""
     if len(set(map(_prompt, pairs))) < LEAST_PROMPTS:
-        raise InputError(
-            "a ridge lens needs responses to four or more prompts; pass more, or leave ridge out of --lens"
-        )
+        raise InputError("a ridge lens needs responses to four or more prompts; pass more, or a --lens without ridge")
     read, fitted = ([pairs[i] for i in part] for part in _by_prompt(pairs, 2))
     return Lens.fit(model, fitted, **how), read
 

@@ -56,9 +56,7 @@ def _fetch(source: str) -> Path:
     repository, _, name = rest.partition("/")
     if path.is_file() or not name or source.startswith(("/", ".", "~")):
         if not path.is_file():
-            raise InputError(
-                f"lens {source} does not exist; name a file, a folder, or OWNER/REPOSITORY/PATH on the hub"
-            )
+            raise InputError(f"lens {source} does not exist; name a file, a folder or OWNER/REPOSITORY/PATH on the hub")
         return path
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", name, repo_type="space" if space else "model"))

@@ -129,6 +129,5 @@ def read_states(
         raise InputError("comparing the layers with the output gave non-finite numbers; load the model in float32")
     change = torch.cat([torch.full_like(entropy[:, :1], math.nan), entropy.diff(dim=1)], dim=1)
     uniform_kl = math.log(len(unembedding.weight)) - output["entropy"][0].cpu()
-    return Readings(
-        torch.stack([entropy, change, kl, same], dim=1), uniform_kl, [len(part) for part in drawn.drawn if part]
-    )
+    counts = [len(part) for part in drawn.drawn if part]
+    return Readings(torch.stack([entropy, change, kl, same], dim=1), uniform_kl, counts)

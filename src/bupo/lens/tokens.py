@@ -20,11 +20,8 @@ from bupo.models.layout import eval_mode, unwrap
 from bupo.models.unembed import get_unembedding
 
 TOP_K = 5  # most likely tokens that the explorer shows per layer
-PLACES, STATISTICS = (
-    ("response", "position", "token", "layer", "site"),
-    ("entropy", "logprob", "rank", "varentropy", "kl"),
-)
-COLUMNS = (*PLACES, *STATISTICS, "top", "top_probability")
+PLACES = ("response", "position", "token", "layer", "site")
+COLUMNS = (*PLACES, "entropy", "logprob", "rank", "varentropy", "kl", "top", "top_probability")
 _WHOLE = {"layer": pa.int16(), "site": pa.int8()} | dict.fromkeys((*PLACES[:3], "rank", "top"), pa.int32())
 
 

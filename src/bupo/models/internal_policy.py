@@ -173,10 +173,8 @@ def _cut_cache(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any])
     states = getattr(kwargs.get("past_key_values"), "layers", None)
     if not isinstance(states, list) or len(states) <= layer:
         return
-    recurrent, attention = (
-        any(hasattr(s, n) for s in states[:layer]) for n in ("has_previous_state", "get_seq_length")
-    )
     kept = states[:layer]
+    recurrent, attention = (any(hasattr(s, n) for s in kept) for n in ("has_previous_state", "get_seq_length"))
     for state in states[layer:]:
         empty = not getattr(state, "is_initialized", True)
         if not (attention and empty if hasattr(state, "get_seq_length") else recurrent):

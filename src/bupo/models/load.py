@@ -204,9 +204,7 @@ def _adapter(name: str) -> InputError:
         base = f" of {json.loads((folder / _ADAPTER).read_text(encoding='utf-8'))['base_model_name_or_path']}"
     merged = folder.parent / "model"  # where bupo train merges it
     python = f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')"
-    remedy = (
-        f"name {merged}" if (merged / "config.json").exists() else f"merge it with PEFT and name the result: {python}"
-    )
+    remedy = f"name {merged}" if (merged / "config.json").exists() else f"merge it and name the result: {python}"
     return InputError(f"model {name} is a PEFT adapter{base}, not a whole model; {remedy}")
 
 

@@ -87,10 +87,8 @@ def effect_and_cost(sweep: Sweep) -> Figure | None:
     if not timed:
         return None
     look = style.looks(list(sweep.rows))
-    columns = min(2, len(timed))
-    figure, panels = style.grid(
-        len(timed), columns, 7.2 if columns == 1 else 8.4, 3.3 * -(-len(timed) // columns) + 0.4
-    )
+    columns, width = min(2, len(timed)), 7.2 if len(timed) == 1 else 8.4
+    figure, panels = style.grid(len(timed), columns, width, 3.3 * -(-len(timed) // columns) + 0.4)
     for axes, (task, arms) in zip(panels, timed.items(), strict=True):
         for arm in arms:
             (colour, marker), x, y = look[arm["arm"]], arm["update_seconds"], 100 * arm["mean"]

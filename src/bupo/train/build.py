@@ -76,9 +76,8 @@ def check_recipe(raw: Mapping[str, Any], processes: int | None = None) -> Recipe
     except ConfigError as error:
         problems += error.problems
     defaults = {f.name: f.default for f in dataclasses.fields(BuPOConfig)} | {"eval": None, "inside_every": 0}
-    problems = problems or without_effect(
-        recipe.trainer | recipe.model_dump(include=_CONTEXT), defaults | {"report_to": []}
-    )
+    given = recipe.trainer | recipe.model_dump(include=_CONTEXT)
+    problems = problems or without_effect(given, defaults | {"report_to": []})
     local = [("revision", recipe.model, bool(recipe.revision)), ("split", recipe.dataset, recipe.split != "train")]
     if recipe.eval is not None:
         local += [("eval.split", recipe.eval.dataset, recipe.eval.split != "test")]

@@ -217,9 +217,8 @@ def _sample(trainer: Any) -> dict[str, Any]:
     rewards = total_rewards(trainer.rewards, trainer.reward_weights).view(-1, size)
     spreads = (rewards.nan_to_num(nan=-math.inf).amax(1) - rewards.nan_to_num(nan=math.inf).amin(1)).clamp(min=0)
     unread = gather_object(list(trainer._pending_metrics.get("grading/unparsable", [])))
-    cut_off, mean, longest = (
-        trainer._metrics["train"][f"completions/{name}"][-1] for name in ("clipped_ratio", "mean_length", "max_length")
-    )
+    names = ("clipped_ratio", "mean_length", "max_length")
+    cut_off, mean, longest = (trainer._metrics["train"][f"completions/{name}"][-1] for name in names)
     return {
         "prompts": groups,
         "responses": rewards.numel(),
@@ -235,6 +234,7 @@ def _sample(trainer: Any) -> dict[str, Any]:
 def sample_warnings(sampled: Mapping[str, Any], limit: int) -> list[str]:
     """What the samples say against the run, with the keys to change; nothing if it was the check that stopped them."""
     number, reward = sampled["responses"], sampled["reward"]
+    same = reward is not None and not any(sampled["spreads"])
     checks = {
         f"all {number} sampled responses were cut off at max_completion_length {limit}, before they ended; raise it, "
         "or choose a template after which the model ends its responses": sampled["cut_off"] == 1.0,
@@ -242,8 +242,6 @@ def sample_warnings(sampled: Mapping[str, Any], limit: int) -> list[str]:
         "max_completion_length": sampled["no_answer"] == 1.0,
         f"no reward function gave any of {number} sampled responses a number; change reward or dataset": reward is None,
         "all sampled responses to the same prompt got the same reward, from which nothing is learned; change reward, "
-        "raise samples_per_prompt, or choose a dataset of which the model solves a part": (
-            reward is not None and not any(sampled["spreads"])
-        ),
+        "raise samples_per_prompt, or choose a dataset of which the model solves a part": same,
     }
     return [] if sampled["stopped_at"] else [message for message, holds in checks.items() if holds]

@@ -52,9 +52,7 @@ class BuPOConfig(GRPOConfig):
         "Internal phases in order, as [{layer: l, rollouts: N, weight: w}, ...] (JSON on a command line). A weight "
         "below 1 adds the full policy's surrogate with weight 1 - w. Replaces internal_layer and internal_steps.",
     )
-    internal_layer: int | str | None = _setting(
-        "Layer l of the internal policy (1 to L), or 'auto': the boundary layer."
-    )
+    internal_layer: int | str | None = _setting("Layer l of the internal policy (1 to L), or auto: the boundary layer.")
     internal_steps: int | str | None = _setting(
         "Number of rollout batches that optimise the internal policy (s_inter). 0 is plain GRPO, whatever the other "
         "internal settings are; 'auto' lets the phase guard end the phase.",
@@ -211,9 +209,11 @@ class BuPOConfig(GRPOConfig):
         if not schedule.internal:
             return []
         rollouts = math.ceil(self.max_steps * self.gradient_accumulation_steps / self.generate_every)
+        end = schedule.ends[-1]
         checkpointing = cast(dict, self.gradient_checkpointing_kwargs or {})
         reentrant = self.gradient_checkpointing and checkpointing.get("use_reentrant")
         decays = kind == "deepspeed" and self.weight_decay != 0.0
+        ridge = kind == "deepspeed" and self.internal_lens == "ridge"
         keeps = self.guarded and kind in ("deepspeed", "fsdp1")
         unsupported = [
             f"{name} {value} {why}; set it to {needed!r}, or internal_steps to 0"
@@ -224,17 +224,13 @@ class BuPOConfig(GRPOConfig):
             f"loss_type {self.loss_type!r} mixes the ratio with other weights; an internal phase needs one of "
             f"{', '.join(RATIO_LOSSES)}": self.loss_type not in RATIO_LOSSES,
             "ddp_static_graph fails when the graph changes between phases; leave it unset": self.ddp_static_graph,
-            "internal_lens ridge cannot be fitted under DeepSpeed; use FSDP2 or DDP, or name the folder of a lens": (
-                kind == "deepspeed" and self.internal_lens == "ridge"
-            ),
+            "internal_lens ridge cannot be fitted under DeepSpeed; use FSDP2 or DDP, or the folder of a lens": ridge,
             "internal_steps auto keeps weights, which DeepSpeed and FSDP1 shard; use FSDP2, or set a number": keeps,
             f"weight_decay {self.weight_decay} would shrink the layers that an internal phase does not use, because "
             "DeepSpeed gives them gradients of zero; set it to 0, or use FSDP2 or DDP": decays,
             "reentrant gradient checkpointing does not work with DDP and unused parameters, which an internal phase "
             "has; set use_reentrant to false in gradient_checkpointing_kwargs": kind == "ddp" and reentrant,
-            f"the internal phases take {schedule.ends[-1]} rollout batches, more than the {rollouts} of the run": (
-                0 < rollouts < schedule.ends[-1]
-            ),
+            f"the internal phases take {end} rollout batches, more than the {rollouts} of the run": 0 < rollouts < end,
         }) + alignment_problems(schedule, self.generate_every, self.gradient_accumulation_steps)  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 # what TRL's GRPO trainer or bupo decides in another way; no other setting makes a difference
-_NEVER = (
+NEVER = (
     "auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16_full_eval data_seed "
     "dataloader_drop_last disable_tqdm do_eval do_predict do_train eval_accumulation_steps eval_do_concat_batches "
     "eval_use_gather_object fp16_full_eval include_for_metrics include_num_input_tokens_seen "
@@ -64,13 +64,10 @@ NEEDS: list[tuple[str, Callable[[Any], Any], str]] = [
 ]  # fmt: skip
 
 
-NAMES = {*_NEVER.split(), *(name for *_, names in NEEDS for name in names.split())}
-
-
 def without_effect(given: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """One message for each setting in ``given`` that differs from its default and has no effect beside the others."""
     settings, changed = SimpleNamespace(**{**defaults, **given}), {n for n in given if given[n] != defaults.get(n)}
-    problems = [f"{name} has no effect in bupo train; leave it out" for name in sorted(changed & {*_NEVER.split()})]
+    problems = [f"{name} has no effect in bupo train; leave it out" for name in sorted(changed & {*NEVER.split()})]
     for need, holds, names in NEEDS:
         unused = [] if holds(settings) else sorted(changed & set(names.split()))
         problems += [f"{name} has no effect without {need}" for name in unused]

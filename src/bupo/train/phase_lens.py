@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from bupo.lens.maps import TOKENS_PER_DIMENSION, Lens, find_lens
+from bupo.lens.maps import TOKENS_PER_DIMENSION, Lens, named_lens
 from bupo.models.layout import find_layout
 from bupo.train.images import inputs_of_prompt, prompt_with_images
 
@@ -17,7 +17,7 @@ class PhaseLens:
 
     def __init__(self, trainer: Any):
         self._trainer, name = trainer, trainer.args.internal_lens
-        self.lens: Lens | None = None if name == "ridge" else find_lens(name, trainer.model)
+        self.lens: Lens | None = None if name == "ridge" else named_lens(name).check(trainer.model)
         self.fitted: int | None = None  # the rollout batch (from 0) before which the maps were fitted
 
     def before_rollout(self, inputs: Sequence[Mapping[str, Any]]) -> None:
