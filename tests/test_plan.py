@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bupo import plan as plan_module
 from bupo.cli import main
-from bupo.models.fake import describe_model, read_config, with_depth
+from bupo.models.fake import describe_model, read_config
 from bupo.models.internal_policy import internal_policy
 from bupo.plan import PlanRequest, find_device, make_plan
 from bupo.train import footprint
@@ -138,9 +139,7 @@ def test_deep_models_are_counted_from_shallow_ones(monkeypatch, windows):
     depth, tokens = config.num_hidden_layers, 4 * 8 + 2 * 16 if windows else 5 * 16  # in the caches of all layers
     selection = None if windows else Selection(frozenset({2, 4}), outside=False)
     line, rollout = full(depth, config, selection=selection), count_rollout(config, depth, WORK)
-    monkeypatch.setattr(
-        footprint, "_over_layers", lambda count, config, trained: count(with_depth(config, len(trained)), trained)
-    )
+    monkeypatch.setattr(footprint, "_over_layers", lambda count, config, trained: count(deepcopy(config), trained))
     assert line == full(depth, config, selection=selection)
     whole = count_rollout(config, depth, WORK)
     assert whole["cache"] == rollout["cache"] == 2 * 2 * 8 * 4 * 4 * tokens  # 2 heads of size 8, 4 bytes, 4 responses

@@ -80,7 +80,7 @@ def scaled(path, folder, tokenizer):
     """A recipe with a tiny random model of its model's architecture, short texts and small batches."""
     raw = read_recipe(path)
     recipe = check_recipe(raw)
-    config, rollout = config_of(recipe), recipe.micro_batch * recipe.updates_per_rollout
+    config, samples = config_of(recipe), recipe.prompts_per_rollout * recipe.samples_per_prompt
     updates = min(4, recipe.updates_per_rollout)
     sizes = {"num_hidden_layers": TINY_LAYERS, "max_position_embeddings": 1024}
     tied = {"tie_word_embeddings": config.tie_word_embeddings}
@@ -96,7 +96,7 @@ def scaled(path, folder, tokenizer):
         "updates_per_rollout": updates,
         "prompts_per_rollout": 2 * updates,
         "samples_per_prompt": 2,
-        "micro_batch": 4 if rollout == recipe.samples_per_rollout() else 2,  # several per update as in the recipe
+        "micro_batch": 4 if samples == recipe.micro_batch * recipe.updates_per_rollout else 2,  # several per update
         "save_every": 4,
         "max_prompt_length": 600,
         "max_completion_length": 5,

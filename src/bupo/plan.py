@@ -116,7 +116,7 @@ class _Plan:
         config, origin = read_config(recipe.model, request.config_from, **source)
         self.prompt, self.response = self._lengths(context_length(config))
         self.model = {"name": recipe.model, "source": origin, **describe_model(config)}
-        self.samples = recipe.samples_per_rollout()
+        self.samples = recipe.prompts_per_rollout * recipe.samples_per_prompt
         depth = self.model["layers"]
         self._set_phases(depth)
         self.work = work = self._workload()

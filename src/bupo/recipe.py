@@ -113,10 +113,6 @@ class Recipe(BaseModel):
         names = [self.reward] if isinstance(self.reward, str) else self.reward
         return dict(names) if isinstance(names, dict) else dict.fromkeys(names, 1.0)
 
-    def samples_per_rollout(self) -> int:
-        """S: responses per rollout batch, over all processes."""
-        return self.prompts_per_rollout * self.samples_per_prompt
-
     def updates(self, rollouts: int) -> int:
         """Number of optimizer updates that ``rollouts`` rollout batches make."""
         return rollouts * self.updates_per_rollout * int(self.trainer.get("num_iterations", 1))
@@ -149,8 +145,8 @@ class Recipe(BaseModel):
 
     def _accumulation(self, processes: int) -> int:
         """Number of micro-batches per update and process, or `ConfigError` if a rollout batch does not split evenly."""
-        samples, updates, micro = self.samples_per_rollout(), self.updates_per_rollout, self.micro_batch
-        share, left = divmod(samples, updates * processes)
+        samples, updates = self.prompts_per_rollout * self.samples_per_prompt, self.updates_per_rollout
+        (share, left), micro = divmod(samples, updates * processes), self.micro_batch
         product = f"prompts_per_rollout {self.prompts_per_rollout} x samples_per_prompt {self.samples_per_prompt}"
         product += f" / updates_per_rollout {updates}" + (f" / {processes} processes" if processes > 1 else "")
         if left:

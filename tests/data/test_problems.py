@@ -71,7 +71,7 @@ def test_text_parts_of_a_message_are_joined(tmp_path):
 def test_other_content_of_a_message_is_refused(tmp_path, content):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps(messages(content, answer="2")))
-    wrong = r"row 0: the content of message 2 must be text or a list of text parts, not "
+    wrong = r"row 0: content of message 2 must be text or a list of text parts, not "
     with pytest.raises(InputError, match=wrong + re.escape(repr(content))):
         load_problems(str(path))
     path.write_text(json.dumps({"prompt": messages(content)["messages"], "response": "2"}))

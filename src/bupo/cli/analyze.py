@@ -32,9 +32,7 @@ def analyze(
     statistics: Annotated[
         str, typer.Option(help="More means per site, separated by commas: logprob, rank, varentropy, kl, topK (top5).")
     ] = "",
-    per_token: Annotated[
-        bool, typer.Option("--per-token", help="Write every token's values, per_token.parquet.")
-    ] = False,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Write tokens' values to per_token.parquet.")] = False,
     explore: Annotated[int, typer.Option(min=0, help="Number of responses for the report's token explorer.")] = 0,
     lens: Annotated[
         str | None, typer.Option(help="Lenses, separated by commas: raw, norm, ridge, folders. Default: raw,ridge.")

@@ -17,9 +17,7 @@ def plan(
     config_from: Annotated[Path | None, typer.Option(help="Folder of the model's config.json, or the file.")] = None,
     device: Annotated[str, typer.Option(help="cpu, a100, h100, h200, l4, rtx3090 or rtx4090.")] = "cpu",
     processes: Annotated[int, typer.Option(min=1, help="Number of processes, each on a device of its own.")] = 1,
-    sharding: Annotated[
-        str | None, typer.Option(help="With --processes: ddp (default), fsdp2, zero2 or zero3.")
-    ] = None,
+    sharding: Annotated[str | None, typer.Option(help="With --processes: ddp (default), fsdp2, zero2, zero3.")] = None,
     flops: Annotated[float | None, typer.Option(help="FLOP/s that one device reaches in training.")] = None,
     memory: Annotated[float | None, typer.Option(help="Usable memory of one device in GiB.")] = None,
     prompt_length: Annotated[int | None, typer.Option(min=1, help="Padded length of prompts in tokens.")] = None,

@@ -159,9 +159,7 @@ def plain_messages(messages: Iterable[Any]) -> list[dict[str, str]]:
         texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
         other = any(part.get("type", "text") != "text" for part in parts if isinstance(part, Mapping))
         if other or not all(isinstance(text, str) for text in texts):
-            raise InputError(
-                f"the content of message {number} must be text or a list of text parts, not {shown(content)}"
-            )
+            raise InputError(f"content of message {number} must be text or a list of text parts, not {shown(content)}")
         plain.append({"role": str(turn.get("role") or "user"), "content": "".join(texts)})
     if plain[-1:] and plain[-1]["role"] == "assistant":
         raise InputError("the last message is the assistant's, which the model would be shown; end with the user's")

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from bupo import run_folder
 from bupo.data.grading import Grader
-from bupo.data.problems import Problem
+from bupo.data.problems import Problem, read_rows
 from bupo.errors import InputError
 from bupo.evaluate.config import EvalConfig
 from bupo.evaluate.metrics import task_results
@@ -64,14 +64,6 @@ def write_responses(path: Path, rows: list[Row]) -> None:
     run_folder.write_bytes(path, content.getvalue())
 
 
-def read_responses(path: Path) -> list[Row]:
-    """Read what `write_responses` wrote, or raise `InputError` if the file is damaged."""
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
 def grade(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with reward, status and extracted answer."""
     problems = [
@@ -102,7 +94,7 @@ def regrade(folder: Path, *, log: Log = lambda text: None) -> dict[str, Any]:
     for name in (RESPONSES, RESULTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no finished evaluation: {name} is missing")
-    rows = read_responses(folder / RESPONSES)
+    rows = read_rows(folder / RESPONSES)
     log(f"grading {len(rows)} responses again")
     graded = grade(rows)
     changed = sum(old["status"] != new["status"] for old, new in zip(rows, graded, strict=True))
@@ -125,7 +117,7 @@ def merge_shards(config: EvalConfig, output: Path, log: Log) -> dict[str, Any] |
             raise InputError(f"{folder} was evaluated with other settings than {folders[0]}; evaluate it again")
     results = run_folder.read_json(folders[0] / RESULTS)
     tasks = list(results["tasks"])
-    rows = [row for folder in folders for row in read_responses(folder / RESPONSES)]
+    rows = [row for folder in folders for row in read_rows(folder / RESPONSES)]
     rows.sort(key=lambda row: tasks.index(row["task"]))  # stable: shard after shard
     run_folder.write_json(output / run_folder.RUN_FILE, runs[0])
     return finish(output, results, rows)

@@ -56,13 +56,13 @@ def fake_model(config: Any, dtype: torch.dtype = torch.float32, lora: Any = None
     return model
 
 
-def with_depth(config: Any, depth: int) -> Any:
-    """Return the configuration of the model's first ``depth`` layers."""
+def with_layers(config: Any, kinds: list[str | None]) -> Any:
+    """Return the configuration with a layer of each kind (such as sliding-window attention), in order."""
     cut = deepcopy(config)
     text = cut.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = list(text.layer_types)[:depth]
+    text.num_hidden_layers = len(kinds)
+    if any(kinds):
+        text.layer_types = kinds
     return cut
 
 

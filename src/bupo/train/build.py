@@ -1,6 +1,7 @@
 """From a recipe to a trainer: settings, problems, model, tokenizer and reward, checked before anything is written."""
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import random
@@ -22,7 +23,7 @@ from bupo.models.load import WRAPPERS, load_model
 from bupo.recipe import Recipe, validate
 from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
-from bupo.train.diagnostics import Diagnostics, Draw, check_trackers
+from bupo.train.diagnostics import Diagnostics, Draw
 from bupo.train.effects import without_effect
 from bupo.train.lora import SOURCE, check_lora, load_in_4bit, lora_config
 from bupo.train.rewards import Reward, make_rewards
@@ -165,7 +166,9 @@ def build(recipe: Recipe, folder: Path, say: Callable[[str], None] = print, draw
 
     Raises `InputError`, and leaves ``folder`` as it was, if the recipe does not fit the model, the data or the machine.
     """
-    check_trackers(recipe.report_to)
+    problem = "report_to {0}: the package is not installed (pip install {0}, or leave it out)"
+    if missing := [problem.format(name) for name in recipe.report_to if importlib.util.find_spec(name) is None]:
+        raise ConfigError(missing)
     settings, problems = trainer_config(recipe, folder), _problems(recipe)
     source = recipe.model_dump(include=SOURCE) | load_in_4bit(recipe, settings)
     model, tokenizer = load_model(recipe.model, device="cpu", **source)  # the trainer moves it

@@ -25,11 +25,10 @@ from bupo.train.schedule import Schedule
 STATE_FILE = "bupo_state.json"
 PARTS_FILE = "bupo_state-{}.pt"  # one per process
 _FIXED = [  # settings of BuPOConfig that a resumed run must not change
-    *("internal_lens", "internal_lens_tokens", "internal_lens_refit", "internal_temperature", "estimator"),
-    *("critic_learning_rate", "critic_clip", "gae_gamma"),
-    *("gae_lambda", "trained_layers", "frozen_layers", "upper_learning_rate_scale", "upper_learning_rate_above"),
-    "steps_per_generation",
-    *("num_iterations", "gradient_accumulation_steps", "generation_batch_size", "num_generations", "seed", "guarded"),
+    *("internal_lens", "internal_lens_tokens", "internal_lens_refit", "internal_temperature", "estimator", "seed"),
+    *("critic_learning_rate", "critic_clip", "gae_gamma", "gae_lambda", "trained_layers", "frozen_layers", "guarded"),
+    *("upper_learning_rate_scale", "upper_learning_rate_above", "num_iterations", "gradient_accumulation_steps"),
+    *("steps_per_generation", "generation_batch_size", "num_generations"),
 ]
 
 

@@ -268,24 +268,19 @@ def model_problems(trainer: Any) -> list[str]:
     foreign = trainer.optimizer is not None or (plugin is not None and "optimizer" in plugin.deepspeed_config)
     cast_to = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     casts = args.use_transformers_continuous_batching and cast_to is not None
+    casts = casts and any(str(p.dtype) != f"torch.{cast_to}" for p in model.parameters())
     samples = not (trainer._is_vlm or args.use_vllm or trainer.rollout_func or attends_only(model))
+    samples, liger = samples and padding_changes(model, sampling=True), args.use_liger_kernel and padding_changes(model)
+    fits = trainer.environment_factories is not None and schedule.internal and args.internal_lens == "ridge"
     problems += failed({
         f"upper_learning_rate_above: no layer is above {depth}; set a lower one": above and above == depth,
         "upper_learning_rate_scale needs the trainer's own optimizer; do not pass one, and leave the optimizer out of "
         "DeepSpeed's configuration": above and foreign,
-        "internal_lens ridge samples its responses without environments; name the folder of a saved lens": (
-            trainer.environment_factories is not None and schedule.internal and args.internal_lens == "ridge"
-        ),
-        "this model takes the padding before shorter prompts for text when it samples; sample with use_vllm": (
-            samples and padding_changes(model, sampling=True)
-        ),
-        "use_liger_kernel scores prompts behind padding, which this model takes for text; leave it out": (
-            args.use_liger_kernel and padding_changes(model)
-        ),
+        "internal_lens ridge samples its responses without environments; name the folder of a saved lens": fits,
+        "this model takes the padding before shorter prompts for text when it samples; sample with use_vllm": samples,
+        "use_liger_kernel scores prompts behind padding, which this model takes for text; leave it out": liger,
         f"use_transformers_continuous_batching would turn the trained weights to {cast_to} for good (TRL casts the "
-        f"model to sample); load it with dtype {cast_to}, or set precision float32": (
-            casts and any(str(p.dtype) != f"torch.{cast_to}" for p in model.parameters())
-        ),
+        f"model to sample); load it with dtype {cast_to}, or set precision float32": casts,
     })  # fmt: skip
     if trainer.micro_batches_per_epoch != 0:
         return problems + trainer.alignment_problems(schedule)

@@ -1,6 +1,5 @@
 """Analyses of the model in training: the layer of ``internal_layer: auto``, gradient norms, entropy flows, readings."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bupo.data.rollouts import read_responses
-from bupo.errors import ConfigError, InputError
+from bupo.errors import InputError
 from bupo.lens import layer_choice
 from bupo.lens.analyze import analyze_rollouts
 from bupo.lens.batching import check_rollouts
@@ -33,13 +32,6 @@ Draw = Callable[[Mapping[str, Any], Path, str], Path]
 FLOW_RESPONSES, INSIDE_RESPONSES, FLOW_PANEL = 16, 64, "internal/entropy_flow"
 KEPT_GROUPS = 4  # of a rollout batch
 CHOICE_RESPONSES = 32  # enough for the signs of the FFN entropy change; standard errors enter the rule
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raise `ConfigError` if the package of a tracker is not installed."""
-    problem = "report_to {0}: the package is not installed (pip install {0}, or leave it out)"
-    if missing := [problem.format(name) for name in names if importlib.util.find_spec(name) is None]:
-        raise ConfigError(missing)
 
 
 class Diagnostics(TrainerCallback):

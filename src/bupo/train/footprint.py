@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from bupo.models.fake import fake_model, with_depth
+from bupo.models.fake import fake_model, with_layers
 from bupo.models.layout import find_layout
 from bupo.train.layers import Selection, stop_backward
 from bupo.train.tiles import TILE_TOKENS, WIDEST, tile_width
@@ -77,14 +77,14 @@ def _over_layers(count: Count, config: Any, trained: list[bool]) -> dict[str, in
     trained layer, where the backward pass stops.
     """
     depth, lowest = len(trained), (*trained, True).index(True)
-    if depth <= 4:
-        return count(with_depth(config, depth), trained)
     kinds = list(getattr(config.get_text_config(), "layer_types", None) or depth * [None])[:depth]
+    if depth <= 4:
+        return count(with_layers(config, kinds), trained)
     layers = [(kinds[i], trained[i], i >= lowest) for i in range(depth)]
     start = [*layers[:lowest][:2], *2 * layers[lowest : lowest + 1]]
 
     def counted(chosen: list[Any]) -> dict[str, int]:
-        return count(_with_kinds(config, [kind for kind, *_ in chosen]), [one for _, one, _ in chosen])
+        return count(with_layers(config, [kind for kind, *_ in chosen]), [one for _, one, _ in chosen])
 
     few = total = counted(start)
     for layer in dict.fromkeys(layers):
@@ -92,14 +92,6 @@ def _over_layers(count: Count, config: Any, trained: list[bool]) -> dict[str, in
         times = layers.count(layer) - start.count(layer)
         total = {name: total[name] + (more[name] - few[name]) * times // 2 for name in few}
     return total
-
-
-def _with_kinds(config: Any, kinds: list[str | None]) -> Any:
-    """The configuration with one layer of each kind (such as full and sliding-window attention), in order."""
-    cut = with_depth(config, len(kinds))
-    if any(kinds):
-        cut.get_text_config().layer_types = kinds
-    return cut
 
 
 def _training_model(config: Any, work: Workload, internal: bool, trained: list[bool]) -> Any:
