@@ -39,9 +39,14 @@ def styled(**more: Any) -> Iterator[None]:
         yield
 
 
+def new_figure(width: float = 7.2, height: float = 3.9) -> Figure:
+    """Return an empty figure of so many inches (without pyplot, so there is nothing global to close)."""
+    return Figure(figsize=(width, height))
+
+
 def grid(number: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     """Return a figure and its ``number`` panels in rows of ``columns``; ``options`` go to ``Figure.subplots``."""
-    figure = Figure(figsize=(width, height))  # without pyplot, so there is nothing global to close
+    figure = new_figure(width, height)
     panels = list(figure.subplots(-(-number // columns), columns, squeeze=False, **options).flat)
     for axes in panels[number:]:
         axes.remove()
