@@ -1,7 +1,5 @@
 """Shared by all tests: no network, one thread, and the optional data folder beside the repository."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Readings in other trainers: the same weights as without them, in the log, in trackers, in files and in the report."""
 
-from __future__ import annotations
-
 import copy
 import json
 from functools import partial

@@ -1,7 +1,5 @@
 """The arithmetic of the experiments, and that the pages agree with the result files."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

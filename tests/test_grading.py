@@ -1,7 +1,5 @@
 """`bupo.grading` by itself: as a reward of TRL and of verl, by text, and without a training library."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

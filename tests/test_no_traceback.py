@@ -3,8 +3,6 @@
 Each property is tried with 20 or 50 cases, always the same, and with 1,000 random ones by `make test-slow`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import signal

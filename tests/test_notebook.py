@@ -1,7 +1,5 @@
 """`bupo.look` and `bupo.read_results`: inline, safe whatever the texts are, with the same numbers as the commands."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from html.parser import HTMLParser

@@ -1,7 +1,5 @@
 """The notebooks run from top to bottom in an empty folder; their sizes are lowered to what a test can wait for."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """`bupo plan` against what is counted by other means: parameters, operations, bytes alive in a real update."""
 
-from __future__ import annotations
-
 import json
 import sys
 from copy import deepcopy

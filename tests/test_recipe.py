@@ -1,7 +1,5 @@
 """Recipes: reading, changing, checking, the batch arithmetic."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Every recipe in recipes/: the paper's numbers, and two rollout batches of each phase on a tiny model like its own."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The wheel holds everything that an installed bupo needs: it works from another folder, without the repository."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

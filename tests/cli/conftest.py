@@ -1,7 +1,5 @@
 """Runs bupo in process, as a user does."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`bupo analyze` as a user runs it, in process: results, refusals (one clear line, exit code 2, nothing written)."""
 
-from __future__ import annotations
-
 import errno
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`bupo compare` as a user runs it, and its figure."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The whole path in small: analyse, train twice, evaluate three models, one page that says what was found."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`bupo doctor`: its checks pass here, and find what is wrong."""
 
-from __future__ import annotations
-
 import json
 
 import torch

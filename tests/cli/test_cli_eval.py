@@ -1,7 +1,5 @@
 """`bupo eval` as a user runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """`bupo lens` and `bupo analyze --lens` as a user runs them, on the shipped model."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

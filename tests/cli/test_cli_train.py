@@ -1,7 +1,5 @@
 """`bupo train` as a user runs it, in process, on a tiny random model."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """Launch configurations, and what a training run says when memory runs out or an engine cannot do what was asked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

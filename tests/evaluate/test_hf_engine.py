@@ -1,7 +1,5 @@
 """Sampling with transformers: the model's distribution, repeatable, and the same for every layout of the zoo."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Pass@K, intervals and paired tests against enumeration and simulation."""
 
-from __future__ import annotations
-
 from itertools import combinations, product
 from math import comb
 

@@ -1,7 +1,5 @@
 """Whole evaluations: results, continuing after a kill, shards, and grading again."""
 
-from __future__ import annotations
-
 import json
 
 import datasets

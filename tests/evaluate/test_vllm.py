@@ -1,7 +1,5 @@
 """Real vLLM on the CPU: against transformers on SmolLM2 (`make smollm2`), and as the sampler of a training run."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Lenses: identities, the least squares fit, saved and published files, and policies read through a lens."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

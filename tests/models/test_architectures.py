@@ -1,7 +1,5 @@
 """Every family of the zoo: residual writes, internal policies, decoding, analysis, and the errors of those refused."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """`internal_policy`: gradients, wrappers, what it restores and what it refuses; its logits are checked on the zoo."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

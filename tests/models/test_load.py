@@ -1,7 +1,5 @@
 """Loading models: which device they get, and whether an error tells its cause."""
 
-from __future__ import annotations
-
 import json
 import ssl
 import warnings

@@ -1,7 +1,5 @@
 """Internal policies of vision-language models whose prompts have images, against hooks on an ordinary forward."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

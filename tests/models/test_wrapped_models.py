@@ -1,7 +1,5 @@
 """Language decoders inside multimodal models, quantised weights and models spread by a device map."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accelerate import dispatch_model

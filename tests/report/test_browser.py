@@ -1,7 +1,5 @@
 """The page in a real browser: it renders, asks the network for nothing, and hovering works; hostile text stays text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The figures carry the values of the result files; what is incomplete is refused before anything is written."""
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import pairwise

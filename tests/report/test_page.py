@@ -1,7 +1,5 @@
 """What evaluations show in words, the page, and the command that makes it; no browser, no torch."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The page of a sweep: tables, verdicts no stronger than their intervals, figures, layer map."""
 
-from __future__ import annotations
-
 import pytest
 
 from bupo.cli import main

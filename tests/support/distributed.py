@@ -4,8 +4,6 @@ accelerate 1.15 turns FSDP2 on for accelerators only. `enable_fsdp2_on_cpu` lift
 it (wrapping, the optimizer's parameters, gradient clipping, checkpoints) is accelerate's and transformers' own code.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

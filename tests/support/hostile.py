@@ -1,7 +1,5 @@
 """More than a thousand answers made to hang, exhaust, crash or fool a grader; all are wrong for the gold answer 4."""
 
-from __future__ import annotations
-
 import random
 
 GOLD = "4"

@@ -1,7 +1,5 @@
 """Responses, unembeddings and their definitions in float64, for the tests of the lens."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """Tiny runs of transformers' ``Trainer`` and of TRL's trainers, with gradient checkpointing and dropout."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

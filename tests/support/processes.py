@@ -1,7 +1,5 @@
 """Processes of their own for tests, forked from a server that has imported everything once: imports cost the most."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Small result files of every kind that a report reads, and the hostile text that must not escape on its page."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

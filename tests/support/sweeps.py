@@ -1,7 +1,5 @@
 """Rows of sweeps, and a stand-in for bupo that trains and evaluates in no time (run as a program)."""
 
-from __future__ import annotations
-
 import json
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Tiny random-weight models of every layout, built in memory: no download, a few thousand parameters."""
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -1,7 +1,5 @@
 """Shared by the training tests: a tiny tokenizer, a reward with signal, trainers on a tiny random model, references."""
 
-from __future__ import annotations
-
 import copy
 import os
 import signal

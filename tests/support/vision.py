@@ -1,7 +1,5 @@
 """Tiny random vision-language models of three kinds, their processors, and prompts with images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

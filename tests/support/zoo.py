@@ -1,7 +1,5 @@
 """Decoder-only families of transformers as tiny random models, each with the options that make its layout special."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks of an architecture: its internal policies against states of an ordinary forward, recorded without bupo."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Grids: what is refused before anything runs, and the shipped ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

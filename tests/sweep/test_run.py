@@ -1,7 +1,5 @@
 """`bupo sweep` and `bupo power`, with a stand-in for the commands that a sweep runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The statistics of sweeps against hand-worked values, definitions and simulations."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import scipy.stats

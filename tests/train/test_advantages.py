@@ -1,7 +1,5 @@
 """Advantage estimators against enumerated small cases, and in training with every kind of schedule."""
 
-from __future__ import annotations
-
 import math
 from statistics import mean, stdev
 

@@ -1,7 +1,5 @@
 """The card beside a trained model, and its upload, up to the network."""
 
-from __future__ import annotations
-
 import re
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The check before a run: it changes nothing, measures what it says, and stops or warns for the right reasons."""
 
-from __future__ import annotations
-
 import json
 import random
 

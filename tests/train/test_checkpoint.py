@@ -1,7 +1,5 @@
 """Checkpoints: saved between rollout batches, complete or not used, and exact when resumed."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The settings: what command lines and files may hold, the defaults, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 

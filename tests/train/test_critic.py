@@ -1,7 +1,5 @@
 """PPO: generalised advantages against enumerated small cases, and the critic in training."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

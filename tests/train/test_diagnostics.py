@@ -1,7 +1,5 @@
 """What a run shows beside its log: trackers, the entropy flow, gradient norms by group, and readings of its inside."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 

@@ -1,7 +1,5 @@
 """Two processes against one, over gloo on the CPU: DDP and FSDP2, across the switch of phases and after a resume."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

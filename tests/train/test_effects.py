@@ -1,7 +1,5 @@
 """Every setting of the trainer that a recipe accepts changes the trained weights or the log of a tiny run."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support.training import same_weights, trained, untimed_log, weights

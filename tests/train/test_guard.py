@@ -1,7 +1,5 @@
 """The phase guard: its rules on made-up signals, and what the monitor and the trainer do with its decisions."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """`kill -9` at any point of a run, then --resume, until it ends: the same weights and log as the run left in peace."""
 
-from __future__ import annotations
-
 import random
 import signal
 

@@ -1,7 +1,5 @@
 """Comparison methods: frozen lower layers, and a smaller learning rate for upper layers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig

@@ -1,7 +1,5 @@
 """Prompts of unequal length: scores in training, and the critic's values, are those of each response alone."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest

@@ -1,7 +1,5 @@
 """What TRL's own tests of its trainer exercise, on runs with an internal phase: images, tools, streams, callbacks."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

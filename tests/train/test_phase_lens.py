@@ -1,7 +1,5 @@
 """The lens of an internal phase: when it is fitted, what it leaves alone, and its log."""
 
-from __future__ import annotations
-
 import torch
 
 from bupo import Lens

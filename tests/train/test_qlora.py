@@ -1,7 +1,5 @@
 """QLoRA: a tiny model in 4 bits, adapters up to the layer in phase 1, all of them in phase 2, and what is saved."""
 
-from __future__ import annotations
-
 import importlib.util
 from types import SimpleNamespace
 

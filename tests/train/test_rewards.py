@@ -1,7 +1,5 @@
 """Rewards that are no finite number stop before anything is trained on them; None leaves a response out."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

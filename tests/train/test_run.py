@@ -1,7 +1,5 @@
 """Rewards, memory that runs out, and adapters: what a run makes of each."""
 
-from __future__ import annotations
-
 import math
 import shutil
 

@@ -1,7 +1,5 @@
 """The schedule against a simulation of TRL's buffering, over every combination of batch settings."""
 
-from __future__ import annotations
-
 import itertools
 import json
 

@@ -1,7 +1,5 @@
 """Narrow tiles of the head in an internal phase: the same policy, and TRL's width afterwards."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The trainer: what an internal phase changes and what it must not, on tiny random models."""
 
-from __future__ import annotations
-
 import math
 from unittest import mock
 

@@ -4,8 +4,6 @@ Tokens of the explorer are text that a model wrote: they reach the page only ins
 can end, and the script shows them as text.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -25,6 +23,7 @@ from bupo.report import analysis_figures, evaluations, inside_figures, style, sw
 from bupo.report.evaluations import Conclusion, compare_evaluations, conclude
 from bupo.report.logs import TrainingRun, load_readings
 from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens, ResultFile
+from bupo.report.sweeps import Sweep
 from bupo.run_folder import RUN_FILE, read_json
 from bupo.sweep.rows import ROWS_FILE, is_rows, read_rows
 
@@ -49,7 +48,7 @@ class ReportData:
     runs: list[tuple[str, TrainingRun]] = field(default_factory=list)
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
     comparisons: list[tuple[str, Comparison]] = field(default_factory=list)
-    sweeps: list[tuple[str, sweeps.Sweep]] = field(default_factory=list)
+    sweeps: list[tuple[str, Sweep]] = field(default_factory=list)
     tokens: list[tuple[str, ExploredTokens]] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)  # see `evaluations`
     notes: list[str] = field(default_factory=list)
@@ -120,7 +119,7 @@ def _read(name: str, path: Path, data: ReportData) -> None:
         if file.name == ROWS_FILE or is_rows(file):
             if not (rows := read_rows(file)):
                 raise InputError(f"{file} holds no row of a sweep yet")
-            data.sweeps.append((name, sweeps.Sweep(rows)))
+            data.sweeps.append((name, Sweep(rows)))
             continue
         if file.suffix == ".jsonl":
             data.runs.append((name, TrainingRun.load(file)))
