@@ -145,10 +145,9 @@ class _Plan:
     def _set_phases(self, depth: int) -> None:
         """Set the phases, the full policy's last, and notes on what is assumed about them."""
         schedule, guess = self.settings.schedule(), max(1, depth // 6)
+        auto = any(phase.layer == "auto" for phase in schedule.internal)
         self.notes = failed({
-            f"internal_layer auto is assumed to be layer {guess}, a sixth of the depth": any(
-                phase.layer == "auto" for phase in schedule.internal
-            ),
+            f"internal_layer auto is assumed to be layer {guess}, a sixth of the depth": auto,
             "internal_steps auto may end earlier; its copy of the weights is not counted": self.settings.guarded,
             "the critic of estimator ppo is counted as a second policy": self.settings.estimator == "ppo",
         })  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bupo.cli import main
-from bupo.errors import InputError
+from bupo.errors import BupoError, InputError
 from bupo.report.page import collect
 from bupo.sweep import run
 from bupo.sweep.rows import append_row, is_rows, read_rows
@@ -106,6 +106,13 @@ def test_an_evaluation_that_would_fail_is_refused_before_training(evaluate, said
     assert main(["sweep", str(grid), "--output", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_training_without_its_log_gives_no_row(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"result": {"model": "m", "phase_end": None, "internal_layer": 1}}))
+    with pytest.raises(BupoError, match=r"log\.jsonl is missing or empty; remove .* to train again"):
+        run._of_training(tmp_path)
 
 
 def test_rows_are_never_torn(tmp_path):

@@ -33,9 +33,7 @@ def evaluate(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     internal_layer: Annotated[int | None, typer.Option(min=1, help="Sample from this layer's policy (from 1).")] = None,
-    internal_lens: Annotated[
-        str, typer.Option(metavar="raw|norm|FOLDER", help="Lens through which that layer is read.")
-    ] = "raw",
+    internal_lens: Annotated[str, typer.Option(metavar="raw|norm|FOLDER", help="Lens that reads that layer.")] = "raw",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     shard: Annotated[

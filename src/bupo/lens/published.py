@@ -50,16 +50,15 @@ def _load(source: str) -> dict[Any, Any]:
 
 def _fetch(source: str) -> Path:
     """The local file of this name, or else the file on the hub."""
-    path = Path(source).expanduser()
-    space = source.startswith(_SPACES)
+    if (path := Path(source).expanduser()).is_file():
+        return path
     owner, _, rest = source.removeprefix(_SPACES).partition("/")
     repository, _, name = rest.partition("/")
-    if path.is_file() or not name or source.startswith(("/", ".", "~")):
-        if not path.is_file():
-            raise InputError(f"lens {source} does not exist; name a file, a folder or OWNER/REPOSITORY/PATH on the hub")
-        return path
+    if not name or source.startswith(("/", ".", "~")):
+        raise InputError(f"lens {source} does not exist; name a file, a folder or OWNER/REPOSITORY/PATH on the hub")
+    kind = "space" if source.startswith(_SPACES) else "model"
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", name, repo_type="space" if space else "model"))
+        return Path(hf_hub_download(f"{owner}/{repository}", name, repo_type=kind))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"lens {source} is no local file and cannot be read from the hub: {reason}") from error

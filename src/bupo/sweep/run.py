@@ -5,7 +5,6 @@ each run that is not finished ``unfinished/ARM-SEED``: recipe, log, training and
 """
 
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -28,7 +27,7 @@ from bupo.run_folder import read_json, write_json, write_text
 from bupo.sweep.grid import Grid
 from bupo.sweep.rows import START, Row, append_row
 from bupo.train.checkpoint import last_checkpoint
-from bupo.train.log import LOG_FILE
+from bupo.train.log import LOG_FILE, read_log
 
 CURVES = ("reward", "entropy", "internal_entropy", "mean_length", "perplexity", "internal/divergence", "grad_norm")
 PROGRAM = [sys.executable, "-m", "bupo"]
@@ -199,8 +198,9 @@ def _result(training: Path) -> dict[str, Any]:
 
 def _of_training(training: Path) -> Row:
     """The parts of a row that come from a training run."""
-    result, lines = _result(training), (training / LOG_FILE).read_text(encoding="utf-8").splitlines()
-    log = [row for row in map(json.loads, lines) if "rollout" in row]
+    result, log = _result(training), [row for row in read_log(training / LOG_FILE) if "rollout" in row]
+    if not log:
+        raise BupoError(f"{training / LOG_FILE} is missing or empty; remove {training} to train again")
     curves = {name: [_rounded(row.get(name)) for row in log] for name in CURVES}
     found = {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
     found["curves"] = {name: values for name, values in curves.items() if set(values) != {None}}
