@@ -42,7 +42,7 @@ def test_a_sweep_writes_a_row_per_run_and_skips_what_has_one(sweep):
     assert {arm: sorted(own) for arm, own in read_rows(out).items()} == {"start": [0], "grpo": [0, 1]}
     row = read_rows(out)["grpo"][1]
     assert row["changes"] == {"learning_rate": 0.125}
-    assert row["curves"] == {"reward": [0.25], "entropy": [1.0]}
+    assert row["curves"] == {"reward": [0.25], "entropy": [1.0], "update_seconds": [2.0]}
     assert row["update_seconds"] == 2.0
     assert list(row["tasks"]["arithmetic"].values()) == [2, 0.5, "1 2", 3.0, 0.0, 0.0]
     assert "commit" not in row  # the grid lies in no repository

@@ -79,7 +79,9 @@ def write_card(folder: Path, recipe: Recipe, record: Mapping[str, Any], log: Ite
         rewards=f"{result['reward_first']} → {result['reward_last']}",
         seed=record["seed"],
         software=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        held_out=f"On the recipe's held-out problems:\n\n{measured}" if measured else "No problems were held out.",
+        held_out=f"On the recipe's held-out problems:\n\n{measured}"
+        if measured
+        else "The run had no held-out problems.",
         recipe=yaml.safe_dump({k: v for k, v in config.items() if v is not None}, sort_keys=False).strip(),
         citation=PAPER["citation"],
     )
