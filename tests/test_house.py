@@ -23,7 +23,7 @@ SOURCE = ROOT / "src" / "bupo"
 FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "matplotlib", "jinja2", "pyarrow")
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 8
-TOTAL_LINES = {"src": 9_500, "tests": 7_500}
+TOTAL_LINES = {"src": 9_197, "tests": 7_338}
 # lines that features add which are newer than these limits
 ADDED = {
     "grading rules": {"src": 120, "tests": 70},
