@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from bupo.report.inside_figures import training_figure
 from bupo.report.results import TrainingReading
-from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, looks, new_figure, save, styled
+from bupo.report.style import BLUE, CYCLE, INK, MARKERS, RED, SOFT, layer_axis, new_figure, save, styled
+from bupo.report.sweeps import Sweep, learning_curves
 from bupo.sweep.rows import Rows, read_rows
+from experiments import record
 from experiments.summary import RESULTS, read_lines
 
 if TYPE_CHECKING:
@@ -25,12 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images" / "evidence"
-NAMES = {
-    "grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO", "norm": "BuPO, final norm",
-    "temperature": "BuPO, fitted temperature", "frozen4": "GRPO, layers 1-4 frozen",
-    "upper0.1": "GRPO, 0.1 x rate above 4", "layer2": "BuPO, layer 2", "layer6": "BuPO, layer 6",
-    "layer8": "BuPO, layer 8",
-}  # fmt: skip
 
 
 def result(name: str) -> Any:
@@ -41,42 +37,44 @@ def result(name: str) -> Any:
 # -- comparisons -------------------------------------------------------------------------------------------------------
 
 
-def dots(name: str) -> Callable[[], Figure]:
-    """Draw the differences from the baseline, one panel per task and metric.
+def record_differences() -> Figure:
+    """Draw the differences of the runs of record from GRPO, one panel per task and metric.
 
-    Each seed is a small dot, the interval over seeds a line, the interval over problems a pale band.
+    Each seed is a small dot, the interval over seeds and problems a line, the interval over problems a pale band.
     """
+    found = result("record")["families"]["end"]
+    titles = {
+        "primary": "Held-out, Avg@8",
+        "arithmetic pass": "Held-out, Pass@8",
+        "arithmetic-hard avg": "Harder, Avg@8",
+    }
+    with styled(axes__grid__axis="x"):
+        figure = new_figure(8.4, 1.2 + 0.45 * len(found))
+        for axes, (key, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+            for place, row in enumerate(found):
+                away = row["primary"] if key == "primary" else row["secondary"][key]
+                _difference(axes, place, away, CYCLE[place + 1])  # as in the curves, after GRPO
+            axes.axvline(0, color=SOFT, linewidth=1.2)
+            axes.set_yticks(range(len(found)), [record.NAMES[row["arm"]] for row in found])
+            axes.set_ylim(len(found) - 0.5, -0.5)
+            axes.tick_params(axis="y", length=0)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("points above GRPO")
+    return figure
 
-    def draw() -> Figure:
-        found = result(name)
-        panels = [(task, metric, t) for task, metrics in found["tasks"].items() for metric, t in metrics.items()]
-        with styled(axes__grid__axis="x"):
-            figure = new_figure(8.4, 0.9 + 1.15 * max(len(t.get("minus_baseline", {})) for _, _, t in panels))
-            grid = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False, sharey=True)
-            for axes, (task, metric, table) in zip(grid.T.flat, panels, strict=False):
-                _difference_panel(axes, table, "BuPO, layer 4" if name == "layers" else "BuPO")
-                base = table["arms"][table["baseline"]]["mean"]
-                axes.set_title(f"{_task(task)}, {metric.capitalize()}", fontsize=10)
-                axes.set_xlabel(f"points over {NAMES[table['baseline']]} ({base:.1f} %; start {table['start']:.1f} %)")
-        return figure
 
-    return draw
+def _difference(axes: Axes, place: int, away: dict[str, Any], colour: str) -> None:
+    axes.plot(away["each"], [place] * len(away["each"]), ".", color=colour, alpha=0.45, markersize=7)
+    axes.plot(away["ci_problems"], [place, place], color=colour, alpha=0.2, linewidth=9, solid_capstyle="butt")
+    if away["ci_both"]:
+        axes.plot(away["ci_both"], [place, place], color=colour, linewidth=2.2)
+    axes.plot(away["mean"], place, marker="o", color=colour, markersize=8, markeredgecolor="white")
 
 
-def _difference_panel(axes: Axes, table: dict[str, Any], bupo: str) -> None:
-    rows = list(table["minus_baseline"].items())
-    for place, (arm, away) in enumerate(rows):
-        colour, marker = (RED, "^") if arm == "bupo" else (CYCLE[0], "o")
-        axes.plot(list(away["each"].values()), [place] * len(away["each"]), ".", color=colour, alpha=0.45, markersize=7)
-        band = {"color": colour, "alpha": 0.2, "linewidth": 9, "solid_capstyle": "butt"}
-        axes.plot(away["ci95_problems"], [place, place], **band)
-        if "ci95" in away:
-            axes.plot(away["ci95"], [place, place], color=colour, linewidth=2.2)
-        axes.plot(away["mean"], place, marker=marker, color=colour, markersize=8, markeredgecolor="white")
-    axes.axvline(0, color=SOFT, linewidth=1.2)
-    axes.set_yticks(range(len(rows)), [{**NAMES, "bupo": bupo}.get(arm, arm) for arm, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
+def record_curves() -> Figure:
+    """Draw the reward of the main arms of the runs of record: means over seeds, bands of two standard errors."""
+    rows = read_rows(RESULTS / "record.jsonl")
+    return learning_curves(Sweep({record.NAMES[arm]: rows[arm] for arm in ["grpo", *record.MAIN] if arm in rows}))
 
 
 def _task(name: str) -> str:
@@ -214,61 +212,6 @@ def _error(found: list[float]) -> float:
     return statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
 
 
-def flow() -> Figure:
-    """Entropy of each layer's policy, and KL from layer l to each later layer, on the same responses before and after.
-
-    Thin lines are seeds; l is the layer that the internal phase trains.
-    """
-    rows = read_rows(RESULTS / "inside.jsonl")
-    with styled():
-        figure = new_figure(9.8, 3.6)
-        level, change, later = figure.subplots(1, 3)
-        look = looks([name for name, _, _ in INSIDE])
-        for number, (name, arm, _) in enumerate(INSIDE):
-            if arm not in rows:
-                continue
-            colour, marker = look[name]
-            first = [row["inside"][0]["entropy"]["mean"] for row in rows[arm].values()]
-            last = [row["inside"][-1]["entropy"]["mean"] for row in rows[arm].values()]
-            x = range(1, len(first[0]) + 1)
-            mean = [statistics.fmean(values) for values in zip(*last, strict=True)]
-            _later(later, list(rows[arm].values()), colour, marker, before=number == 0)
-            if number == 0:
-                before = [statistics.fmean(values) for values in zip(*first, strict=True)]
-                level.plot(x, before, color=INK, linestyle=(0, (4, 2)), label="before")
-            level.plot(x, mean, color=colour, marker=marker, label=name)
-            each = [_minus(b, a) for a, b in zip(first, last, strict=True)]
-            for one in each:
-                change.plot(x, one, color=colour, alpha=0.3, linewidth=1)
-            means = [statistics.fmean(values) for values in zip(*each, strict=True)]
-            change.plot(x, means, color=colour, marker=marker)
-            for axes in (level, change):
-                layer_axis(axes, len(first[0]))
-                axes.set_xlabel("layer")
-        change.axhline(0, color=SOFT, linewidth=1.2)
-        level.set_title("Entropy of the layer policies (nats)", fontsize=10)
-        change.set_title("Its change over training (nats)", fontsize=10)
-        later.set_title("KL(layer l || layer m) (nats)", fontsize=10)
-        later.set_xlabel("layer m; then the output")
-        for axes in (level, later):
-            axes.set_ylim(bottom=0)
-        figure.legend(*level.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
-def _later(axes: Axes, runs: list[dict[str, Any]], colour: str, marker: str, *, before: bool) -> None:
-    """Draw the KL from layer l to the layers l + 1 to L and to the output, after training and (once) before it."""
-    layer = runs[0]["inside"][0]["layer"]
-    states: list[tuple[int, dict[str, Any]]] = [(-1, {"color": colour, "marker": marker})]
-    if before:
-        states.append((0, {"color": INK, "linestyle": (0, (4, 2))}))
-    for place, look in states:
-        each = [run["inside"][place]["divergence"]["mean"] for run in runs]
-        x = range(layer + 1, layer + 1 + len(each[0]))
-        axes.plot(x, [statistics.fmean(values) for values in zip(*each, strict=True)], **look)
-        axes.set_xticks(list(x), [*map(str, x[:-1]), "out"])
-
-
 # -- architectures -----------------------------------------------------------------------------------------------------
 
 
@@ -318,30 +261,18 @@ def _some(lines: list[dict[str, Any]], tied: bool, data: str) -> list[dict[str, 
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "main": dots("main"),
-    "main_smollm2": dots("main_smollm2"),
-    "dynamics_smollm2": curves(
-        "smollm2",
-        {"grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO, layer 6"},
-        switch=2,
-        near=0,
-        shown=2,
-    ),
+    "record": record_differences,
+    "record_curves": record_curves,
     "twice_smollm2": curves(
         "smollm2", {"grpo20": "GRPO", "bupo20": "BuPO, layer 6"}, 2, near=0, shown=2, seeds=range(5), each=True
     ),
     "steps": steps,
-    "dynamics": curves("small", {"grpo": "0 (GRPO)", "bupo": "8", "steps16": "16", "steps30": "30", "steps45": "45"}),
-    "layer": dots("layers"),
     "layer_dynamics": curves(
         "small",
         {"grpo": "GRPO", "layer2": "layer 2", "bupo": "layer 4", "layer6": "layer 6", "layer8": "layer 8"},
         switch=8,
     ),
-    "reading": dots("reading"),
-    "rates": dots("rates"),
     "inside": inside,
-    "flow": flow,
     "styles": styles,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ def difference(rows: Rows, one: str, other: str, task: str, metric: str) -> dict
     if not seeds:
         return None
     away = 100 * paired(rows[one], rows[other], task, seeds, metric)
-    return {**rounded(describe(away)), "seeds": len(seeds), "p": paired_p(away.mean(axis=1))}
+    each = away.mean(axis=1)
+    return {**rounded(describe(away)), "seeds": len(seeds), "each": rounded(each.tolist()), "p": paired_p(each)}
 
 
 def family(rows: Rows, pairs: Sequence[tuple[str, str]], *, tested: bool = True) -> list[dict[str, Any]]:
@@ -169,7 +171,7 @@ def make() -> dict[str, Any] | None:
 
 
 def markdown(found: Mapping[str, Any], what: str) -> str:
-    """One table: ``tuning``, ``speed``, or a family."""
+    """One table: ``tuning``, ``speed``, or a family; `FileNotFoundError` before any of its pairs has run."""
     if what == "tuning":
         rows = [f"| arm | {' | '.join(RATES)} | taken |", "| --- |" + " --- |" * (len(RATES) + 1)]
         for arm, one in found["tuning"].items():
@@ -183,6 +185,8 @@ def markdown(found: Mapping[str, Any], what: str) -> str:
             away = " | | | " if "p" not in one else f" {_away(one, 'ci_seeds')} | {_tested(one)} | {_time(one)}"
             rows.append(f"| {NAMES[one['arm']]} | {one['batches']:.1f} | {one['never']} of {one['seeds']} |{away} |")
         return "\n".join(rows)
+    if not found["families"][what]:
+        raise FileNotFoundError(f"no pair of the family {what} has run")
     tested = what != "described"
     tests, more = tested * " Holm p | verdict |", " harder, points | Pass@8, points | time of updates |"
     rows = [f"| arm | Avg@8, % | minus | seeds | points [95 % over seeds and problems] |{tests}{more}"]
@@ -218,4 +222,5 @@ if __name__ == "__main__":
     if (result := make()) is not None:
         write_json(RESULTS / "record.json", result)
         for name in ("tuning", "end", "controls", "described", "speed"):
-            print(f"{name}\n{markdown(result, name)}\n")
+            with suppress(FileNotFoundError):
+                print(f"{name}\n{markdown(result, name)}\n")

@@ -32,7 +32,7 @@ from bupo.evaluate.hf_engine import sample
 from bupo.run_folder import machine, versions, write_json
 from experiments.smollm2_sums import sums, write_rows
 
-ENOUGH, EVERY, TESTED = 1 / 3, 10, 64  # share of right samples, updates between tests, sums in a test
+ENOUGH, EVERY, TESTED = 1 / 3, 5, 64  # share of right samples, updates between tests, sums in a test
 
 
 def task(seed: int = 3) -> dict[str, list[dict[str, str]]]:
@@ -81,7 +81,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained("models/smollm2")
     rows = [{"prompt": row["prompt"], "completion": f" \\boxed{{{row['answer']}}}"} for row in sets["other"]]
     settings = SFTConfig(
-        output_dir=str(out / "checkpoints"), max_steps=200, per_device_train_batch_size=32, learning_rate=2e-5,
+        output_dir=str(out / "checkpoints"), max_steps=200, per_device_train_batch_size=32, learning_rate=1e-4,
         warmup_steps=5, lr_scheduler_type="constant_with_warmup", save_strategy="no", report_to=[], seed=0, bf16=False,
         gradient_checkpointing=False, logging_steps=EVERY, disable_tqdm=True,
     )  # fmt: skip
