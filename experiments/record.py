@@ -44,12 +44,14 @@ NAMES = {
 }  # fmt: skip
 
 
-def verdict(ends: Sequence[float] | None, p: float | None, margin: float) -> str:
+def verdict(
+    ends: Sequence[float] | None, p: float | None, margin: float, words: tuple[str, str] = ("higher", "lower")
+) -> str:
     """The protocol's words for an interval and a corrected p-value; ``margin`` and interval in the same units."""
     if ends is None:
         return "one seed"
     if p is not None and p < 0.05 and ends[0] * ends[1] > 0:
-        return "higher" if ends[0] > 0 else "lower"
+        return words[ends[0] < 0]
     if -margin <= ends[0] and ends[1] <= margin:
         return f"no difference larger than {margin:g}"
     return "not shown either way"
@@ -80,10 +82,10 @@ def family(rows: Rows, pairs: Sequence[tuple[str, str]], *, tested: bool = True)
     return found
 
 
-def correct(differences: Mapping[str, dict[str, Any]], interval: str, margin: float) -> None:
-    """Add ``p_holm`` and ``verdict`` to the members of a family."""
+def correct(differences: Mapping[str, dict[str, Any]], interval: str, *how: Any) -> None:
+    """Add ``p_holm`` and ``verdict`` (with ``how``: margin and words) to the members of a family."""
     for name, p in holm({name: away["p"] for name, away in differences.items()}).items():
-        differences[name] |= {"p_holm": p, "verdict": verdict(differences[name][interval], p, margin)}
+        differences[name] |= {"p_holm": p, "verdict": verdict(differences[name][interval], p, *how)}
 
 
 def rate_of(rows: Rows, arm: str) -> tuple[str, dict[str, float]]:
@@ -129,7 +131,7 @@ def speed(rows: Rows, level: float) -> list[dict[str, Any]]:
             seconds = [[_seconds(rows[a][s], reached[a][s]) for a in (arm, "grpo")] for s in common]
             one["update_time"] = ratio([own / base for own, base in seconds])
         found.append(one)
-    correct({one["arm"]: one for one in found if "p" in one}, "ci_seeds", 2.0)
+    correct({one["arm"]: one for one in found if "p" in one}, "ci_seeds", 2.0, ("later", "sooner"))
     return found
 
 
