@@ -4,10 +4,10 @@ Run ``make smollm2``, then (the time on one core is in what it writes)::
 
     OMP_NUM_THREADS=1 python -m experiments.warm_smollm2 --out models/smollm2-warm
 
-It writes the task, ``train.jsonl``, ``held-out.jsonl`` (sums and differences of two two-digit numbers without overlap)
-and ``shifted.jsonl`` (three two-digit, or two three-digit numbers), and trains the model by supervision (TRL's trainer)
-on *other* sums, most of two-digit numbers too. It tests the model on sums of ``train.jsonl`` every few updates and
-stops as soon as a third of its samples are right. ``warm-up.json`` holds the curve.
+It writes the task, ``train.jsonl``, ``held-out.jsonl`` (sums and differences of three one-digit numbers) and
+``shifted.jsonl`` (four one-digit, or two two-digit numbers), without overlap, and trains the model by supervision
+(TRL's trainer) on *other* sums, most of three one-digit numbers too. It tests the model on sums of ``train.jsonl`` every
+few updates and stops as soon as a third of its samples are right. ``warm-up.json`` holds the curve.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ ENOUGH, EVERY, TESTED = 1 / 3, 5, 64  # share of right samples, updates between 
 
 def task(seed: int = 3) -> dict[str, list[dict[str, str]]]:
     """The three sets of the task, and the other sums that the warm-up shows."""
-    two = sums(2, 2, 2560, seed)
-    shifted = sums(3, 2, 64, seed + 1) + sums(2, 3, 64, seed + 2)
-    other = two[1536:] + sums(2, 1, 150, seed + 3)
+    three = sums(3, 1, 2200, seed)
+    shifted = sums(4, 1, 64, seed + 1) + sums(2, 2, 64, seed + 2)
+    other = three[1536:] + sums(2, 1, 150, seed + 3)
     random.Random(seed).shuffle(other)
-    return {"held-out": two[:256], "train": two[256:1536], "shifted": shifted, "other": other}
+    return {"held-out": three[:256], "train": three[256:1536], "shifted": shifted, "other": other}
 
 
 class StopsAtEnough(TrainerCallback):
