@@ -6,8 +6,8 @@ Run ``make smollm2``, then (the time on one core is in what it writes)::
 
 It writes the task, ``train.jsonl``, ``held-out.jsonl`` (sums and differences of three one-digit numbers) and
 ``shifted.jsonl`` (four one-digit, or two two-digit numbers), without overlap, and trains the model by supervision
-(TRL's trainer) on *other* sums, most of three one-digit numbers too. It tests the model on sums of ``train.jsonl`` every
-few updates and stops as soon as a third of its samples are right. ``warm-up.json`` holds the curve.
+(TRL's trainer) on *other* sums, most of three one-digit numbers too. It tests the model on sums of ``train.jsonl``
+every few updates and stops as soon as a third of its samples are right. ``warm-up.json`` holds the curve.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from bupo.report.inside_figures import training_curves, training_figure
 from bupo.report.logs import TrainingRun
 from bupo.report.page import collect
 from bupo.report.results import Analysis, Evaluation, ExploredTokens, TrainingReading
-from bupo.report.style import inline_svg, looks, role, save
+from bupo.report.style import grid, inline_svg, legend_below, looks, role, save
 from tests.support.results import TOKENS, analysis, evaluations, explored, layer_choice, log, results
 
 
@@ -199,6 +199,17 @@ def test_a_model_looks_the_same_in_every_figure():
     assert len({colour for colour, _ in looks(["start", "grpo", "bupo", "other", "another"]).values()}) == 5
     assert role("runs/BuPO-4") == "bupo"
     assert role("database") is None
+
+
+@pytest.mark.parametrize("letters", [3, 30, 60])
+def test_a_legend_of_long_names_is_as_wide_as_its_figure_at_most(letters):
+    figure, (axes,) = grid(1, 1, 7.2, 3.9)
+    for number in range(5):
+        axes.plot([1, 2], label=f"{number}" * letters)
+    legend_below(figure)
+    [legend] = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width
+    assert len(legend.get_texts()) == 5
 
 
 def test_the_figure_averages_the_top_quarter():

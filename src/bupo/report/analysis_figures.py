@@ -194,8 +194,7 @@ def _over_layers(analysis: Analysis, group: str, title: str, unit: str) -> Figur
             ha="center", va="top", fontsize=8.5, color=style.SOFT, style="italic", zorder=4,
         )  # fmt: skip
     _mark_boundary(axes, analysis)
-    labels = axes.get_legend_handles_labels()[1]
-    style.legend_below(figure, axes, len(labels) if len(labels) <= 5 and sum(map(len, labels)) <= 70 else 3)
+    style.legend_below(figure, axes, columns=5)
     return figure
 
 

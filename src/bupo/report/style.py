@@ -86,11 +86,18 @@ def level(axes: Axes, value: float = 0, **options: Any) -> None:
 
 
 def legend_below(figure: Figure, source: Axes | None = None, columns: int = 4) -> None:
-    """Put one legend below the whole figure, with the entries of ``source`` (default: of all axes, each once)."""
+    """Put one legend below the whole figure, with the entries of ``source`` (default: of all axes, each once).
+
+    It has at most ``columns``, and as many as the figure is wide enough for.
+    """
     found = [axes.get_legend_handles_labels() for axes in ([source] if source else figure.axes)]
     entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)))
+    for ncols in range(min(columns, len(entries)), 0, -1):
+        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=ncols)
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        if ncols > 1:
+            legend.remove()
 
 
 def layer_axis(axes: Axes, layers: int, most: int = 14) -> None:
