@@ -4,10 +4,11 @@ Run ``make smollm2``, then (the time on one core is in what it writes)::
 
     OMP_NUM_THREADS=1 python -m experiments.warm_smollm2 --out models/smollm2-warm
 
-It writes the task, ``train.jsonl``, ``held-out.jsonl`` (sums and differences of three one-digit numbers) and
-``shifted.jsonl`` (four one-digit, or two two-digit numbers), without overlap, and trains the model by supervision
-(TRL's trainer) on *other* sums, most of three one-digit numbers too. It tests the model on sums of ``train.jsonl``
-every few updates and stops as soon as a third of its samples are right. ``warm-up.json`` holds the curve.
+It writes the task, ``train.jsonl``, ``held-out.jsonl`` (a two-digit number plus or minus a one-digit one) and
+``shifted.jsonl`` (three one-digit, or two two-digit numbers), without overlap, and trains the model by supervision
+(TRL's trainer) on *other* sums, of the same kind and of two one-digit numbers. It tests the model on sums of
+``train.jsonl`` every few updates and stops as soon as a third of its samples are right. ``warm-up.json`` holds the
+curve.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ ENOUGH, EVERY, TESTED = 1 / 3, 5, 64  # share of right samples, updates between 
 
 def task(seed: int = 3) -> dict[str, list[dict[str, str]]]:
     """The three sets of the task, and the other sums that the warm-up shows."""
-    three = sums(3, 1, 2200, seed)
-    shifted = sums(4, 1, 64, seed + 1) + sums(2, 2, 64, seed + 2)
-    other = three[1536:] + sums(2, 1, 150, seed + 3)
+    every = [f"{a} {sign} {b}" for a in range(10, 100) for b in range(1, 10) for sign in "+-"]
+    random.Random(seed).shuffle(every)
+    answers = {text: int(a) + int(f"{sign}{b}") for text in every for a, sign, b in [text.split()]}
+    rows = [{"id": text.replace(" ", ""), "prompt": f"{text} =", "answer": str(answers[text])} for text in every]
+    shifted = sums(3, 1, 64, seed + 1) + sums(2, 2, 64, seed + 2)
+    other = rows[1216:] + sums(2, 1, 150, seed + 3)
     random.Random(seed).shuffle(other)
-    return {"held-out": three[:256], "train": three[256:1536], "shifted": shifted, "other": other}
+    return {"held-out": rows[:256], "train": rows[256:1216], "shifted": shifted, "other": other}
 
 
 class StopsAtEnough(TrainerCallback):
