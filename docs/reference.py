@@ -20,8 +20,9 @@ from trl import GRPOConfig
 
 from bupo.cli import app
 from bupo.recipe import Recipe
-from bupo.train.build import _OWNED
+from bupo.train.build import OWNED
 from bupo.train.config import BuPOConfig
+from bupo.train.effects import NEVER
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Reference
@@ -60,8 +61,10 @@ def type_name(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    if value is None or value == "":
-        return "null" if value is None else "empty"
+    if value is None:
+        return "null"
+    if value == "":
+        return "empty"
     return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`"
 
 
@@ -88,15 +91,16 @@ def model_rows(model: type[BaseModel], prefix: str = "") -> list[tuple[str, ...]
 def config_rows() -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """One row per setting that `BuPOConfig` adds to TRL's or gives another default, and one per other setting of TRL.
 
-    The latter leave out what a recipe sets by keys of its own.
+    The latter leave out what a recipe sets by keys of its own, and what it is refused because it has no effect.
     """
     inherited = {field.name: field for field in dataclasses.fields(GRPOConfig)}
     hints, own, others = typing.get_type_hints(BuPOConfig), [], []
+    refused = {*OWNED, *Recipe.model_fields, *NEVER.split()}
     for field in dataclasses.fields(BuPOConfig):
         cells = (f"`{field.name}`", type_name(hints[field.name]), shown(default_of(field)))
         if field.name not in inherited or field.default != inherited[field.name].default:
             own.append((*cells, field.metadata.get("help", "")))
-        elif field.name not in _OWNED and field.name not in Recipe.model_fields:
+        elif field.name not in refused:
             others.append(cells)
     return own, sorted(others)
 

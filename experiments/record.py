@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from bupo.report.evaluations import outcome
 from bupo.run_folder import write_json
-from bupo.sweep.rows import Row, Rows, read_rows
+from bupo.sweep.rows import Row, Rows, read_rows, rounded
 from bupo.sweep.statistics import describe, holm, paired, paired_p, scores, student
 from experiments.summary import RESULTS, ratio
 
@@ -50,33 +51,32 @@ def verdict(
     """The protocol's words for an interval and a corrected p-value; ``margin`` and interval in the same units."""
     if ends is None:
         return "one seed"
-    if p is not None and p < 0.05 and ends[0] * ends[1] > 0:
-        return words[ends[0] < 0]
+    if (found := outcome(ends, p)) != "open":
+        return words[found == "worse"]
     if -margin <= ends[0] and ends[1] <= margin:
         return f"no difference larger than {margin:g}"
     return "not shown either way"
 
 
-def difference(rows: Rows, one: str, other: str, task: str, metric: str) -> dict[str, Any] | None:
-    """``one`` minus ``other`` over their common seeds, in points; None if there are none."""
-    seeds = sorted(rows.get(one, {}).keys() & rows.get(other, {}).keys())
-    if not seeds:
-        return None
-    away = 100 * paired(rows[one], rows[other], task, seeds, metric)
+def difference(one: dict[int, Row], other: dict[int, Row], task: str, metric: str, seeds: list[int]) -> dict[str, Any]:
+    """``one`` minus ``other`` over their common seeds, in points."""
+    away = 100 * paired(one, other, task, seeds, metric)
     each = away.mean(axis=1)
     return {**rounded(describe(away)), "seeds": len(seeds), "each": rounded(each.tolist()), "p": paired_p(each)}
 
 
 def family(rows: Rows, pairs: Sequence[tuple[str, str]], *, tested: bool = True) -> list[dict[str, Any]]:
-    """The pairs that have run, with Holm's correction over all that the protocol names, and verdicts."""
+    """The pairs that have run with common seeds, with Holm's correction over them, and verdicts."""
     found = []
-    for one, other in pairs:
-        if away := difference(rows, one, other, *PRIMARY):
-            more = {f"{task} {metric}": difference(rows, one, other, task, metric) for task, metric in SECONDARY}
-            found.append({"arm": one, "other": other, "primary": away, "secondary": more})
-            common = sorted(rows[one].keys() & rows[other].keys())
-            times = [rows[one][seed]["update_seconds"] / rows[other][seed]["update_seconds"] for seed in common]
-            found[-1]["update_time"] = ratio(times)
+    for arm, base in pairs:
+        one, other = rows.get(arm, {}), rows.get(base, {})
+        if not (seeds := sorted(one.keys() & other.keys())):
+            continue
+        more = {f"{task} {metric}": difference(one, other, task, metric, seeds) for task, metric in SECONDARY}
+        row = {"arm": arm, "other": base, "primary": difference(one, other, *PRIMARY, seeds), "secondary": more}
+        found.append(
+            {**row, "update_time": ratio([one[s]["update_seconds"] / other[s]["update_seconds"] for s in seeds])}
+        )
     if tested:
         correct({f"{row['arm']} {row['other']}": row["primary"] for row in found}, "ci_both", 1.0)
     return found
@@ -138,15 +138,6 @@ def speed(rows: Rows, level: float) -> list[dict[str, Any]]:
 def _seconds(row: Row, batch: int) -> float:
     seconds = row["curves"]["update_seconds"]
     return seconds[min(batch, len(seconds)) - 1]
-
-
-def rounded(value: Any) -> Any:
-    """Numbers in mappings and sequences with three decimals."""
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(part) for part in value]
-    return round(value, 3) if isinstance(value, float) else value
 
 
 def make() -> dict[str, Any] | None:

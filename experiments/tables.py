@@ -6,9 +6,8 @@ written, and the exit code is 1 if a page differs from the result files.
 A table stands between ``<!-- table NAME TASK METRIC [TASK METRIC ...] -->`` and ``<!-- end -->``. NAME is a table of
 `experiments.summary`, METRIC is ``avg`` or ``pass``. Other tables: ``<!-- table record FAMILY -->``
 (`experiments.record`), ``<!-- table styles -->`` (contrasts of `experiments.styles`), ``<!-- table styles cells -->``
-(its models), ``<!-- table inside -->`` (the measurements of `experiments/grids/inside.yaml`), ``<!-- table seeds NAME
-TASK -->`` (Avg@K per seed), ``<!-- table cost NAME -->`` (the number of runs of a table and their time),
-``<!-- table gallery -->`` (the models of `experiments.gallery`).
+(its models), ``<!-- table inside -->`` (the measurements of `experiments/grids/inside.yaml`), ``<!-- table cost NAME
+-->`` (the number of runs of a table and their time), ``<!-- table gallery -->`` (the models of `experiments.gallery`).
 """
 
 from __future__ import annotations
@@ -29,14 +28,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "experiments" / "results"
 PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{page}.md" for page in ("evidence", "gallery")))
 NAMES = {
-    "grpo": "GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO (layer 4, 8 batches)",
+    **record.NAMES, "rloo": "RLOO", "reinforce++": "REINFORCE++", "bupo": "BuPO (layer 4, 8 batches)",
     "norm": "BuPO through the final norm", "temperature": "BuPO at a fitted temperature",
     "frozen4": "GRPO, layers 1-4 frozen", "upper0.1": "GRPO, 0.1x learning rate above layer 4",
     "layer2": "BuPO, layer 2", "layer6": "BuPO, layer 6", "layer8": "BuPO, layer 8", "steps4": "4", "steps16": "16",
     "steps30": "30", "steps45": "45, the whole run", "auto45": "guarded, at most 45", "rate1e-5": "GRPO, 1e-5",
-    "ridge4x8": "through ridge, layer 4, 8 batches", "ridge4x16": "through ridge, layer 4, 16 batches",
-    "ridge4x45": "through ridge, layer 4, all 45", "ridge6x45": "through ridge, layer 6, all 45",
-    "upper4": "GRPO on layers 5-8 alone", "frozen1-4": "GRPO, layers 1-4 frozen", "lower6": "GRPO on layers 1-6 alone",
+    "ridge4x45": "ridge, layer 4, all 45", "upper4": "GRPO on layers 5-8 alone", "lower6": "GRPO on layers 1-6 alone",
     "rate6e-5": "GRPO, 6e-5", "rate3e-6": "GRPO, 3e-6", "rate1e-4": "GRPO, 1e-4",
 }  # fmt: skip
 OWN = {
@@ -68,8 +65,6 @@ def markdown(what: str) -> str:
     name, *rest = what.split()
     if name == "cost":
         return _cost(*rest)
-    if name == "seeds":
-        return _seeds(*rest)
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name in OTHERS:
         return _cells(result) if rest == ["cells"] else OTHERS[name](result, *rest)
@@ -160,19 +155,6 @@ def _inside(found: dict[str, Any]) -> str:
             cells.append(_few(measure["change"], list(measure["each"].values()), measure.get("ci95")))
         name = {**NAMES, **OWN["inside"]}[arm]
         rows.append(f"| {name}, change | {len(row['seeds'])} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def _seeds(name: str, task: str) -> str:
-    """Avg@K per arm and seed."""
-    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    table = next(t for m, t in found["tasks"][task].items() if m.startswith("avg"))
-    seeds = sorted({seed for arm in table["arms"].values() for seed in arm["each"]}, key=int)
-    rows = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |", "| --- |" + " --- |" * (len(seeds) + 1)]
-    names = {**NAMES, **OWN.get(name, {})}
-    for arm, row in table["arms"].items():
-        cells = [f"{row['each'][seed]:.1f}" if seed in row["each"] else "" for seed in seeds]
-        rows.append(f"| {names[arm]} | {' | '.join(cells)} | {row['mean']:.1f} |")
     return "\n".join(rows)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bupo.train.effects import NEVER
 from docs import reference
 from experiments import figures, record, styles, summary, tables
 
@@ -125,7 +126,9 @@ def test_two_seeds_are_shown_one_by_one():
 
 
 def test_the_reference_is_that_of_the_code():
-    assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
+    text = reference.PAGE.read_text(encoding="utf-8")
+    assert text == reference.page()
+    assert not [name for name in NEVER.split() if f"`{name}`" in text]  # `bupo train` refuses them
 
 
 def test_the_runs_of_record_are_read_as_the_protocol_says():

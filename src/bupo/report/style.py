@@ -94,10 +94,9 @@ def legend_below(figure: Figure, source: Axes | None = None, columns: int = 4) -
     entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
     for ncols in range(min(columns, len(entries)), 0, -1):
         legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=ncols)
-        if legend.get_window_extent().width <= figure.bbox.width:
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
-        if ncols > 1:
-            legend.remove()
+        legend.remove()
 
 
 def layer_axis(axes: Axes, layers: int, most: int = 14) -> None:

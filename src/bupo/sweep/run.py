@@ -25,7 +25,7 @@ import yaml
 from bupo.errors import BupoError, InputError
 from bupo.run_folder import read_json, write_json, write_text
 from bupo.sweep.grid import Grid
-from bupo.sweep.rows import START, Row, append_row
+from bupo.sweep.rows import START, Row, append_row, rounded
 from bupo.train.checkpoint import last_checkpoint
 from bupo.train.log import LOG_FILE, read_log
 
@@ -201,15 +201,15 @@ def _of_training(training: Path) -> Row:
     result, log = _result(training), [row for row in read_log(training / LOG_FILE) if "rollout" in row]
     if not log:
         raise BupoError(f"{training / LOG_FILE} is missing or empty; remove {training} to train again")
-    curves = {name: [_rounded(row.get(name)) for row in log] for name in CURVES}
+    curves = {name: [rounded(row.get(name)) for row in log] for name in CURVES}
     found = {"phase_end": result["phase_end"], "internal_layer": result["internal_layer"]}
     found["curves"] = {name: values for name, values in curves.items() if set(values) != {None}}
     found["curves"]["update_seconds"] = seconds = update_seconds(log)
-    found["update_seconds"] = seconds[-1] if seconds else 0.0
+    found["update_seconds"] = seconds[-1]
     if readings := sorted((training / "inside").glob("after-*.json")):
         left_out = ("schema", "kind", "change", "standard_error_method")
         read = map(read_json, readings)
-        found["inside"] = [_rounded({k: v for k, v in reading.items() if k not in left_out}) for reading in read]
+        found["inside"] = [rounded({k: v for k, v in reading.items() if k not in left_out}) for reading in read]
     return found
 
 
@@ -231,16 +231,7 @@ def _of_evaluation(results: Row) -> dict[str, Any]:
         if task["n_samples"]:
             found[name] = {"samples": task["n_samples"], "avg": round(task["avg_at_k"]["mean"], 5)}
             found[name]["correct"] = " ".join(str(problem["correct"]) for problem in task["problems"])
-            found[name] |= {key: _rounded(task[key]) for key in ("mean_length", "truncation_rate", "unparsable_rate")}
+            found[name] |= {key: rounded(task[key]) for key in ("mean_length", "truncation_rate", "unparsable_rate")}
     if not found:
         raise BupoError("no task has a problem whose answer can be read")
     return found
-
-
-def _rounded(value: Any) -> Any:
-    """Numbers, also in lists and mappings, with four decimals."""
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_rounded(part) for part in value]
-    return round(value, 4) if isinstance(value, float) else value

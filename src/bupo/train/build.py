@@ -47,7 +47,7 @@ _OWNED_BY = {
     "--resume": "resume_from_checkpoint",
     "template": "chat_template_kwargs",
 }
-_OWNED = {name: key for key, names in _OWNED_BY.items() for name in names.split()}
+OWNED = {name: key for key, names in _OWNED_BY.items() for name in names.split()}
 _SHOWN = {"learning_rate", "temperature", "gradient_checkpointing"}  # in a run's record, beside BuPO's own settings
 _CONTEXT = {"eval", "inside_every", "report_to"}  # keys of a recipe that settings of the trainer need
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -95,10 +95,10 @@ def _trainer_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     fields, extras = {f.name for f in dataclasses.fields(BuPOConfig) if f.init}, recipe.model_extra or {}
     for key, value in {**extras, **{f"trl.{name}": value for name, value in recipe.trl.items()}}.items():
         name = key.removeprefix("trl.")
-        if name in _OWNED or name in Recipe.model_fields:
-            yield key, f"{key} is set by the recipe's own key: {_OWNED.get(name, name)}"
+        if name in OWNED or name in Recipe.model_fields:
+            yield key, f"{key} is set by the recipe's own key: {OWNED.get(name, name)}"
         elif name not in fields:
-            valid = fields - _OWNED.keys() | (set() if key != name else Recipe.model_fields.keys())
+            valid = fields - OWNED.keys() | (set() if key != name else Recipe.model_fields.keys())
             yield key, f"unknown key {key}{nearest(name, sorted(valid))}"
         elif key != name and name in extras:
             yield key, f"{name} is given twice, as a key of the recipe and under trl; keep one of them"
