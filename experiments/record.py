@@ -28,7 +28,7 @@ FAMILIES = {
         ("random-raw4x8", "raw4x8"), ("random-ridge4x8", "ridge4x8"), ("frozen1-4", "grpo"), ("middle-third", "grpo"),
         ("ridge6x8", "grpo"),
     ],
-    "described": [("ridge6x16", "grpo"), *((f"only{layer}", "grpo") for layer in range(1, 9))],
+    "described": [("raw4x8-3e-5", "grpo"), ("ridge6x16", "grpo"), *((f"only{layer}", "grpo") for layer in range(1, 9))],
 }  # fmt: skip
 PRIMARY = ("arithmetic", "avg")
 SECONDARY = [("arithmetic", "pass"), ("arithmetic-hard", "avg"), ("arithmetic-hard", "pass")]
@@ -40,7 +40,7 @@ NAMES = {
     "random-raw4x8": "raw, layer 4, 8 paid at random",
     "random-ridge4x8": "ridge, layer 4, 8 paid at random", "frozen1-4": "GRPO, layers 1-4 frozen",
     "middle-third": "GRPO on the middle third", "ridge6x8": "ridge, layer 6, 8 batches",
-    "ridge6x16": "ridge, layer 6, 16 batches",
+    "ridge6x16": "ridge, layer 6, 16 batches", "raw4x8-3e-5": "raw, layer 4, 8 batches, GRPO's rate",
     **{f"only{layer}": f"GRPO on layer {layer} alone" for layer in range(1, 9)},
 }  # fmt: skip
 
