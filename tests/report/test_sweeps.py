@@ -23,9 +23,9 @@ def test_a_page_of_a_sweep(tmp_path, capsys):
     more = {"curves": {"reward": [0.1, 0.2, 0.3]}}
     problems = range(30)
     rows = [a_row("start", 0, [i % 3 for i in problems])]
-    for seed in range(4):
-        rows.append(a_row("grpo", seed, [i % 3 for i in problems], update_seconds=10.0 + seed, **more))
+    for seed in range(4):  # with several workers, the baseline need not end first
         rows.append(a_row("up", seed, [i % 3 + 1 + (i < seed) for i in problems], update_seconds=20.0, **more))
+        rows.append(a_row("grpo", seed, [i % 3 for i in problems], update_seconds=10.0 + seed, **more))
         rows.append(a_row("even", seed, [(i + seed) % 3 for i in problems], update_seconds=20.0, **more))
     rows.append(a_row(HOSTILE, 0, [1 for _ in problems]))
     write_rows(tmp_path / "runs.jsonl", rows)
@@ -36,6 +36,7 @@ def test_a_page_of_a_sweep(tmp_path, capsys):
     for words in ("Seeds and arms", "Holm", "t: up is better than grpo: +2", "t: even is not shown to differ from grpo",
                   'id="fig-w1-cost"', 'id="fig-w1-curves"', "with one seed, which says nothing of others"):  # fmt: skip
         assert words in text
+    assert text.index('text">start</th>') < text.index('text">grpo</th>') < text.index('text">up</th>')
     assert "<script>" not in text
     assert "Layer map" not in text
     renamed = (tmp_path / "runs.jsonl").rename(tmp_path / "other.jsonl")

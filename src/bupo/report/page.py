@@ -26,6 +26,7 @@ from bupo.report.results import Analysis, Comparison, Evaluation, ExploredTokens
 from bupo.report.sweeps import Sweep
 from bupo.run_folder import RUN_FILE, read_json
 from bupo.sweep.rows import ROWS_FILE, is_rows, read_rows
+from bupo.sweep.statistics import in_order
 
 LOG = "log.jsonl"
 # file name -> type, key that identifies the type under another file name, and field of `ReportData`
@@ -119,7 +120,7 @@ def _read(name: str, path: Path, data: ReportData) -> None:
         if file.name == ROWS_FILE or is_rows(file):
             if not (rows := read_rows(file)):
                 raise InputError(f"{file} holds no row of a sweep yet")
-            data.sweeps.append((name, Sweep(rows)))
+            data.sweeps.append((name, Sweep(in_order(rows))))
             continue
         if file.suffix == ".jsonl":
             data.runs.append((name, TrainingRun.load(file)))

@@ -112,8 +112,7 @@ def _arms(at: float, ends: tuple[float, float] | None, scale: float) -> list[lis
 @style.styled()
 def learning_curves(sweep: Sweep) -> Figure:
     """Mean reward over rollout batches of the first arms, with bands of two standard errors over seeds."""
-    look = style.looks(list(sweep.rows))
-    figure, (axes,) = style.grid(1, 1, 7.2, 3.9)
+    look, (figure, (axes,)) = style.looks(list(sweep.rows)), style.grid(1, 1, 7.2, 3.9)
     for arm in sweep.drawn[:CURVES]:
         curves = [row["curves"]["reward"] for row in sweep.rows[arm].values() if row.get("curves", {}).get("reward")]
         whole = min(map(len, curves))

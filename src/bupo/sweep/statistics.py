@@ -133,6 +133,11 @@ def baseline_of(rows: Rows) -> str | None:
     return next((arm for arm in ("grpo", *rows) if arm in rows and arm != START), None)
 
 
+def in_order(rows: Rows) -> Rows:
+    """The model before training, the baseline, then the other arms in the order of their rows."""
+    return {arm: rows[arm] for arm in sorted(rows, key=lambda arm: (arm != START, arm != baseline_of(rows)))}
+
+
 def paired(
     one: Mapping[int, Row], other: Mapping[int, Row], task: str, seeds: Sequence[int], metric: str = "avg"
 ) -> Scores:
