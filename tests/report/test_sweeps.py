@@ -1,11 +1,13 @@
 """The page of a sweep: tables, verdicts no stronger than their intervals, figures, layer map."""
 
+import json
+
 import pytest
 
 from bupo.cli import main
 from bupo.report.evaluations import outcome
 from bupo.report.sweeps import Sweep, conclude
-from tests.support.results import HOSTILE
+from tests.support.results import HOSTILE, analysis, layer_choice
 from tests.support.sweeps import a_row, write_rows
 from tests.sweep.test_statistics import layer_rows
 
@@ -51,4 +53,14 @@ def test_a_sweep_over_layers_has_a_map(tmp_path):
     assert "Layer map: t" in text
     assert 'id="fig-w1-layers1"' in text
     assert "seconds of updates, so effect against cost is not drawn" in text
+    assert "that its policy recovers" not in text
+    for name, layers in (("deeper", 3), ("fits", 2)):
+        (tmp_path / name).mkdir()
+        look = analysis(layers, None, layer_choice=layer_choice(layers))
+        (tmp_path / name / "analysis.json").write_text(json.dumps(look))
+    assert (
+        main(["report", *(str(tmp_path / p) for p in ("", "deeper", "fits")), "--output", str(tmp_path / "2.html")])
+        == 0
+    )
+    assert "<td>51.1 %</td>" in (tmp_path / "2.html").read_text()  # what ridge recovers at layer 1 of the one that fits
     assert conclude([("x", Sweep({"start": rows["start"]}))]).tone == "none"

@@ -86,27 +86,32 @@ def layer_choice(analysis: Analysis | Readings) -> Figure:
     readings = analysis.layer_choice if isinstance(analysis, Analysis) else analysis
     assert readings is not None
     figure, panels = style.grid(len(READINGS), 3, 8.6, 5.6)
-    lenses, x = lens_looks(readings.curves), range(1, readings.layers + 1)
-    for axes, (kind, title, unit, limits) in zip(panels, READINGS, strict=True):
-        for lens, curves in readings.curves.items():
-            (label, look), errors = lenses[lens], readings.standard_errors.get(lens, {}).get(kind)
-            scale = 100 if unit == "per cent" else 1
-            style.line_with_band(axes, x, curves.get(kind, [None] * len(x)), errors, look, scale=scale, label=label)
-            if (knee := readings.knees.get(lens)) and knee.layer is not None:
-                dotted: Any = {"color": look[0], "linewidth": 1.3, "linestyle": (0, (1, 1.5)), "zorder": 2.4}
-                axes.axvline(knee.layer, label=f"knee (a candidate), {label}: layer {knee.layer}", **dotted)
-        if isinstance(analysis, Analysis):
-            _mark_boundary(axes, analysis)
-        axes.set(title=title, ylabel=unit, xlabel="layer", ylim=limits)
-        style.layer_axis(axes, len(x), most=8)
-        style.level(axes)
+    for axes, panel in zip(panels, READINGS, strict=True):
+        reading(axes, analysis, readings, panel)
         largest = axes.get_ylim()[1]
-        if kind == "kl" and largest > 5:  # logarithmic above 1 nat
+        if panel[0] == "kl" and largest > 5:  # logarithmic above 1 nat
             axes.set_yscale("symlog", linthresh=1, linscale=0.6)
             axes.set_yticks([t for t in (0, 1, 3, 10, 30, 100, 300, 1000, 3000) if t <= 1.5 * largest])
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     style.legend_below(figure, columns=3)
     return figure
+
+
+def reading(axes: Axes, analysis: Analysis | Readings, readings: Readings, panel: Any) -> None:
+    """Draw one kind of `READINGS` through every lens, with the knees and, of an analysis, the boundary layer."""
+    (kind, title, unit, limits), lenses, x = panel, lens_looks(readings.curves), range(1, readings.layers + 1)
+    for lens, curves in readings.curves.items():
+        (label, look), errors = lenses[lens], readings.standard_errors.get(lens, {}).get(kind)
+        scale = 100 if unit == "per cent" else 1
+        style.line_with_band(axes, x, curves.get(kind, [None] * len(x)), errors, look, scale=scale, label=label)
+        if (knee := readings.knees.get(lens)) and knee.layer is not None:
+            dotted: Any = {"color": look[0], "linewidth": 1.3, "linestyle": (0, (1, 1.5)), "zorder": 2.4}
+            axes.axvline(knee.layer, label=f"knee (a candidate), {label}: layer {knee.layer}", **dotted)
+    if isinstance(analysis, Analysis):
+        _mark_boundary(axes, analysis)
+    axes.set(title=title, ylabel=unit, xlabel="layer", ylim=limits)
+    style.layer_axis(axes, len(x), most=8)
+    style.level(axes)
 
 
 def lens_looks(lenses: Iterable[str]) -> dict[str, tuple[str, Look]]:

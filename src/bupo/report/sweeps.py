@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bupo.report import style
+from bupo.report.analysis_figures import READINGS, reading
 from bupo.report.evaluations import Conclusion, outcome
+from bupo.report.results import Analysis
 from bupo.sweep.rows import START, Rows
 from bupo.sweep.statistics import baseline_of, compare_arms, layer_map
 
@@ -126,10 +128,13 @@ def learning_curves(sweep: Sweep) -> Figure:
 
 
 @style.styled()
-def layer_bars(layers: list[dict[str, Any]], sweep: Sweep, task: str) -> Figure:
-    """What training each layer alone adds to the start, with intervals over seeds and problems."""
-    means = {arm["arm"]: arm["mean"] for arm in sweep.tasks[task]}
-    figure, (axes,) = style.grid(1, 1, 7.2, 3.4)
+def layer_bars(layers: list[dict[str, Any]], sweep: Sweep, task: str, analysis: Analysis | None = None) -> Figure:
+    """What training each layer alone adds to the start, with intervals over seeds and problems.
+
+    Below it, of an analysis: how well each layer's policy agrees with the output, with boundary layer and knees.
+    """
+    means, readings = {arm["arm"]: arm["mean"] for arm in sweep.tasks[task]}, analysis and analysis.layer_choice
+    figure, (axes, *below) = style.grid(1 + bool(readings), 1, 7.2, 5.8 if readings else 3.4)
     for row in layers:
         errors = _arms(100 * row["mean"], row["ci_both"], 100)
         axes.bar(row["layer"], 100 * row["mean"], 0.6, yerr=errors, capsize=3, color=style.SKY, ecolor=style.INK)
@@ -138,5 +143,14 @@ def layer_bars(layers: list[dict[str, Any]], sweep: Sweep, task: str) -> Figure:
     style.level(axes, whole, color=style.BLUE, linestyle=style.DASHED, label=f"{sweep.baseline}, all layers")
     axes.set(xlabel="the one layer that is trained", ylabel="accuracy above the start (points)", title=task)
     style.layer_axis(axes, layers[-1]["layer"])
+    if analysis and readings:
+        reading(below[0], analysis, readings, READINGS[0])
+        style.layer_axis(below[0], analysis.layers)
     style.legend_below(figure)
     return figure
+
+
+def analysis_of(layers: list[dict[str, Any]], analyses: Sequence[tuple[str, Analysis]]) -> tuple[str, Analysis] | None:
+    """The first analysis with readings of a model with as many layers as a layer map has."""
+    fits = (one for one in analyses if one[1].layer_choice and one[1].layers == layers[-1]["layer"])
+    return next(fits, None)
