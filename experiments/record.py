@@ -78,14 +78,19 @@ def family(rows: Rows, pairs: Sequence[tuple[str, str]], *, tested: bool = True)
             {**row, "update_time": ratio([one[s]["update_seconds"] / other[s]["update_seconds"] for s in seeds])}
         )
     if tested:
-        correct({f"{row['arm']} {row['other']}": row["primary"] for row in found}, "ci_both", 1.0)
+        correct({f"{row['arm']} {row['other']}": row["primary"] for row in found}, len(pairs), "ci_both", 1.0)
     return found
 
 
-def correct(differences: Mapping[str, dict[str, Any]], interval: str, *how: Any) -> None:
-    """Add ``p_holm`` and ``verdict`` (with ``how``: margin and words) to the members of a family."""
-    for name, p in holm({name: away["p"] for name, away in differences.items()}).items():
-        differences[name] |= {"p_holm": p, "verdict": verdict(differences[name][interval], p, *how)}
+def correct(differences: Mapping[str, dict[str, Any]], size: int, interval: str, *how: Any) -> None:
+    """Add ``p_holm`` and ``verdict`` (with ``how``: margin and words) to the members of a family of so many.
+
+    Those that have not run count with a p-value of 1, so that what is shown before them stays shown.
+    """
+    absent = {f"not run {number}": 1.0 for number in range(len(differences), size)}
+    adjusted = holm({**{name: away["p"] for name, away in differences.items()}, **absent})
+    for name, away in differences.items():
+        away |= {"p_holm": adjusted[name], "verdict": verdict(away[interval], adjusted[name], *how)}
 
 
 def rate_of(rows: Rows, arm: str) -> tuple[str, dict[str, float]]:
@@ -131,7 +136,7 @@ def speed(rows: Rows, level: float) -> list[dict[str, Any]]:
             seconds = [[_seconds(rows[a][s], reached[a][s]) for a in (arm, "grpo")] for s in common]
             one["update_time"] = ratio([own / base for own, base in seconds])
         found.append(one)
-    correct({one["arm"]: one for one in found if "p" in one}, "ci_seeds", 2.0, ("later", "sooner"))
+    correct({one["arm"]: one for one in found if "p" in one}, len(MAIN), "ci_seeds", 2.0, ("later", "sooner"))
     return found
 
 

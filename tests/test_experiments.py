@@ -140,6 +140,9 @@ def test_the_runs_of_record_are_read_as_the_protocol_says():
     assert record.verdict((0.1, 2.0), 0.06, 1.0) == "not shown either way"
     assert record.verdict((-0.9, 0.8), 0.5, 1.0) == "no difference larger than 1"
     assert record.verdict((-2.0, -0.1), 0.001, 1.0) == "lower"
+    members = {"a": {"p": 0.01, "ends": (1.0, 2.0)}, "b": {"p": 0.02, "ends": (1.0, 2.0)}}
+    record.correct(members, 4, "ends", 1.0)  # two of four have not run
+    assert [one["p_holm"] for one in members.values()] == pytest.approx([0.04, 0.06])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_ctrl_c_stops_in_order_and_the_same_command_continues(sweep, tmp_path):
     seconds = rows["slow"][0]["curves"]["update_seconds"]
     assert (seconds, seconds[-1]) == (sorted(seconds), 6.0)
     assert rows["slow"][0]["seconds"] >= rows["slow"][0]["train_seconds"] > 0
+
+
+def test_runs_at_the_same_time_have_gpus_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    assert run.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    wait = "import os, pathlib, sys, time; p = pathlib.Path(sys.argv[1]); e = os.environ\n"
+    wait += "(p / e['CUDA_VISIBLE_DEVICES']).write_text(e['OMP_NUM_THREADS'])\n"
+    wait += "while len(list(p.iterdir())) < 2: time.sleep(0.01)"  # until both have been here
+    monkeypatch.setattr(run, "PROGRAM", [sys.executable, "-c", wait])
+    (seen := tmp_path / "seen").mkdir()
+    commands = run.Commands(2, 0)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda log: commands.run(tmp_path / log, seen), "ab"))
+    assert {path.name: path.read_text() for path in seen.iterdir()} == {"3": "7", "5": "7"}
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
+    assert run.gpus() == []
 
 
 def test_two_sweeps_do_not_share_a_folder(sweep, tmp_path):

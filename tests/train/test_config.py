@@ -54,6 +54,13 @@ def test_defaults_follow_the_paper(tmp_path):
     assert args.schedule().internal == ()
 
 
+def test_one_process_trains_on_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # with a launcher, transformers does not ask
+    with pytest.warns(UserWarning, match="sees 8 GPUs and trains on one"):
+        args = BuPOConfig(output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=4)
+    assert (args.n_gpu, args.train_batch_size) == (1, 4)
+
+
 UNSUPPORTED = [  # in an internal phase only
     ({"beta": 0.1}, "beta 0.1"),
     ({"entropy_coef": 0.01}, "entropy_coef"),

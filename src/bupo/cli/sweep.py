@@ -9,7 +9,7 @@ import typer
 
 from bupo.cli import eval, options
 from bupo.errors import InputError
-from bupo.run_folder import RUN_FILE, claim, cores, describe_run, read_json, write_json
+from bupo.run_folder import RUN_FILE, claim, describe_run, read_json, write_json
 
 _EVAL = typer.Typer()
 _EVAL.command("eval")(eval.evaluate)
@@ -21,7 +21,7 @@ def sweep(
     rows: Annotated[Path | None, typer.Option(help="File of the rows. Default: runs.jsonl in --output.")] = None,
     only: Annotated[str | None, typer.Option(metavar="ARMS", help="Arms to run, separated by commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds to run, for instance 0,1,2 or 0-9.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Number of runs at a time; they share the cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of runs at a time; they share cores and GPUs.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the trained models in --output, under models/.")] = False,
     as_json: options.AsJson = False,
 ) -> int:
@@ -69,7 +69,7 @@ def sweep(
         for text in grids.changed(what, done()).values():
             say(f"note: {text}; its rows count as done")
         say(f"{len(runs)} of {len(what.runs())} runs of the grid are to do")
-        runner = Runner(what, output, to, keep, commit_of(grid.parent), Commands(max(1, cores() // workers), lock))
+        runner = Runner(what, output, to, keep, commit_of(grid.parent), Commands(workers, lock))
         failed, stopped = run_sweep(runner, runs, workers, say)
         left = len(grids.pending(what, done(), arms, chosen))
     if stopped:

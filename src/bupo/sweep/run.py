@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from bupo.errors import BupoError, InputError
-from bupo.run_folder import read_json, write_json, write_text
+from bupo.run_folder import cores, read_json, write_json, write_text
 from bupo.sweep.grid import Grid
 from bupo.sweep.rows import START, Row, append_row, rounded
 from bupo.train.checkpoint import last_checkpoint
@@ -48,31 +50,47 @@ def locked(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
+def gpus() -> list[str]:
+    """The CUDA devices that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (named.split(",") if named else [str(index) for index in range(number)])[:number]
+
+
 @dataclass
 class Commands:
-    """Runs bupo's commands with a number of threads each, and ends them in order."""
+    """Runs bupo's commands, ``workers`` at a time, with an equal share of cores and GPUs, and ends them in order.
 
-    threads: int
+    With GPUs, a command sees one, which is that of another command only if there are fewer GPUs than workers.
+    """
+
+    workers: int
     lock: int  # what `locked` yields
     stopping: bool = False
+    _free: list[str] = field(default_factory=list)  # GPUs that the next commands get
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _mutex: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._free = list(islice(cycle(gpus()), self.workers))
 
     def run(self, log: Path, *arguments: Any) -> None:
         """Run one command; `BupoError` has the last line of what it printed, all of which is appended to ``log``."""
         command = [*PROGRAM, *map(str, arguments)]
-        # a number of threads that the user set stays
-        environment = {"OMP_NUM_THREADS": str(self.threads), **os.environ, "COLUMNS": "120"}
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.workers))}
+        environment = {**threads, **os.environ, "COLUMNS": "120"}  # a number of threads that the user set stays
         options: Any = {"stdin": subprocess.DEVNULL, "env": environment, "pass_fds": (self.lock,)}
         with self._mutex, log.open("ab") as out:
             if self.stopping:
                 raise BupoError("not started")
+            gpu = self._free.pop() if self._free else None
+            environment |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
             # Ctrl-C in the terminal reaches this process only, which passes it on once
             process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, **options)
             self._running.add(process)
         code = process.wait()
         with self._mutex:
             self._running.discard(process)
+            self._free += [gpu] if gpu else []
         if code:
             last = (log.read_text(errors="replace").strip() or "no output").splitlines()[-1]
             ended = f"ended by {signal.Signals(-code).name}, after: " if code < 0 else ""

@@ -3,6 +3,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -102,6 +103,10 @@ class BuPOConfig(GRPOConfig):
         use_cpus_without_accelerator()
         super().__post_init__()
         check_group(self.world_size)
+        if self.n_gpu > 1:
+            text = "this process sees {} GPUs and trains on one; accelerate launch trains on all (docs/guide.md, Scale)"
+            warnings.warn(text.format(self.n_gpu), stacklevel=3)
+            self._n_gpu = 1  # with more, transformers would split batches over copies of the model (DataParallel)
         if log_per_rollout:
             self.logging_steps = max(1, self.generate_every // self.gradient_accumulation_steps)
         problems += self._problems()
