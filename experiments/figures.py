@@ -45,8 +45,8 @@ def record_differences() -> Figure:
     found = result("record")["families"]["end"]
     titles = {
         "primary": "Held-out, Avg@8",
-        "arithmetic pass": "Held-out, Pass@8",
-        "arithmetic-hard avg": "Harder, Avg@8",
+        "Pass@8": "Held-out, Pass@8",
+        "harder": "Harder, Avg@8",
     }
     with styled(axes__grid__axis="x"):
         figure = new_figure(8.4, 1.2 + 0.45 * len(found))

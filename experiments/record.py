@@ -1,8 +1,9 @@
 """Analyses the runs of record by docs/protocol.md: families of paired differences, Holm's correction, verdicts.
 
 Run ``python -m experiments.record`` after ``bupo sweep experiments/grids/record.yaml``. It reads, in
-``experiments/results``, ``record-tuning.jsonl`` and ``record.jsonl``, and writes ``record.json``. Differences are in
-points. `markdown` renders its tables for docs/evidence.md.
+``experiments/results``, ``record-tuning.jsonl`` and ``record.jsonl``, and of the grids ``smollm2-record.yaml`` and
+``qwen.yaml`` the rows ``smollm2-record.jsonl`` and ``qwen-record.jsonl``; it writes ``record.json``. Differences are
+in points. `markdown` renders its tables for docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +33,6 @@ FAMILIES = {
     ],
     "described": [("raw4x8-3e-5", "grpo"), ("ridge6x16", "grpo"), *((f"only{layer}", "grpo") for layer in range(1, 9))],
 }  # fmt: skip
-PRIMARY = ("arithmetic", "avg")
-SECONDARY = [("arithmetic", "pass"), ("arithmetic-hard", "avg"), ("arithmetic-hard", "pass")]
 RATES, NEAR, NEVER = ("1.5e-5", "3e-5", "6e-5"), 0.5, 46  # points within which 3e-5 wins; batches
 NAMES = {
     "grpo": "GRPO", "raw4x8": "raw, layer 4, 8 batches", "ridge4x8": "ridge, layer 4, 8 batches",
@@ -40,9 +41,33 @@ NAMES = {
     "random-raw4x8": "raw, layer 4, 8 paid at random",
     "random-ridge4x8": "ridge, layer 4, 8 paid at random", "frozen1-4": "GRPO, layers 1-4 frozen",
     "middle-third": "GRPO on the middle third", "ridge6x8": "ridge, layer 6, 8 batches",
+    **{f"{lens}{layer}x2": f"{lens}, layer {layer}, 2 batches" for lens in ("raw", "ridge") for layer in (12, 15)},
     "ridge6x16": "ridge, layer 6, 16 batches", "raw4x8-3e-5": "raw, layer 4, 8 batches, GRPO's rate",
     **{f"only{layer}": f"GRPO on layer {layer} alone" for layer in range(1, 9)},
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """How a model's runs are read: tasks and metrics (the secondary ones by name), margin in points, samples."""
+
+    primary: tuple[str, str]
+    secondary: dict[str, tuple[str, str]]
+    margin: float
+    samples: int
+
+
+_HARD = {
+    "harder": ("arithmetic-hard", "avg"),
+    "Pass@8": ("arithmetic", "pass"),
+    "harder, Pass@8": ("arithmetic-hard", "pass"),
+}
+SMALL = Instrument(("arithmetic", "avg"), _HARD, 1.0, 8)
+SUMS = {
+    "smollm2": Instrument(("held-out", "avg"), {"shifted": ("shifted", "avg")}, 2.0, 4),
+    "qwen": Instrument(("held-out", "avg"), {"shifted": ("shifted", "avg")}, 3.0, 4),
+}
+ON_SUMS = {"smollm2": ["raw15x2", "ridge15x2"], "qwen": ["raw12x2", "ridge12x2"]}
 
 
 def verdict(
@@ -65,20 +90,22 @@ def difference(one: dict[int, Row], other: dict[int, Row], task: str, metric: st
     return {**rounded(describe(away)), "seeds": len(seeds), "each": rounded(each.tolist()), "p": paired_p(each)}
 
 
-def family(rows: Rows, pairs: Sequence[tuple[str, str]], *, tested: bool = True) -> list[dict[str, Any]]:
+def family(
+    rows: Rows, pairs: Sequence[tuple[str, str]], read: Instrument, *, tested: bool = True
+) -> list[dict[str, Any]]:
     """The pairs that have run with common seeds, with Holm's correction over them, and verdicts."""
     found = []
     for arm, base in pairs:
         one, other = rows.get(arm, {}), rows.get(base, {})
         if not (seeds := sorted(one.keys() & other.keys())):
             continue
-        more = {f"{task} {metric}": difference(one, other, task, metric, seeds) for task, metric in SECONDARY}
-        row = {"arm": arm, "other": base, "primary": difference(one, other, *PRIMARY, seeds), "secondary": more}
+        more = {name: difference(one, other, *measure, seeds) for name, measure in read.secondary.items()}
+        row = {"arm": arm, "other": base, "primary": difference(one, other, *read.primary, seeds), "secondary": more}
         found.append(
             {**row, "update_time": ratio([one[s]["update_seconds"] / other[s]["update_seconds"] for s in seeds])}
         )
     if tested:
-        correct({f"{row['arm']} {row['other']}": row["primary"] for row in found}, len(pairs), "ci_both", 1.0)
+        correct({f"{row['arm']} {row['other']}": row["primary"] for row in found}, len(pairs), "ci_both", read.margin)
     return found
 
 
@@ -153,23 +180,40 @@ def make() -> dict[str, Any] | None:
     rows = read_rows(path)
     rates = {arm: rate_of(tuning, arm) for arm in ("grpo", *MAIN)}
     level = half_of_gain(tuning[f"grpo-{rates['grpo'][0]}"])
-    arms = {
-        arm: {"seeds": sorted(own), **rounded(describe(100 * scores(own, "arithmetic", sorted(own))))}
-        for arm, own in rows.items()
-    }
-    seconds = [row["seconds"] for own in rows.values() for row in own.values()]
+    families = {name: family(rows, pairs, SMALL, tested=name != "described") for name, pairs in FAMILIES.items()}
     return {
         "schema": 1,
         "tuning": {arm: {"chosen": chosen, "means": means} for arm, (chosen, means) in rates.items()},
-        "arms": arms,
-        "families": {name: family(rows, pairs, tested=name != "described") for name, pairs in FAMILIES.items()},
+        **described(rows, SMALL),
+        "families": families,
         "speed": {"reward": round(level, 4), "arms": speed(rows, level)},
-        "runs": {"n": len(seconds), "median_seconds": round(statistics.median(seconds))},
+        "sums": {name: on_sums(name) for name in SUMS if rows_of(name).exists()},
     }
 
 
+def rows_of(name: str) -> Path:
+    return RESULTS / f"{name}-record.jsonl"
+
+
+def on_sums(name: str) -> dict[str, Any]:
+    """The one family of the runs with SmolLM2 or Qwen: its arms against GRPO."""
+    rows = read_rows(rows_of(name))
+    pairs = [(arm, "grpo") for arm in ON_SUMS[name]]
+    return {**described(rows, SUMS[name]), "families": {"end": family(rows, pairs, SUMS[name])}}
+
+
+def described(rows: Rows, read: Instrument) -> dict[str, Any]:
+    """Seeds, mean and intervals of every arm, and what a run takes."""
+    arms = {
+        arm: {"seeds": sorted(own), **rounded(describe(100 * scores(own, read.primary[0], sorted(own))))}
+        for arm, own in rows.items()
+    }
+    seconds = [row["seconds"] for own in rows.values() for row in own.values()]
+    return {"arms": arms, "runs": {"n": len(seconds), "median_seconds": round(statistics.median(seconds))}}
+
+
 def markdown(found: Mapping[str, Any], what: str) -> str:
-    """One table: ``tuning``, ``speed``, or a family; `FileNotFoundError` before any of its pairs has run."""
+    """One table: ``tuning``, ``speed``, a family, ``smollm2`` or ``qwen``; `FileNotFoundError` before its runs."""
     if what == "tuning":
         rows = [f"| arm | {' | '.join(RATES)} | taken |", "| --- |" + " --- |" * (len(RATES) + 1)]
         for arm, one in found["tuning"].items():
@@ -183,11 +227,12 @@ def markdown(found: Mapping[str, Any], what: str) -> str:
             away = " | | | " if "p" not in one else f" {_away(one, 'ci_seeds')} | {_tested(one)} | {_time(one)}"
             rows.append(f"| {NAMES[one['arm']]} | {one['batches']:.1f} | {one['never']} of {one['seeds']} |{away} |")
         return "\n".join(rows)
-    if not found["families"][what]:
+    read, found, what = (SUMS[what], found["sums"].get(what), "end") if what in SUMS else (SMALL, found, what)
+    if found is None or not found["families"][what]:
         raise FileNotFoundError(f"no pair of the family {what} has run")
-    tested = what != "described"
-    tests, more = tested * " Holm p | verdict |", " harder, points | Pass@8, points | time of updates |"
-    rows = [f"| arm | Avg@8, % | minus | seeds | points [95 % over seeds and problems] |{tests}{more}"]
+    tested, more = what != "described", "".join(f" {name}, points |" for name in [*read.secondary][:2])
+    rows = [f"| arm | Avg@{read.samples}, % | minus | seeds | points [95 % over seeds and problems] |"]
+    rows[0] += f"{tested * ' Holm p | verdict |'}{more} time of updates |"
     rows.append("| --- |" + " --- |" * (rows[0].count("|") - 2))
     if what == "end":
         base = found["arms"]["grpo"]
@@ -196,7 +241,7 @@ def markdown(found: Mapping[str, Any], what: str) -> str:
         away, others = one["primary"], one["secondary"]
         cells = [NAMES[one["arm"]], f"{found['arms'][one['arm']]['mean']:.1f}", NAMES[one["other"]], str(away["seeds"])]
         cells += [_away(away, "ci_both"), *([_tested(away)] if tested else [])]
-        cells += [_away(others[key], "ci_both") for key in ("arithmetic-hard avg", "arithmetic pass")] + [_time(one)]
+        cells += [_away(other, "ci_both") for other in [*others.values()][:2]] + [_time(one)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -219,6 +264,6 @@ def _time(one: Mapping[str, Any]) -> str:
 if __name__ == "__main__":
     if (result := make()) is not None:
         write_json(RESULTS / "record.json", result)
-        for name in ("tuning", "end", "controls", "described", "speed"):
+        for name in ("tuning", *FAMILIES, "speed", *SUMS):
             with suppress(FileNotFoundError):
                 print(f"{name}\n{markdown(result, name)}\n")

@@ -7,6 +7,7 @@ import pytest
 from bupo.train.effects import NEVER
 from docs import reference
 from experiments import figures, record, styles, summary, tables
+from tests.support.sweeps import write_rows
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -143,6 +144,24 @@ def test_the_runs_of_record_are_read_as_the_protocol_says():
     members = {"a": {"p": 0.01, "ends": (1.0, 2.0)}, "b": {"p": 0.02, "ends": (1.0, 2.0)}}
     record.correct(members, 4, "ends", 1.0)  # two of four have not run
     assert [one["p_holm"] for one in members.values()] == pytest.approx([0.04, 0.06])
+
+
+def test_runs_on_sums_have_a_table_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no pair"):
+        record.markdown({"sums": {}}, "smollm2")
+    rows = []
+    for seed in range(4):
+        for arm, right in (("grpo", 2), ("raw15x2", 1 + seed % 2)):
+            task = {"samples": 4, "avg": 0.5, "correct": " ".join([str(right)] * 8)}
+            tasks = {"held-out": task, "shifted": task}
+            rows.append(
+                {"arm": arm, "seed": seed, "changes": {}, "tasks": tasks, "seconds": 3.0, "update_seconds": 2.0}
+            )
+    write_rows(record.rows_of("smollm2"), rows)
+    table = record.markdown({"sums": {"smollm2": record.on_sums("smollm2")}}, "smollm2")
+    assert "| raw, layer 15, 2 batches | 37.5 | GRPO | 4 | -12.5 [" in table
+    assert ("Avg@4" in table, "shifted, points" in table, "not shown either way" in table) == (True, True, True)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ ADDED = {
     "readings in any trainer": {"src": 225, "tests": 218},
     "a look in a notebook": {"src": 105, "tests": 79},
     "typed results, notebooks and the wheel": {"src": 150, "tests": 205},
-    "sweeps and power": {"src": 1170, "tests": 547},
+    "sweeps and power": {"src": 1170, "tests": 566},
     "effects of settings": {"src": 0, "tests": 80},
     "model cards and uploads": {"src": 120, "tests": 90},
     "a check before a run and rollout groups": {"src": 434, "tests": 325},
