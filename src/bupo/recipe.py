@@ -84,7 +84,7 @@ class Recipe(BaseModel):
     max_completion_length: Count = Field(7168, description="Maximum number of tokens per response.")
     lora: Lora | None = Field(None, description="Train low-rank adapters instead of all weights.")
     dtype: Dtype = Field("float32", description="Dtype of the weights in memory. 'auto' keeps the checkpoint's.")
-    precision: Precision = Field("auto", description="Dtype of products. 'auto' is bfloat16 on an accelerator.")
+    precision: Precision = Field("auto", description="Dtype of products. 'auto': bfloat16 on accelerators with it.")
     revision: str | None = Field(None, description="Revision of a hub model: a branch, tag or commit.")
     trust_remote_code: bool = Field(False, description="Run the Python code in the model's repository.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of problem selection, shuffling, sampling, new adapters.")

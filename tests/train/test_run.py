@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from bupo.data.problems import Problem
 from bupo.errors import ConfigError, InputError, out_of_memory
+from bupo.models.unembed import has_low_precision_units
 from bupo.recipe import read_recipe
 from bupo.train.build import build, check_recipe, closing_rewards, trainer_config
 from bupo.train.rewards import finite, make_rewards
@@ -131,6 +132,18 @@ def test_the_reference_model_is_the_model_that_is_trained(tmp_path, recipe, tiny
     assert same_weights(weights(trainer.model), weights(trainer.ref_model))
     branch = settings.model_copy(update={"model": "org/name", "revision": "branch"})
     assert trainer_config(branch, tmp_path).model_init_kwargs["revision"] == "branch"
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_is_not_emulated(native, tmp_path, recipe, monkeypatch):  # noqa: F811
+    settings = check_recipe(read_recipe(recipe()))  # precision: auto
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr("bupo.train.build.BuPOConfig", dict)
+    assert trainer_config(settings, tmp_path)["bf16"] == native
+    assert has_low_precision_units(torch.device("cuda"), torch.bfloat16) == native
+    assert has_low_precision_units(torch.device("cuda"), torch.float16)
 
 
 def test_a_target_module_that_does_not_exist_is_refused_beside_one_that_does(bupo, tmp_path, recipe):  # noqa: F811

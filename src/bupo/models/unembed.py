@@ -64,8 +64,9 @@ def matmul_fp32_(states: Tensor, weight: Tensor, out: Tensor, *, low_precision: 
 
 def has_low_precision_units(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``device`` multiplies ``dtype`` (16-bit) faster than float32 and sums the products in float32."""
-    if device.type == "cuda":
-        return dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cuda":  # before Ampere, bfloat16 is emulated
+        fast = dtype is torch.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        return fast or dtype is torch.float16
     cpu = device.type == "cpu" and dtype is torch.bfloat16
     return cpu and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 

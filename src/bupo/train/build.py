@@ -134,9 +134,10 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
     Raises `ConfigError` if the settings do not fit together; `BuPOConfig` decides.
     """
     accelerator = torch.accelerator.is_available()
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     machine: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
-        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator),
+        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator and not emulated),
         "dataloader_pin_memory": accelerator,
         "disable_tqdm": True,
     }
