@@ -61,6 +61,11 @@ def test_one_process_trains_on_one_gpu(tmp_path, monkeypatch):
     assert (args.n_gpu, args.train_batch_size) == (1, 4)
 
 
+def test_a_mac_trains_on_its_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert BuPOConfig(output_dir=str(tmp_path), bf16=False).use_cpu
+
+
 UNSUPPORTED = [  # in an internal phase only
     ({"beta": 0.1}, "beta 0.1"),
     ({"entropy_coef": 0.01}, "entropy_coef"),

@@ -137,7 +137,7 @@ def test_the_reference_model_is_the_model_that_is_trained(tmp_path, recipe, tiny
 @pytest.mark.parametrize("native", [False, True])
 def test_bfloat16_is_not_emulated(native, tmp_path, recipe, monkeypatch):  # noqa: F811
     settings = check_recipe(read_recipe(recipe()))  # precision: auto
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("bupo.train.build.accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     monkeypatch.setattr("bupo.train.build.BuPOConfig", dict)

@@ -36,8 +36,9 @@ def doctor(device: options.Device = None, as_json: options.AsJson = False) -> No
     import torch
 
     from bupo.lens.selftest import checks
+    from bupo.models.load import accelerator
 
-    used = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    used = device or (accelerator() or torch.device("cpu")).type
     try:
         torch.empty(0, device=used)
     except (RuntimeError, AssertionError) as error:

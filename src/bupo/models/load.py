@@ -25,17 +25,23 @@ WRAPPERS = r"(^|\.)(?:(?:_orig_mod|module)\.)+"  # what torch.compile and DDP pu
 _NOT_ON_HUB = ("offline", "connect", "not a local folder", "not a valid model identifier", "cannot find")
 
 
+def accelerator() -> torch.device | None:
+    """The kind of accelerator that models are put on: not a Mac's MPS, which lacks the float64 of statistics."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type == "mps" else found
+
+
 def join_processes(cpu: bool = False) -> PartialState:
     """Join the processes that a launcher started, on CPUs if ``cpu``, and return accelerate's state of this one."""
     use_cpus_without_accelerator()
-    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or accelerator() is None)
     check_group(state.num_processes)
     return state
 
 
 def use_cpus_without_accelerator() -> None:
     """Tell accelerate about launched processes on CPUs, which torchrun does not: they would form no group otherwise."""
-    elsewhere = torch.accelerator.is_available() or "ACCELERATE_USE_DEEPSPEED" in os.environ
+    elsewhere = accelerator() is not None or "ACCELERATE_USE_DEEPSPEED" in os.environ
     if "LOCAL_RANK" in os.environ and not elsewhere:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
@@ -106,7 +112,7 @@ def load_model(
     Args:
         dtype: ``float32``, ``bfloat16``, ``float16``, ``auto`` (the dtype of the checkpoint), or ``fitting``: the same,
             but float32 where the checkpoint is 16-bit and the device has no units for it, which is exact and faster.
-        device: torch device. Default: the accelerator, or the CPU where there is none or it is MPS. Quantised models,
+        device: torch device. Default: that of `accelerator`, or the CPU where there is none. Quantised models,
             and models with a ``device_map`` in ``kwargs`` (of ``from_pretrained``), stay where they were loaded.
 
     Raises `InputError` if there is no such model, it is not a causal LM, a file is damaged, the dtype or device is
@@ -128,9 +134,7 @@ def load_model(
     except Exception as error:
         raise InputError(_explain("model", name, error)) from error
     if not getattr(model, "is_quantized", False):  # quantised models refuse to be moved
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        # MPS has no float64, in which statistics are summed
-        device = device or ("cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type)
+        device = device or (accelerator() or torch.device("cpu")).type
         try:
             target = torch.device(device)
             sixteen_bit = model.dtype in (torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from bupo.data.problems import Problem, load_problems
 from bupo.data.prompts import training_rows
 from bupo.errors import BupoError, ConfigError, describe, nearest, out_of_memory
 from bupo.models.layout import context_length, vocabulary_size
-from bupo.models.load import WRAPPERS, load_model
+from bupo.models.load import WRAPPERS, accelerator, load_model
 from bupo.recipe import Recipe, validate
 from bupo.run_folder import RUN_FILE
 from bupo.train.config import BuPOConfig
@@ -133,12 +133,12 @@ def trainer_config(recipe: Recipe, folder: Path, settings: Mapping[str, Any] | N
 
     Raises `ConfigError` if the settings do not fit together; `BuPOConfig` decides.
     """
-    accelerator = torch.accelerator.is_available()
+    there = accelerator() is not None
     emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     machine: dict[str, Any] = {
         "output_dir": str(folder / "checkpoints"),
-        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and accelerator and not emulated),
-        "dataloader_pin_memory": accelerator,
+        "bf16": recipe.precision == "bfloat16" or (recipe.precision == "auto" and there and not emulated),
+        "dataloader_pin_memory": there,
         "disable_tqdm": True,
     }
     if recipe.trainer.get("push_to_hub"):

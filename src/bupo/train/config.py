@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import torch
 from trl import GRPOConfig
 
 from bupo.errors import ConfigError
@@ -101,6 +102,7 @@ class BuPOConfig(GRPOConfig):
         if log_per_rollout:
             self.logging_steps = 1
         use_cpus_without_accelerator()
+        self.use_cpu = self.use_cpu or torch.backends.mps.is_available()  # as `accelerator` says
         super().__post_init__()
         check_group(self.world_size)
         if self.n_gpu > 1:

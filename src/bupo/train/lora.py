@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from bupo.errors import ConfigError
-from bupo.models.load import load_model
+from bupo.models.load import accelerator, load_model
 from bupo.recipe import Recipe
 from bupo.train.config import engine
 
@@ -40,7 +40,7 @@ def load_in_4bit(recipe: Recipe, settings: Any) -> dict[str, Any]:
         raise ConfigError("lora.four_bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if engine(settings) not in ("one", "ddp"):
         raise ConfigError("lora.four_bit needs one process or DDP: FSDP and DeepSpeed would split packed weights")
-    place = int(os.environ.get("LOCAL_RANK", "0")) if torch.accelerator.is_available() else "cpu"
+    place = int(os.environ.get("LOCAL_RANK", "0")) if accelerator() else "cpu"
     nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4["bnb_4bit_compute_dtype"] = torch.bfloat16 if settings.bf16 else torch.float32
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": place}}
